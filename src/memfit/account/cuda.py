@@ -1,0 +1,114 @@
+"""The CUDA caching allocator, as arithmetic: what a run reserves, told on a machine without a GPU.
+
+After c10/cuda/CUDACachingAllocator.cpp with its default settings (no expandable segments):
+blocks are rounded up to 512 bytes; requests up to 1 MiB are cut from segments of 2 MiB, requests under
+10 MiB from segments of 20 MiB, larger ones get a segment rounded up to 2 MiB. A free block is taken by
+best fit, split when what is left is worth keeping (512 bytes in the small pool, over 1 MiB in the
+large), and joined with free neighbours when it is given back.
+"""
+
+import bisect
+from dataclasses import dataclass, field
+from typing import Final
+
+_MIN_BLOCK: Final = 512
+_SMALL: Final = 1 << 20
+_SMALL_SEGMENT: Final = 2 << 20
+_LARGE_SEGMENT: Final = 20 << 20
+_MIN_LARGE: Final = 10 << 20
+_ROUND_LARGE: Final = 2 << 20
+
+
+@dataclass(eq=False, slots=True)
+class _Block:
+    size: int
+    small: bool
+    order: int
+    free: bool = True
+    before: "_Block | None" = None
+    after: "_Block | None" = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return (self.size, self.order)
+
+
+@dataclass(slots=True)
+class Segments:
+    """The allocator's segments while storages come and go; `reserved_nbytes` is what they hold in all.
+
+    Segments are never given back here: that happens only when the device runs out.
+    """
+
+    reserved_nbytes: int = 0
+    _free: dict[bool, list[tuple[int, int, _Block]]] = field(default_factory=lambda: {True: [], False: []})
+    _held: dict[int, _Block] = field(default_factory=dict)
+    _next: int = 0
+
+    @staticmethod
+    def rounded(nbytes: int) -> int:
+        """Bytes of the block that serves a request."""
+        return -(-nbytes // _MIN_BLOCK) * _MIN_BLOCK
+
+    def step(self, number: int, nbytes: int, sign: int) -> None:
+        """Storage `number` of `nbytes` is born (+1) or ends (−1). Empty storages take no block."""
+        if nbytes == 0:
+            return
+        if sign > 0:
+            self._held[number] = self._take(self.rounded(nbytes))
+        else:
+            self._give_back(self._held.pop(number))
+
+    def _take(self, size: int) -> _Block:
+        small = size <= _SMALL
+        pool = self._free[small]
+        place = bisect.bisect_left(pool, (size, -1))
+        block = pool.pop(place)[2] if place < len(pool) else self._new_segment(size, small)
+        block.free = False
+        left = block.size - size
+        if left >= _MIN_BLOCK if small else left > _SMALL:
+            rest = _Block(size=left, small=small, order=self._number(), before=block, after=block.after)
+            if block.after is not None:
+                block.after.before = rest
+            block.after, block.size = rest, size
+            self._put(rest)
+        return block
+
+    def _new_segment(self, size: int, small: bool) -> _Block:
+        if small:
+            segment = _SMALL_SEGMENT
+        elif size < _MIN_LARGE:
+            segment = _LARGE_SEGMENT
+        else:
+            segment = -(-size // _ROUND_LARGE) * _ROUND_LARGE
+        self.reserved_nbytes += segment
+        return _Block(size=segment, small=small, order=self._number())
+
+    def _give_back(self, block: _Block) -> None:
+        before, after = block.before, block.after
+        if before is not None and before.free:
+            self._remove(before)
+            before.size += block.size
+            before.after = after
+            if after is not None:
+                after.before = before
+            block = before
+        if after is not None and after.free:
+            self._remove(after)
+            block.size += after.size
+            block.after = after.after
+            if after.after is not None:
+                after.after.before = block
+        self._put(block)
+
+    def _put(self, block: _Block) -> None:
+        block.free = True
+        bisect.insort(self._free[block.small], (block.size, block.order, block))
+
+    def _remove(self, block: _Block) -> None:
+        pool = self._free[block.small]
+        pool.pop(bisect.bisect_left(pool, (block.size, block.order)))
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next

@@ -1,0 +1,59 @@
+"""Predict by dry run: the same loading and the same task, on tensors that have shapes and no storage."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from .account import Account
+from .follow import Follow, settle
+from .replay import Blocks
+from .watch import Watch
+
+
+class Task(Protocol):
+    """Something that can be run on a model, fake or real."""
+
+    def run(self, model: nn.Module, watch: Watch) -> None:
+        """Run all phases, telling `watch` where the task is."""
+        ...
+
+
+def dry_run(
+    make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False
+) -> Account:
+    """The account of making a model and running a task on it.
+
+    Args:
+        make: makes or loads the model; called on fake tensors.
+        task: what is run on it.
+        device: `cpu` or `cuda`, whose allocator is meant; what is installed does not matter.
+        whole: trace every block, also those equal to one already traced.
+    """
+    started = time.perf_counter()
+    follow = Follow()
+    blocks = Blocks(follow)
+    with FakeTensorMode(allow_non_fake_inputs=True), follow:
+        with follow.phase("load"):
+            model = make()
+            hold_model(model, follow)
+        with follow.inside(model):
+            if whole:
+                task.run(model, follow)
+            else:
+                with blocks.on(model):
+                    task.run(model, follow)
+    account = settle(follow.ledger, device=device)
+    return replace(account, seconds=time.perf_counter() - started)
+
+
+def hold_model(model: nn.Module, watch: Watch) -> None:
+    """Tell `watch` the parameters and buffers of `model`, each under its module's name."""
+    for name, tensor in model.named_parameters():
+        watch.holds("parameter", name.rpartition(".")[0], tensor)
+    for name, tensor in model.named_buffers():
+        kind = "parameter" if getattr(model.get_submodule(name.rpartition(".")[0]), "holds_weights", False) else "buffer"
+        watch.holds(kind, name.rpartition(".")[0], tensor)

@@ -1,0 +1,309 @@
+"""Follow every storage from its birth to its end, on fake tensors, operator by operator.
+
+A dispatch mode sees each operator's outputs; a storage not seen before is born there, and a weak
+reference tells when the last tensor on it is gone. What a CPU kernel allocates for itself and frees
+before it returns is added by `workspace`.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from .account import Account, Entry, Kind, Phase
+from .cuda import Segments
+from .workspace import workspace
+
+
+@dataclass(slots=True)
+class Storage:
+    """One storage: how big, what for, who made it."""
+
+    nbytes: int
+    kind: Kind
+    module: str
+    operator: str
+    dtype: torch.dtype
+
+
+class Ledger:
+    """Births and ends of storages, in order, and where the phases begin.
+
+    An event is (storage number, +1 or -1). Replaying a block writes the same events that tracing it would.
+    """
+
+    def __init__(self) -> None:
+        self.storages: list[Storage] = []
+        self.events: list[tuple[int, int]] = []
+        self.marks: list[tuple[int, str]] = []
+        self.gone: set[int] = set()
+
+    def born(self, storage: Storage) -> int:
+        """Write down a birth; returns the storage's number."""
+        self.storages.append(storage)
+        number = len(self.storages) - 1
+        self.events.append((number, 1))
+        return number
+
+    def ended(self, number: int) -> None:
+        """Write down an end, once."""
+        if number not in self.gone:
+            self.gone.add(number)
+            self.events.append((number, -1))
+
+
+class Follow(TorchDispatchMode):
+    """While on: each new storage of fake tensors is written into `ledger`, and its end too.
+
+    Enter it inside a `FakeTensorMode`, so that it sees operators before the fake mode answers them.
+    """
+
+    may_skip = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger()
+        self.path: list[str] = [""]
+        self._numbers: dict[int, int] = {}
+        self._paused = 0
+
+    # -- what the dispatcher tells ------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if _is_composite(func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        mend = _MENDED.get(func)
+        if mend is None:
+            out = func(*args, **kwargs)
+        else:
+            with self.paused():
+                out = mend(func, args, kwargs)
+        before, after = workspace(func, args, kwargs, out)
+        name = func.name() if before or after else ""
+        scratch = [self._scratch(nbytes, name) for nbytes in before]
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.number_of(leaf, func)
+        scratch += [self._scratch(nbytes, name) for nbytes in after]
+        for number in scratch:
+            self.ledger.ended(number)
+        return out
+
+    def _scratch(self, nbytes: int, operator: str) -> int:
+        return self.ledger.born(Storage(nbytes, "temporary", self.path[-1], operator, torch.uint8))
+
+    def number_of(self, tensor: torch.Tensor, func: Any = None) -> int:
+        """The number of the tensor's storage; a storage not seen before is born now."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        number = self._numbers.get(key)
+        if number is not None:
+            return number
+        operator = func.name() if func is not None else ""
+        number = self.ledger.born(Storage(storage.nbytes(), "activation", self.path[-1], operator, tensor.dtype))
+        self.adopt(tensor, number)
+        return number
+
+    def adopt(self, tensor: torch.Tensor, number: int) -> None:
+        """Let the end of `tensor`'s storage be the end of storage `number`."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._numbers[key] = number
+        weakref.finalize(storage, self._on_end, key, number)
+
+    def _on_end(self, key: int, number: int) -> None:
+        if self._numbers.get(key) == number:
+            del self._numbers[key]
+        self.ledger.ended(number)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tensors made in here are not written down."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    # -- the watch that a task talks to -------------------------------------------------------------
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.ledger.marks.append((len(self.ledger.events), name))
+        yield
+        self.ledger.marks.append((len(self.ledger.events), ""))
+
+    def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
+        storage = self.ledger.storages[self.number_of(tensor)]
+        storage.kind, storage.module = kind, module
+
+    @contextmanager
+    def inside(self, model: torch.nn.Module) -> Iterator[None]:
+        """Write births down under the dotted name of the module that is running."""
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: torch.nn.Module, _: Any) -> None:
+            self.path.append(names.get(id(module), self.path[-1]))
+
+        def leave(module: torch.nn.Module, _: Any, __: Any) -> None:
+            self.path.pop()
+
+        hooks = [
+            torch.nn.modules.module.register_module_forward_pre_hook(enter),
+            torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@lru_cache(maxsize=None)
+def _is_composite(func: Any) -> bool:
+    """Whether the operator is only a way of writing others, which are then what runs."""
+    return bool(func.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd))
+
+
+def _grouped_product(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """Grouped products run in any dtype on the CPU, and their shape function knows bf16 alone (torch 2.13)."""
+    left, right = args[:2]
+    return left.new_empty((left.shape[0], right.shape[-1]))  # type: ignore[no-any-return]
+
+
+def _attention(func: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's output has the query's strides also where a dimension is 1; the fake one's differ there."""
+    out, logsumexp = func(*args, **kwargs)
+    query = args[0]
+    return torch.empty_strided(query.shape, query.stride(), dtype=query.dtype), logsumexp
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """A view's strides over dimensions of size 1 are the kernel's; the fake ones differ, and products look at them."""
+    out: torch.Tensor = func(*args, **kwargs)
+    tensor = args[0]
+    if 1 in tensor.shape:
+        with _disable_current_modes():
+            true = torch.empty_strided(tensor.shape, tensor.stride(), device="meta").view(args[1]).stride()
+        if true != out.stride():
+            return tensor.as_strided(out.shape, true, tensor.storage_offset())
+    return out
+
+
+_MENDED: Final[dict[Any, Callable[[Any, Any, Any], Any]]] = {
+    torch.ops.aten._grouped_mm.default: _grouped_product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    torch.ops.aten.view.default: _view,
+}
+"""Operators whose fake outputs differ from the kernel's."""
+
+
+def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
+    """The account that the ledger's events amount to: for each phase its worst moment and what was alive."""
+    spans = _spans(ledger)
+    worst = _worst_moments(ledger, spans, device)
+    phases, entries = [], {}
+    for name in dict.fromkeys(name for name, _, _ in spans):
+        peak, index, end, reserved = worst[name]
+        alive = _alive_at(ledger, index)
+        by_kind: dict[str, int] = {}
+        for number in alive:
+            storage = ledger.storages[number]
+            nbytes = _held(storage.nbytes, device)
+            by_kind[storage.kind] = by_kind.get(storage.kind, 0) + nbytes
+            key = (storage.kind, storage.module, _short(storage.dtype))
+            entries.setdefault(key, {}).setdefault(name, 0)
+            entries[key][name] += nbytes
+        last = ledger.storages[ledger.events[index][0]] if ledger.events else None
+        at = " ".join(part for part in (last.module, last.operator) if part) if last else ""
+        phases.append(
+            Phase(
+                name=name, peak_nbytes=peak, end_nbytes=end, at=at, alive=by_kind, reserved_nbytes=reserved
+            )
+        )
+    return Account(
+        phases=tuple(phases),
+        entries=tuple(
+            Entry(
+                kind=kind, module=module, device=device, dtype=dtype,
+                nbytes=max(by_phase.values()), phases=tuple(by_phase),
+            )
+            for (kind, module, dtype), by_phase in sorted(entries.items())
+        ),
+        device=device,
+    )  # fmt: skip
+
+
+def _spans(ledger: Ledger) -> list[tuple[str, int, int]]:
+    """Phases as (name, first event, one past the last event)."""
+    spans = []
+    for (start, name), (end, closing) in zip(ledger.marks, ledger.marks[1:], strict=False):
+        if name:
+            assert closing == "" or closing != name
+            spans.append((name, start, end))
+    return spans
+
+
+def _worst_moments(
+    ledger: Ledger, spans: list[tuple[str, int, int]], device: str
+) -> dict[str, tuple[int, int, int, int | None]]:
+    """For each phase: bytes at the worst moment, its event, bytes at the end, reserved bytes (CUDA)."""
+    phase_of = {}
+    for name, start, end in spans:
+        for index in range(start, end):
+            phase_of[index] = name
+    worst: dict[str, tuple[int, int, int, int | None]] = {}
+    segments = Segments() if device == "cuda" else None
+    total = 0
+    for name, start, _ in spans:
+        worst.setdefault(name, (-1, max(start - 1, 0), 0, None))
+    for index, (number, sign) in enumerate(ledger.events):
+        nbytes = ledger.storages[number].nbytes
+        total += sign * _held(nbytes, device)
+        if segments is not None:
+            segments.step(number, nbytes, sign)
+        phase = phase_of.get(index)
+        if phase is None:
+            continue
+        peak, at, _, reserved = worst[phase]
+        if total > peak:
+            peak, at = total, index
+        if segments is not None:
+            reserved = max(reserved or 0, segments.reserved_nbytes)
+        worst[phase] = (peak, at, total, reserved)
+    return worst
+
+
+def _alive_at(ledger: Ledger, index: int) -> list[int]:
+    alive: dict[int, None] = {}
+    for number, sign in ledger.events[: index + 1]:
+        if sign > 0:
+            alive[number] = None
+        else:
+            del alive[number]
+    return [number for number in alive if ledger.storages[number].nbytes]
+
+
+def _held(nbytes: int, device: str) -> int:
+    """Bytes the allocator counts for a storage: as asked on the CPU, in blocks of 512 on CUDA."""
+    return nbytes if device == "cpu" else Segments.rounded(nbytes)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

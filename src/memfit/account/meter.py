@@ -1,0 +1,112 @@
+"""Measure a task on real tensors: the allocator's own events, and what the system says is resident."""
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .account import Account, Entry, Kind, Phase
+
+
+class Meter:
+    """A watch that adds up the CPU allocator's events, phase by phase.
+
+    The events come from the allocator's memory reports to the profiler, not from what follows fake tensors.
+    """
+
+    may_skip = False
+
+    def __init__(self) -> None:
+        self._now = 0
+        self._peaks: dict[str, tuple[int, int]] = {}
+        self._alive: dict[str, dict[str, int]] = {}
+        self._held: dict[int, tuple[Kind, str, torch.dtype, Any]] = {}
+        self._phases_of: dict[int, list[str]] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Profile what runs inside; its allocations and frees are added when it closes."""
+        session = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
+        session.__enter__()
+        try:
+            yield
+        finally:
+            session.__exit__(None, None, None)
+        peak = self._now
+        for _, _, nbytes in allocations(session):
+            self._now += nbytes
+            peak = max(peak, self._now)
+        before = self._peaks.get(name, (0, 0))[0]
+        self._peaks[name] = (max(before, peak), self._now)
+
+    def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._held[storage.data_ptr()] = (kind, module, tensor.dtype, storage.nbytes())
+
+    def account(self) -> Account:
+        """The measurement so far. What no `holds` named is temporary: the rest of each peak."""
+        held: dict[str, int] = {}
+        entries: dict[tuple[Kind, str, str], int] = {}
+        for kind, module, dtype, nbytes in self._held.values():
+            held[kind] = held.get(kind, 0) + nbytes
+            key = (kind, module, str(dtype).removeprefix("torch."))
+            entries[key] = entries.get(key, 0) + nbytes
+        phases = tuple(
+            Phase(name=name, peak_nbytes=peak, end_nbytes=end, alive=_with_rest(held, peak))
+            for name, (peak, end) in self._peaks.items()
+        )
+        names = tuple(self._peaks)
+        return Account(
+            phases=phases,
+            entries=tuple(
+                Entry(kind=kind, module=module, device="cpu", dtype=dtype, nbytes=nbytes, phases=names)
+                for (kind, module, dtype), nbytes in sorted(entries.items())
+            ),
+        )
+
+
+def _with_rest(held: dict[str, int], peak: int) -> dict[str, int]:
+    return held | {"activation": max(0, peak - sum(held.values()))}
+
+
+def allocations(session: Any) -> list[tuple[int, int, int]]:
+    """(time, address, bytes) of each allocator event a profiling session saw; bytes < 0 where freed."""
+    events = []
+    stack = list(session.profiler.kineto_results.experimental_event_tree())
+    while stack:
+        node = stack.pop()
+        if node.tag == torch._C._profiler._EventType.Allocation:
+            event = node.typed[1]
+            events.append((node.start_time_ns, event.ptr, event.alloc_size))
+        stack.extend(node.children)
+    return sorted(events, key=lambda event: event[0])
+
+
+def resident_nbytes() -> dict[str, int]:
+    """Bytes of this process: `now`, `peak`, `anonymous`, `file` (Linux: /proc/self/status)."""
+    wanted = {"VmRSS": "now", "VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
+    found = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in wanted:
+            found[wanted[key]] = int(value.split()[0]) * 1024
+    return found
+
+
+def reset_resident_peak() -> None:
+    """Start the peak of the resident size anew (Linux: /proc/self/clear_refs, proc(5))."""
+    gc.collect()
+    trim()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def trim() -> None:
+    """Give freed pages back to the system; glibc keeps them otherwise."""
+    with_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if with_trim is not None:
+        with_trim(0)

@@ -1,0 +1,327 @@
+"""Trace each kind of block once: a stack of equal blocks is told from its first.
+
+When a block of a `ModuleList` is called, its call is described: the block's structure, its inputs'
+shapes and which of them share a storage, and its layer of the cache. The first call of a description is
+traced. Later ones are replayed: the same births and ends are written in the same order, under the later
+block's own name, and outputs and cache are set to fake tensors of the recorded shapes. What cannot be
+described so (an unknown object among the inputs, a storage that outlives the call unseen) is traced.
+
+So the account of a whole model is exact at every moment, and costs one block of each kind.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .follow import Follow, Storage
+
+_LAYER_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
+_Plain = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A tensor as a recipe: which storage (an input's role, or the k-th born), and the view on it."""
+
+    known: bool
+    index: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class _Recording:
+    """What one call of a block did."""
+
+    births: list[tuple[Storage, str]]
+    events: list[tuple[bool, int, int]]
+    """(born in the call?, index among births or roles, +1 or −1)."""
+    spec: TreeSpec
+    outputs: list[Any]
+    states: list[dict[str, Any]]
+    """Attributes of each cache layer after the call."""
+
+
+class Blocks:
+    """Replays calls of equal blocks while it is `on` a model."""
+
+    def __init__(self, follow: Follow) -> None:
+        self.follow = follow
+        self.traced = 0
+        self.replayed = 0
+        self._known: dict[Any, _Recording | None] = {}
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Wrap the blocks of every stack in `model`; unwrapped again at the end."""
+        wrapped: list[nn.Module] = []
+        for name, block in stacked_blocks(model):
+            structure = _structure(block)
+            if structure is not None:
+                block.forward = self._wrap(name, block, structure, block.forward)  # type: ignore[method-assign]
+                wrapped.append(block)
+        try:
+            yield
+        finally:
+            for block in wrapped:
+                del block.forward
+
+    def _wrap(self, name: str, block: nn.Module, structure: Any, forward: Any) -> Any:
+        layer_number = _layer_number(block)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            described = self._describe(structure, layer_number, args, kwargs)
+            if described is None:
+                self.traced += 1
+                return forward(*args, **kwargs)
+            key, roles, layers = described
+            recording = self._known.get(key, _UNSEEN)
+            if isinstance(recording, _Recording):
+                self.replayed += 1
+                return self._replay(recording, name, roles, layers)
+            self.traced += 1
+            if recording is None:
+                del roles, described
+                return forward(*args, **kwargs)
+            numbers = list(roles)
+            del roles, described  # holding an input would keep it alive through the block
+            return self._record(key, name, numbers, layers, lambda: forward(*args, **kwargs))
+
+        return call
+
+    # -- describing ---------------------------------------------------------------------------------
+
+    def _describe(
+        self, structure: Any, layer_number: int | None, args: Any, kwargs: Any
+    ) -> tuple[Any, dict[int, Tensor], list[Any]] | None:
+        """(key of the call, its input storages and a tensor on each, its cache layers), None if unknown."""
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_cache)
+        layers: list[Any] = []
+        parts: list[Any] = []
+        tensors: list[Tensor] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                tensors.append(leaf)
+                parts.append("tensor")
+            elif isinstance(leaf, _Plain):
+                parts.append(leaf)
+            elif _is_cache(leaf):
+                found = _cache_layers(leaf, layer_number)
+                if found is None:
+                    return None
+                layers += found[0]
+                parts.append(found[1])
+            else:
+                parts.append((type(leaf), id(leaf)))
+        for layer in layers:
+            for attribute, value in sorted(vars(layer).items()):
+                if isinstance(value, Tensor):
+                    tensors.append(value)
+                    parts.append(attribute)
+                elif isinstance(value, _Plain):
+                    parts.append((attribute, value))
+                elif isinstance(value, (list, tuple)) and all(
+                    isinstance(item, Tensor) or isinstance(item, _Plain) for item in value
+                ):
+                    tensors += [item for item in value if isinstance(item, Tensor)]
+                    parts.append((attribute, tuple(type(item).__name__ if isinstance(item, Tensor) else item for item in value)))
+                elif isinstance(value, dict) and not any(isinstance(item, Tensor) for item in value.values()):
+                    parts.append((attribute, tuple(value.items())))
+                elif isinstance(value, dict):
+                    items = sorted(value.items())
+                    tensors += [item for _, item in items if isinstance(item, Tensor)]
+                    parts.append((attribute, tuple((k, None if isinstance(item, Tensor) else item) for k, item in items)))
+                else:
+                    parts.append((attribute, type(value), id(value)))
+        roles: dict[int, Tensor] = {}
+        order: dict[int, int] = {}
+        for tensor in tensors:
+            number = self.follow.number_of(tensor)
+            roles.setdefault(number, tensor)
+            parts.append((order.setdefault(number, len(order)), _shape(tensor)))
+        key = (structure, repr(spec), tuple(parts))
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key, roles, layers
+
+    # -- recording ----------------------------------------------------------------------------------
+
+    def _record(self, key: Any, name: str, roles: Iterable[int], layers: list[Any], call: Any) -> Any:
+        ledger = self.follow.ledger
+        first_event, first_birth = len(ledger.events), len(ledger.storages)
+        out = call()
+        role_of = {number: role for role, number in enumerate(roles)}
+        self._known[key] = None
+        events = []
+        alive: set[int] = set()
+        for number, sign in ledger.events[first_event:]:
+            if number >= first_birth:
+                events.append((True, number - first_birth, sign))
+                (alive.add if sign > 0 else alive.discard)(number)
+            elif number in role_of:
+                events.append((False, role_of[number], sign))
+            else:
+                return out
+        seen: set[int] = set()
+
+        def recipe(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                if not isinstance(value, _Plain):
+                    raise _Unknown
+                return value
+            number = self.follow.number_of(value)
+            seen.add(number)
+            known = number in role_of
+            if not known and number < first_birth:
+                raise _Unknown
+            index = role_of[number] if known else number - first_birth
+            return _View(
+                known, index, tuple(value.shape), tuple(value.stride()), value.storage_offset(), value.dtype
+            )
+
+        try:
+            leaves, spec = tree_flatten(out)
+            outputs = [recipe(leaf) for leaf in leaves]
+            states = [{name: _map(value, recipe) for name, value in vars(layer).items()} for layer in layers]
+        except _Unknown:
+            return out
+        if alive - seen:
+            return out
+        births = []
+        for storage in ledger.storages[first_birth:]:
+            births.append((storage, storage.module.removeprefix(name)))
+        self._known[key] = _Recording(births, events, spec, outputs, states)
+        return out
+
+    # -- replaying ----------------------------------------------------------------------------------
+
+    def _replay(self, recording: _Recording, name: str, roles: dict[int, Tensor], layers: list[Any]) -> Any:
+        ledger = self.follow.ledger
+        inputs = list(roles)
+        numbers: dict[int, int] = {}
+        for born, index, sign in recording.events:
+            if not born:
+                ledger.ended(inputs[index])
+            elif sign > 0:
+                storage, below = recording.births[index]
+                numbers[index] = ledger.born(
+                    Storage(storage.nbytes, storage.kind, name + below, storage.operator, storage.dtype)
+                )
+            else:
+                ledger.ended(numbers[index])
+        bases: dict[tuple[bool, int], Tensor] = {}
+
+        def build(value: Any) -> Any:
+            if not isinstance(value, _View):
+                return value
+            where = (value.known, value.index)
+            base = bases.get(where)
+            if base is None:
+                base = bases[where] = (
+                    roles[inputs[value.index]] if value.known else self._base(value, recording, numbers)
+                )
+            if base.dtype != value.dtype:
+                base = base.view(value.dtype)
+            return base.as_strided(value.shape, value.stride, value.offset)
+
+        with self.follow.paused():
+            outputs = [build(value) for value in recording.outputs]
+            for layer, state in zip(layers, recording.states, strict=True):
+                for attribute, value in state.items():
+                    setattr(layer, attribute, _map(value, build))
+        return tree_unflatten(outputs, recording.spec)
+
+    def _base(self, view: _View, recording: _Recording, numbers: dict[int, int]) -> Tensor:
+        """A fake 1-dim tensor over the whole of the storage born in the call that `view` looks at."""
+        storage = recording.births[view.index][0]
+        base = torch.empty(storage.nbytes // view.dtype.itemsize, dtype=view.dtype)
+        self.follow.adopt(base, numbers[view.index])
+        return base
+
+
+class _Unknown(Exception):
+    """A value that no recipe describes."""
+
+
+_UNSEEN = object()
+
+
+def stacked_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(dotted name, block) of each block in a stack: a `ModuleList` of two or more; outermost stacks only."""
+    stacks: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(stack + ".") for stack in stacks):
+            continue
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            stacks.append(name)
+            for number, block in enumerate(module):
+                yield f"{name}.{number}", block
+
+
+def _structure(block: nn.Module) -> Any:
+    """All of a block that decides what it allocates: classes, settings, shapes; not its number or values."""
+    parts: list[Any] = []
+    for name, module in block.named_modules():
+        plain = tuple(
+            (key, value)
+            for key, value in sorted(vars(module).items())
+            if isinstance(value, _Plain) and key not in _LAYER_NUMBERS
+        )
+        tensors = tuple(
+            (key, _shape(tensor))
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        )
+        parts.append((name, type(module), plain, tensors))
+    return tuple(parts)
+
+
+def _shape(tensor: Tensor) -> tuple[Any, ...]:
+    return (tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype, tensor.requires_grad)
+
+
+def _layer_number(block: nn.Module) -> int | None:
+    for module in block.modules():
+        for name in _LAYER_NUMBERS:
+            number = vars(module).get(name)
+            if isinstance(number, int):
+                return number
+    return None
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "layers") or hasattr(value, "self_attention_cache")
+
+
+def _cache_layers(cache: Any, number: int | None) -> tuple[list[Any], Any] | None:
+    """The cache's layers that block `number` may touch, and what else of the cache decides its course."""
+    if number is None:
+        return None
+    if hasattr(cache, "self_attention_cache"):
+        inner = (cache.self_attention_cache, cache.cross_attention_cache)
+        if any(number >= len(part.layers) for part in inner):
+            return None
+        # The flag that says the cross-attention is filled is set by the block itself, so tell such calls apart.
+        updated = cache.is_updated.get(number)
+        return ([part.layers[number] for part in inner], ("cross", updated)) if updated else None
+    if number >= len(cache.layers):
+        return None
+    return [cache.layers[number]], type(cache)
+
+
+def _map(value: Any, change: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(change(item) for item in value)
+    if isinstance(value, dict):
+        return {key: change(item) for key, item in value.items()}
+    if isinstance(value, (Tensor, _View)):
+        return change(value)
+    return value

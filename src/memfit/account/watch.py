@@ -1,0 +1,37 @@
+"""What a running task tells whoever watches it: the phase it is in, and what tensors are for."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+
+from .account import Kind
+
+
+class Watch(Protocol):
+    """Follows a task while it runs. A dry run and a measurement are both watches."""
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether steps between the first and the last may be left out (their peaks lie between)."""
+        ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """All that is allocated until it closes belongs to the phase `name`."""
+        ...
+
+    def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
+        """Say what `tensor`'s storage is for."""
+        ...
+
+
+class Unwatched:
+    """A watch that looks away: the task is run for its results alone."""
+
+    may_skip = False
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
+        return None

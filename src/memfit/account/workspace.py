@@ -1,0 +1,163 @@
+"""What CPU kernels allocate for themselves: scratch that no output shows.
+
+A rule gives two lists of sizes in bytes: blocks taken before the outputs exist, and blocks taken after.
+All are free again when the operator returns. Rules follow ATen's sources, named with each. Kernels whose
+scratch only they know (oneDNN's products, attention, recurrent layers) are asked: see `ask.py`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from memfit.packed.routing import ROUTING
+
+from .ask import ask_attention, ask_call, ask_product
+
+Scratch = tuple[list[int], list[int]]
+NONE: Final[Scratch] = ([], [])
+aten = torch.ops.aten
+
+
+def workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Scratch:
+    """Sizes of the blocks that `func`'s CPU kernel takes before and after its outputs."""
+    rule = _RULES.get(func.overloadpacket)
+    if rule is not None:
+        return rule(func, args, out)
+    if torch.Tag.pointwise in func.tags:
+        return _pointwise(func, args, out)
+    return NONE
+
+
+def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """TensorIterator.cpp, compute_types: on the CPU an operand of another dtype is cast into a copy.
+
+    A Python number where a tensor is meant becomes a 0-dim tensor first, double or int64, and is cast
+    like any operand (ScalarOps.h, wrapped_scalar_tensor).
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    numbers = _numbers_as_tensors(func, args)
+    if not tensors or not (numbers or len({t.dtype for t in tensors}) > 1):
+        return NONE
+    if func.overloadpacket in _UNPROMOTED:
+        return NONE
+    common = torch.result_type(tensors[0], tensors[1]) if len(tensors) > 1 else tensors[0].dtype
+    for tensor in tensors[2:]:
+        common = torch.promote_types(common, tensor.dtype)
+    for number in numbers:
+        common = torch.result_type(torch.empty((1,), dtype=common, device="meta"), number)
+    sizes: list[int] = []
+    for number in numbers:
+        sizes.append(1 if isinstance(number, bool) else 8)
+    for tensor in tensors:
+        if tensor.dtype != common and not (func._schema.name.endswith("_") and tensor is tensors[0]):
+            sizes.append(math.prod(tensor.shape) * common.itemsize)
+    for number in numbers:
+        own = torch.bool if isinstance(number, bool) else torch.int64 if isinstance(number, int) else torch.float64
+        if own != common:
+            sizes.append(common.itemsize)
+    return sizes, []
+
+
+def _numbers_as_tensors(func: Any, args: tuple[Any, ...]) -> list[int | float]:
+    """The Python numbers among the arguments that the kernel wraps into tensors."""
+    return [
+        arg
+        for arg, declared in zip(args, func._schema.arguments, strict=False)
+        if isinstance(arg, (int, float))
+        and (
+            declared.type.kind() == "TensorType"
+            or (func._overloadname == "Scalar" and declared.name == "other")
+        )
+    ]
+
+
+def _mean(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """ReduceOps.cpp, mean on the CPU: sum, then divide in place by the count, a wrapped number."""
+    return [], [8, out.dtype.itemsize]
+
+
+def _product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """LinearAlgebra.cpp hands fp16 and bf16 products to oneDNN, with a scratchpad of its own choosing.
+
+    Products of up to 16³ multiplications stay in ATen (mkldnn/Matmul.cpp, checksize); a batch that is
+    dense neither by rows nor by columns, as an expanded weight is, gets copied first.
+    """
+    left, right = args[1:3] if func.overloadpacket in (aten.addmm, aten.baddbmm) else args[:2]
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return NONE
+    if math.prod(left.shape) * right.shape[-1] <= 16**3:
+        return NONE
+    copies = [t.numel() * t.element_size() for t in (left, right) if out.dim() == 3 and not _is_dense(t)]
+    return [], [*copies, ask_product(left, right)]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.transpose(-1, -2).is_contiguous()
+
+
+def _grouped_product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """cpu/GroupedBlas.cpp: one product after another, so the scratch of the largest group."""
+    left, right = args[:2]
+    if left.dtype not in (torch.bfloat16, torch.float16) or right.dim() != 3:
+        return NONE
+    rows = left.shape[0] if ROUTING.get() == "worst" else -(-left.shape[0] // right.shape[0])
+    return [], [ask_product(left.narrow(0, 0, rows), right.select(0, 0))]
+
+
+def _attention(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """cpu/FlashAttentionKernel.cpp: one block of scores and accumulators for each thread."""
+    return [], [ask_attention(args)]
+
+
+def _convolution(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """Convolution.cpp: 1-dim convolutions run as 2-dim ones, on copies in oneDNN's layout."""
+    return [], [ask_call(func, args)]
+
+
+def _safe_softmax(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """transformers/attention.cpp: after the softmax, a mask of −inf, its rows, and a zero to fill with."""
+    return [], [out.numel(), out.numel() // out.shape[args[1]], out.dtype.itemsize]
+
+
+def _embedding(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """Embedding.cpp: indices that are not contiguous are copied for index_select."""
+    indices = args[1]
+    return ([] if indices.is_contiguous() else [indices.numel() * 8]), []
+
+
+def _sort(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """native/cpu/SortingKernel.cpp: a copy of the indices."""
+    return [], [args[0].numel() * 8]
+
+
+def _histogram(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """cpu/HistogramKernel.cpp: the edges, and a histogram of each thread."""
+    size = out.dtype.itemsize
+    return [(out.numel() + 1) * size], [out.numel() * size * torch.get_num_threads()]
+
+
+def _running_sum(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """ReduceOps.cpp, cumsum: the input is cast to the result's dtype first."""
+    return ([] if args[0].dtype == out.dtype else [out.numel() * out.dtype.itemsize]), []
+
+
+_UNPROMOTED: Final = frozenset({aten.where, aten.copy_, aten.masked_fill, aten.masked_fill_, aten._to_copy})
+_RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
+    aten.mean: _mean,
+    aten.mm: _product,
+    aten.addmm: _product,
+    aten.bmm: _product,
+    aten.baddbmm: _product,
+    aten._grouped_mm: _grouped_product,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._safe_softmax: _safe_softmax,
+    aten.convolution: _convolution,
+    aten.embedding: _embedding,
+    aten.sort: _sort,
+    aten.histc: _histogram,
+    aten.cumsum: _running_sum,
+    aten.floor_divide: _pointwise,
+}

@@ -1,0 +1,59 @@
+"""The errors memfit raises, and the exit code each one ends a command with.
+
+    MemfitError
+    ├── UsageError        2   the call itself is off
+    ├── DoesNotFit        3   no plan fits the budget
+    ├── BrokenInput       4   a file is unsafe, broken or not what it says
+    ├── QualityMissed     5   done, but worse than the gate allows
+    ├── OverBudget        6   done, but measured over the budget
+    └── Interrupted      75   stopped half-way; running the same command again resumes
+
+Each message says what, the numbers, and the next move.
+"""
+
+
+class MemfitError(Exception):
+    """Base of all errors that memfit raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(MemfitError):
+    """The call cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class DoesNotFit(MemfitError):
+    """Nothing that may be chosen fits. `smallest_nbytes` is the smallest budget that would."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, smallest_nbytes: int, levers: dict[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.smallest_nbytes = smallest_nbytes
+        self.levers = dict(levers or {})
+
+
+class BrokenInput(MemfitError):
+    """A file was refused. The message names the file, the tensor or key, and the reason."""
+
+    exit_code = 4
+
+
+class QualityMissed(MemfitError):
+    """The fitted model is worse than the quality gate allows."""
+
+    exit_code = 5
+
+
+class OverBudget(MemfitError):
+    """The measured peak is over the budget."""
+
+    exit_code = 6
+
+
+class Interrupted(MemfitError):
+    """Stopped before the end; what was done is kept and the same command resumes."""
+
+    exit_code = 75

@@ -1,0 +1,42 @@
+"""From what a user names as a model to a function that loads it."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from memfit.errors import UsageError
+from memfit.source.load import load
+from memfit.source.source import Source, open_source, source_from_config
+
+ModelSpec = str | dict[str, Any]
+"""A path or hub id; `{"config": {...}}` for random weights; `{"factory": "module:function"}` for any module."""
+
+
+def loader_for(spec: ModelSpec) -> "Source | Callable[[], nn.Module]":
+    """What `load_model` takes: a source, or a function that makes a module."""
+    if isinstance(spec, (str, Path)):
+        return open_source(spec)
+    if "config" in spec:
+        settings = dict(spec["config"])
+        return source_from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    if "factory" in spec:
+        module, _, function = spec["factory"].partition(":")
+        made: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+        return lambda: made(**spec.get("settings", {}))
+    raise UsageError(f"{spec!r} names no model: give a path, a hub id, a config or a factory.")
+
+
+def load_model(made: "Source | Callable[[], nn.Module]", *, dtype: str | torch.dtype | None = None) -> nn.Module:
+    """The model with its weights, real or, under a fake mode, fake."""
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(made, Source):
+        if made.checkpoint is None:
+            made = source_from_config(made.config)
+        return load(made, dtype=kind)
+    model = made().eval().requires_grad_(False)
+    return model.to(kind) if kind is not None else model

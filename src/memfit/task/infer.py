@@ -1,0 +1,218 @@
+"""Run a model for its answers: a prompt read at once (prefill), then token by token (decode).
+
+The same lines run on fake tensors, to predict, and on real ones, to measure and to serve.
+"""
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memfit.account.watch import Watch
+from memfit.packed.cache import cache_tensors, make_cache, skip
+
+# Legend: B batch, T time, V vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infer:
+    """Read prompts of `prompt` tokens, then write `new_tokens` more, for `batch` texts at once."""
+
+    batch: int = 1
+    prompt: int = 512
+    new_tokens: int = 32
+    kv_bits: int = 16
+    """Bits of a number in the KV cache: 16, 8, 4 or 2."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("prompt", 1), ("new_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.kv_bits not in (16, 8, 4, 2):
+            raise ValueError(f"kv_bits must be 16, 8, 4 or 2, got {self.kv_bits}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"task": "infer", **asdict(self)}
+
+    def run(self, model: nn.Module, watch: Watch) -> None:
+        """Run every phase once on `model`, telling `watch` where the task is.
+
+        Encoders and models without a cache have no decode phase: their prompt is read, and that is all.
+        """
+        with torch.no_grad():
+            runner = _runner_for(model, self)
+            with watch.phase("prefill"):
+                runner.token_B1 = runner.prefill()
+                runner.tell(watch)
+            if runner.decodes:
+                self._decode(runner, watch)
+
+    def _decode(self, runner: "_Runner", watch: Watch) -> None:
+        """All steps; a dry run jumps from the second to the last but one, between which only the cache grows."""
+        jump = self.new_tokens - 4
+        first = 2 if watch.may_skip and jump > 0 else self.new_tokens
+        self._steps(runner, watch, first)
+        if first == self.new_tokens:
+            return
+        # Outside of any phase: growing a cache at one blow is nothing that the model ever does.
+        left = 2 if runner.jump(jump) else self.new_tokens - first
+        runner.tell(watch)
+        self._steps(runner, watch, left)
+
+    def _steps(self, runner: "_Runner", watch: Watch, steps: int) -> None:
+        if not steps:
+            return
+        with watch.phase("decode"):
+            for _ in range(steps):
+                runner.token_B1 = runner.decode(runner.token_B1)
+                runner.tell(watch)
+
+
+def maker_of_caches(model: nn.Module, *, kv_bits: int) -> Any:
+    """A function that makes an empty KV cache for `model`, or None where it has no cache."""
+    config = getattr(model, "config", None)
+    if config is None or _cache_argument(model) is None:
+        return None
+    return lambda: make_cache(config, kv_bits=kv_bits)
+
+
+def _cache_argument(model: nn.Module) -> str | None:
+    names = inspect.signature(model.forward).parameters
+    if getattr(getattr(model, "config", None), "is_decoder", None) is False and not _generates(model):
+        return None
+    for name in ("past_key_values", "cache_params"):
+        if name in names:
+            return name
+    return None
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether the model continues a text: it has a language-model head or is an encoder-decoder's."""
+    can = getattr(model, "can_generate", None)
+    return bool(can()) if callable(can) else False
+
+
+class _Runner:
+    """How one kind of model reads a prompt and the next token."""
+
+    decodes = True
+    token_B1: Tensor
+
+    def __init__(self, model: nn.Module, task: Infer) -> None:
+        self.model, self.task = model, task
+        self.cache: Any = None
+
+    def prefill(self) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, token_B1: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def jump(self, steps: int) -> bool:
+        """Grow the cache as `steps` more tokens would; False where that cannot be done."""
+        return self.cache is not None and skip(self.cache, steps)
+
+    def tell(self, watch: Watch) -> None:
+        """Name what the cache holds."""
+        if self.cache is not None:
+            for name, tensor in cache_tensors(self.cache):
+                watch.holds("kv_cache", name, tensor)
+
+    def ids(self, tokens: int) -> Tensor:
+        """Random token ids [B, T]."""
+        generator = torch.Generator().manual_seed(0)
+        size = (self.task.batch, tokens)
+        return torch.randint(0, vocabulary(self.model), size, generator=generator)
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many token ids the model knows: its config's, else those of its first embedding."""
+    config = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None) or getattr(
+        getattr(config, "text_config", None), "vocab_size", None
+    )
+    if size is None:
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        if not tables:
+            raise ValueError(f"{type(model).__name__} has no embedding and no config: its inputs cannot be made up")
+        size = tables[0].num_embeddings
+    return int(size)
+
+
+class _Decoder(_Runner):
+    def __init__(self, model: nn.Module, task: Infer) -> None:
+        super().__init__(model, task)
+        self.argument = _cache_argument(model)
+        names = inspect.signature(model.forward).parameters
+        # Only the last position's logits are needed; a model that cannot say so makes them all.
+        self.options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in names:
+            self.options["logits_to_keep"] = 1
+
+    def prefill(self) -> Tensor:
+        self.cache = make_cache(self.model.config, kv_bits=self.task.kv_bits)
+        return self._next(self.ids(self.task.prompt))
+
+    def decode(self, token_B1: Tensor) -> Tensor:
+        return self._next(token_B1)
+
+    def _next(self, ids_BT: Tensor) -> Tensor:
+        assert self.argument is not None
+        out = self.model(input_ids=ids_BT, **{self.argument: self.cache}, **self.options)
+        return out.logits[:, -1:].argmax(-1)
+
+
+class _EncoderDecoder(_Runner):
+    def prefill(self) -> Tensor:
+        self.cache = make_cache(self.model.config, kv_bits=self.task.kv_bits)
+        self.encoded = self.model.get_encoder()(input_ids=self.ids(self.task.prompt))  # type: ignore[operator]
+        start = getattr(self.model.config, "decoder_start_token_id", None) or 0
+        return self.decode(torch.full((self.task.batch, 1), start, dtype=torch.int64))
+
+    def decode(self, token_B1: Tensor) -> Tensor:
+        out = self.model(
+            encoder_outputs=self.encoded,
+            decoder_input_ids=token_B1,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1:].argmax(-1)
+
+
+class _Encoder(_Runner):
+    decodes = False
+
+    def prefill(self) -> Tensor:
+        out = self.model(self.ids(self.task.prompt))
+        return out if isinstance(out, Tensor) else out[0]
+
+
+class _Recurrent(_Runner):
+    """A plain module that returns (logits, state) and takes the state back."""
+
+    def prefill(self) -> Tensor:
+        return self._next(self.ids(self.task.prompt))
+
+    def decode(self, token_B1: Tensor) -> Tensor:
+        return self._next(token_B1, self.state)
+
+    def jump(self, steps: int) -> bool:
+        return True  # The state has one size, whatever the time.
+
+    def _next(self, *inputs: Any) -> Tensor:
+        logits_BTV, self.state = self.model(*inputs)
+        return logits_BTV[:, -1:].argmax(-1)
+
+
+def _runner_for(model: nn.Module, task: Infer) -> _Runner:
+    config = getattr(model, "config", None)
+    if config is None:
+        takes_state = "state" in inspect.signature(model.forward).parameters
+        return _Recurrent(model, task) if takes_state else _Encoder(model, task)
+    if getattr(config, "is_encoder_decoder", False):
+        return _EncoderDecoder(model, task)
+    if _cache_argument(model) is None or not _generates(model):
+        return _Encoder(model, task)
+    return _Decoder(model, task)
