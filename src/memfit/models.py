@@ -39,4 +39,26 @@ def load_model(made: "Source | Callable[[], nn.Module]", *, dtype: str | torch.d
             made = source_from_config(made.config)
         return load(made, dtype=kind)
     model = made().eval().requires_grad_(False)
-    return model.to(kind) if kind is not None else model
+    if kind is not None:
+        _cast_floats(model, kind)
+    return model
+
+
+def _cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every float parameter and buffer by one of `dtype`, one after the other, ties kept.
+
+    `Module.to` would swap tensors in place, which is not allowed of fake ones that are followed.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_floating_point():
+                places.setdefault(id(tensor), []).append((module, name))
+    for holders in places.values():
+        old = getattr(*holders[0])
+        new = old.to(dtype)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=False)
+        for module, name in holders:
+            setattr(module, name, new)
+        del old, new

@@ -38,6 +38,21 @@ def ask_call(func: Any, args: tuple[Any, ...]) -> int:
     return _ask_call(func, tuple(_describe(arg) for arg in args), torch.get_num_threads())
 
 
+def ask_recurrent(func: Any, args: tuple[Any, ...]) -> int:
+    """Scratch of a recurrent layer on x [T, B, D]: affine in T, but for T modulo the 128 that page sizes divide."""
+    first, *rest = (_describe(arg) for arg in args)
+    steps, least = first.shape[0], 128 + first.shape[0] % 128
+    threads = torch.get_num_threads()
+    if steps < 512:
+        return _ask_call(func, (first, *rest), threads)
+    few, more = (_ask_call(func, (_steps(first, n), *rest), threads) for n in (least, least + 128))
+    return few + (steps - least) // 128 * (more - few)
+
+
+def _steps(like: "_Like", steps: int) -> "_Like":
+    return _Like((steps, *like.shape[1:]), like.stride, like.dtype)
+
+
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _Like(tuple(value.shape), tuple(value.stride()), value.dtype)

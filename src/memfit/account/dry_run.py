@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from .account import Account
-from .follow import Follow, settle
+from .follow import Follow, Ledger, settle
 from .replay import Blocks
 from .watch import Watch
 
@@ -20,6 +20,28 @@ class Task(Protocol):
     def run(self, model: nn.Module, watch: Watch) -> None:
         """Run all phases, telling `watch` where the task is."""
         ...
+
+
+def trace(
+    make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False
+) -> Ledger:
+    """Make a model and run a task on it, on fake tensors; what was born, and what ended, in order.
+
+    Args: see `dry_run`.
+    """
+    follow = Follow()
+    blocks = Blocks(follow)
+    with FakeTensorMode(allow_non_fake_inputs=True), follow:
+        with follow.phase("load"):
+            model = make()
+            hold_model(model, follow)
+        with follow.inside(model):
+            if whole:
+                task.run(model, follow)
+            else:
+                with blocks.on(model):
+                    task.run(model, follow)
+    return follow.ledger
 
 
 def dry_run(
@@ -34,19 +56,7 @@ def dry_run(
         whole: trace every block, also those equal to one already traced.
     """
     started = time.perf_counter()
-    follow = Follow()
-    blocks = Blocks(follow)
-    with FakeTensorMode(allow_non_fake_inputs=True), follow:
-        with follow.phase("load"):
-            model = make()
-            hold_model(model, follow)
-        with follow.inside(model):
-            if whole:
-                task.run(model, follow)
-            else:
-                with blocks.on(model):
-                    task.run(model, follow)
-    account = settle(follow.ledger, device=device)
+    account = settle(trace(make, task, device=device, whole=whole), device=device)
     return replace(account, seconds=time.perf_counter() - started)
 
 

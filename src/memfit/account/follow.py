@@ -6,18 +6,19 @@ before it returns is added by `workspace`.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .account import Account, Entry, Kind, Phase
 from .cuda import Segments
+from .mend import MENDED, REWRITTEN
 from .workspace import workspace
 
 
@@ -32,6 +33,17 @@ class Storage:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
 class Ledger:
     """Births and ends of storages, in order, and where the phases begin.
 
@@ -43,6 +55,8 @@ class Ledger:
         self.events: list[tuple[int, int]] = []
         self.marks: list[tuple[int, str]] = []
         self.gone: set[int] = set()
+        self.calls: dict[tuple[str, str], tuple[Any, ...]] = {}
+        """(phase, module) to the positional arguments of its first call, tensors as `Shape`s."""
 
     def born(self, storage: Storage) -> int:
         """Write down a birth; returns the storage's number."""
@@ -72,6 +86,7 @@ class Follow(TorchDispatchMode):
         self.path: list[str] = [""]
         self._numbers: dict[int, int] = {}
         self._paused = 0
+        self._phase = ""
 
     # -- what the dispatcher tells ------------------------------------------------------------------
 
@@ -81,12 +96,18 @@ class Follow(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.namespace == "prim":
             return func(*args, **kwargs)
+        rewrite = REWRITTEN.get(func)
+        if rewrite is not None:
+            with self:
+                result = rewrite(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if _is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        mend = _MENDED.get(func)
+        mend = MENDED.get(func)
         if mend is None:
             out = func(*args, **kwargs)
         else:
@@ -144,6 +165,7 @@ class Follow(TorchDispatchMode):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.ledger.marks.append((len(self.ledger.events), name))
+        self._phase = name
         yield
         self.ledger.marks.append((len(self.ledger.events), ""))
 
@@ -158,8 +180,13 @@ class Follow(TorchDispatchMode):
         """Write births down under the dotted name of the module that is running."""
         names = {id(module): name for name, module in model.named_modules()}
 
-        def enter(module: torch.nn.Module, _: Any) -> None:
-            self.path.append(names.get(id(module), self.path[-1]))
+        def enter(module: torch.nn.Module, arguments: Any) -> None:
+            name = names.get(id(module), self.path[-1])
+            self.path.append(name)
+            self.ledger.calls.setdefault(
+                (self._phase, name),
+                tuple(Shape(tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments),
+            )
 
         def leave(module: torch.nn.Module, _: Any, __: Any) -> None:
             self.path.pop()
@@ -181,42 +208,9 @@ def _is_composite(func: Any) -> bool:
     return bool(func.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd))
 
 
-def _grouped_product(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """Grouped products run in any dtype on the CPU, and their shape function knows bf16 alone (torch 2.13)."""
-    left, right = args[:2]
-    return left.new_empty((left.shape[0], right.shape[-1]))  # type: ignore[no-any-return]
-
-
-def _attention(func: Any, args: Any, kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's output has the query's strides also where a dimension is 1; the fake one's differ there."""
-    out, logsumexp = func(*args, **kwargs)
-    query = args[0]
-    return torch.empty_strided(query.shape, query.stride(), dtype=query.dtype), logsumexp
-
-
-def _view(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """A view's strides over dimensions of size 1 are the kernel's; the fake ones differ, and products look at them."""
-    out: torch.Tensor = func(*args, **kwargs)
-    tensor = args[0]
-    if 1 in tensor.shape:
-        with _disable_current_modes():
-            true = torch.empty_strided(tensor.shape, tensor.stride(), device="meta").view(args[1]).stride()
-        if true != out.stride():
-            return tensor.as_strided(out.shape, true, tensor.storage_offset())
-    return out
-
-
-_MENDED: Final[dict[Any, Callable[[Any, Any, Any], Any]]] = {
-    torch.ops.aten._grouped_mm.default: _grouped_product,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
-    torch.ops.aten.view.default: _view,
-}
-"""Operators whose fake outputs differ from the kernel's."""
-
-
 def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
     """The account that the ledger's events amount to: for each phase its worst moment and what was alive."""
-    spans = _spans(ledger)
+    spans = phase_spans(ledger)
     worst = _worst_moments(ledger, spans, device)
     phases, entries = [], {}
     for name in dict.fromkeys(name for name, _, _ in spans):
@@ -250,7 +244,7 @@ def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
     )  # fmt: skip
 
 
-def _spans(ledger: Ledger) -> list[tuple[str, int, int]]:
+def phase_spans(ledger: Ledger) -> list[tuple[str, int, int]]:
     """Phases as (name, first event, one past the last event)."""
     spans = []
     for (start, name), (end, closing) in zip(ledger.marks, ledger.marks[1:], strict=False):

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .account import Account, Entry, Kind, Phase
+
+# Kineto reports the start and the stop of each session on stderr, at any level below this one.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 class Meter:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memfit.packed.routing import ROUTING
 
-from .ask import ask_attention, ask_call, ask_product
+from .ask import ask_attention, ask_call, ask_product, ask_recurrent
 
 Scratch = tuple[list[int], list[int]]
 NONE: Final[Scratch] = ([], [])
@@ -117,6 +117,11 @@ def _convolution(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     return [], [ask_call(func, args)]
 
 
+def _recurrent(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """mkldnn/RNN.cpp: the biases added up, the weights in oneDNN's layout, and its scratchpad."""
+    return [], [ask_recurrent(func, args)]
+
+
 def _safe_softmax(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     """transformers/attention.cpp: after the softmax, a mask of −inf, its rows, and a zero to fill with."""
     return [], [out.numel(), out.numel() // out.shape[args[1]], out.dtype.itemsize]
@@ -155,6 +160,7 @@ _RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._safe_softmax: _safe_softmax,
     aten.convolution: _convolution,
+    aten.mkldnn_rnn_layer: _recurrent,
     aten.embedding: _embedding,
     aten.sort: _sort,
     aten.histc: _histogram,

@@ -1,0 +1,96 @@
+"""Operators whose course on fake tensors differs from the kernel's, and the course that the kernel takes.
+
+Each function here stands for one operator while a dry run follows it. All are for the CPU's kernels.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
+
+
+def _grouped_product(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Grouped products run in any dtype on the CPU, and their shape function knows bf16 alone (torch 2.13)."""
+    left, right = args[:2]
+    return left.new_empty((left.shape[0], right.shape[-1]))  # type: ignore[no-any-return]
+
+
+def _attention(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The kernel's output has the query's strides also where a dimension is 1; the fake one's differ there."""
+    out, logsumexp = func(*args, **kwargs)
+    query = args[0]
+    return torch.empty_strided(query.shape, query.stride(), dtype=query.dtype), logsumexp
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """A view's strides over dimensions of size 1 are the kernel's; the fake ones differ, and products look at them."""
+    out: Tensor = func(*args, **kwargs)
+    tensor = args[0]
+    if 1 in tensor.shape:
+        with _disable_current_modes():
+            true = torch.empty_strided(tensor.shape, tensor.stride(), device="meta").view(args[1]).stride()
+        if true != out.stride():
+            return tensor.as_strided(out.shape, true, tensor.storage_offset())
+    return out
+
+
+MENDED: Final[dict[Any, Callable[[Any, Any, Any], Any]]] = {
+    aten._grouped_mm.default: _grouped_product,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    aten.view.default: _view,
+}
+"""Operators whose fake outputs differ from the kernel's: what is made inside is not followed, the result is."""
+
+
+def _lstm(
+    input: Tensor,
+    states: list[Tensor],
+    weights: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """native/mkldnn/RNN.cpp, mkldnn_rnn: one oneDNN kernel for each layer and direction, on dense inputs.
+
+    Each input lives until the layer has run; the first, if it had to be made dense, until the end.
+    """
+    projects = states[0].shape[2] != states[1].shape[2]
+    kinds = {tensor.dtype for tensor in (input, *states, *weights)}
+    if torch.is_grad_enabled() or projects or not kinds <= {torch.float32, torch.bfloat16} or len(kinds) > 1:
+        return NotImplemented
+    if not torch.backends.mkldnn.enabled or input.numel() == 0:
+        return NotImplemented
+    dense = (input.transpose(0, 1) if batch_first else input).contiguous()
+    hidden, cell = (state.contiguous() for state in states)
+    directions = 2 if bidirectional else 1
+    stride = 4 if has_biases else 2
+    x, ends_h, ends_c = dense, [], []
+    out: list[Tensor] = [dense] * directions
+    for layer in range(layers):
+        for direction in range(directions):
+            index = layer * directions + direction
+            own = list(weights[index * stride : (index + 1) * stride])
+            if not has_biases:
+                own += [torch.zeros(w.shape, dtype=w.dtype) for w in own]
+            y, hy, cy, _ = aten.mkldnn_rnn_layer(
+                x, *own, hidden[index], cell[index], direction > 0, [], 2, hidden.shape[2], layers,
+                has_biases, bidirectional, batch_first, train,
+            )  # fmt: skip
+            out[direction] = y
+            ends_h.append(hy)
+            ends_c.append(cy)
+            del y, hy, cy, _, own
+        x = out[0] if directions == 1 else torch.cat(out, -1)
+    result = x.transpose(0, 1) if batch_first else x
+    return result, torch.stack(ends_h, 0), torch.stack(ends_c, 0)
+
+
+REWRITTEN: Final[dict[Any, Callable[..., Any]]] = {aten.lstm.input: _lstm}
+"""Operators that are a way of writing others, and that the CPU writes otherwise than the fake mode does."""

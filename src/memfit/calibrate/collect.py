@@ -1,0 +1,154 @@
+"""One calibration pass that serves all: second moments of inputs and gradients around every weight.
+
+Legend: W windows, T time, N tokens in all, D width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from memfit.source.source import Source
+
+from .statistics import Moments, Statistics, Sums
+from .stream import Streamed
+
+_LOGITS_NBYTES: Final = 32 << 20
+"""Bytes of float32 logits held at a time."""
+
+
+def collect(
+    source: Source, windows_WT: Tensor, modules: frozenset[str], *, batch: int = 4, seed: int = 0
+) -> Statistics:
+    """Moments of every module in `modules` over the windows, the model read block by block.
+
+    The loss is the model's own: labels are drawn from its predictions, so that gradients' second moments are
+    Fisher information and ½ Σ G_o H_k Δw² estimates the KL divergence that a change Δw makes, in nats a token.
+    A model without a head (an encoder) has a Gaussian around its output instead, of the outputs' own variance.
+
+    Args:
+        windows_WT: token ids.
+        modules: names of the linear layers and embeddings to listen to.
+        batch: windows run at once; memory grows with it.
+    """
+    streamed = Streamed(source)
+    streamed.watched = modules
+    sums = Sums()
+    generator = torch.Generator().manual_seed(seed)
+
+    def hear(name: str, inputs: Tensor, out: Tensor) -> None:
+        if inputs.is_floating_point():
+            sums.add(name, "inputs", inputs.detach())
+        else:
+            _count(sums, name, inputs, rows=source.parameters[f"{name}.weight"][0][0])
+        if out.requires_grad:
+            out.register_hook(lambda gradient: sums.add(name, "gradients", gradient))
+
+    streamed.listener = hear
+    for start in range(0, windows_WT.shape[0], batch):
+        ids_WT = windows_WT[start : start + batch]
+        with torch.enable_grad():
+            out = streamed.model(ids_WT, **_no_cache(streamed.model))
+            hidden = _hidden(out)
+        gradient = _head_gradient(streamed, hidden.detach(), sums, generator)
+        hidden.backward(gradient)
+        del out, hidden, gradient
+    statistics = Statistics(tokens=windows_WT.numel())
+    for name in sums.modules():
+        inputs, gradients = sums.mean(name, "inputs"), sums.mean(name, "gradients")
+        counts = sums.mean(name, "counts")
+        if counts is not None and gradients is not None:
+            # A table's rows are its outputs: each is hit by its share of tokens, with the gradient of the lookup.
+            inputs, gradients = gradients, counts
+        if inputs is not None:
+            statistics.moments[name] = Moments(inputs=inputs, gradients=gradients)
+    return statistics
+
+
+def _count(sums: Sums, name: str, ids: Tensor, *, rows: int) -> None:
+    """Count how often each row of a table is looked up."""
+    counts = torch.zeros(rows, dtype=torch.float32)
+    flat = ids.reshape(-1)
+    counts.index_add_(0, flat, torch.ones(flat.shape[0], dtype=torch.float32))
+    sums.add_summed(name, "counts", counts, flat.shape[0])
+
+
+def _no_cache(model: torch.nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
+
+
+def _hidden(out: object) -> Tensor:
+    """What stands for the output: the hidden states that the head would read, or the last hidden states."""
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(out, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(out, Tensor):
+        return out
+    raise TypeError(f"{type(out).__name__} has neither logits nor hidden states")
+
+
+def _head_gradient(streamed: Streamed, hidden: Tensor, sums: Sums, generator: torch.Generator) -> Tensor:
+    """Gradient of the loss at the hidden states [W, T, D]; moments of the head are added on the way."""
+    states_ND = hidden.reshape(-1, hidden.shape[-1])
+    if streamed.head is None:
+        noise = torch.randn(states_ND.shape, generator=generator)
+        return (noise / states_ND.float().std().clamp_min(1e-6)).to(hidden.dtype).view(hidden.shape)
+    name = f"{streamed.head}.weight"
+    sums.add(streamed.head, "inputs", states_ND)
+    token_N, log_total_N = _draw(streamed, name, states_ND, generator)
+    gradient_ND = torch.zeros(states_ND.shape, dtype=torch.float32)
+    square_V: list[Tensor] = []
+    for start, rows_RD in streamed.rows(name):
+        square_V.append(_block_gradient(states_ND, rows_RD, start, token_N, log_total_N, gradient_ND))
+    sums.add_summed(streamed.head, "gradients", torch.cat(square_V), states_ND.shape[0])
+    return gradient_ND.to(hidden.dtype).view(hidden.shape)
+
+
+def _draw(
+    streamed: Streamed, name: str, states_ND: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A token for each position, drawn from the model's prediction, and the log of the prediction's total.
+
+    Drawn while the vocabulary passes by: the largest of logit plus Gumbel noise is a sample of the softmax.
+    """
+    count = states_ND.shape[0]
+    best_N = torch.full((count,), -torch.inf)
+    token_N = torch.zeros(count, dtype=torch.int64)
+    log_total_N = torch.full((count,), -torch.inf)
+    for start, rows_RD in streamed.rows(name):
+        for at, logits in _logits(states_ND, rows_RD):
+            part = slice(at, at + logits.shape[0])
+            log_total_N[part] = torch.logaddexp(log_total_N[part], logits.logsumexp(1))
+            noise = torch.rand(logits.shape, generator=generator).clamp_min_(1e-30)
+            noise.log_().neg_().log_().neg_()
+            value, index = noise.add_(logits).max(1)
+            better = value > best_N[part]
+            token_N[part] = torch.where(better, index + start, token_N[part])
+            best_N[part] = torch.maximum(best_N[part], value)
+    return token_N, log_total_N
+
+
+def _block_gradient(
+    states_ND: Tensor, rows_RD: Tensor, start: int, token_N: Tensor, log_total_N: Tensor, gradient_ND: Tensor
+) -> Tensor:
+    """Add (p − 1[token])·rows to `gradient_ND`; returns Σ over positions of (p − 1[token])², [R]."""
+    square_R = torch.zeros(rows_RD.shape[0])
+    for at, logits in _logits(states_ND, rows_RD):
+        part = slice(at, at + logits.shape[0])
+        chance = logits.sub_(log_total_N[part].unsqueeze(1)).exp_()
+        local = token_N[part] - start
+        inside = (local >= 0) & (local < rows_RD.shape[0])
+        place = local.clamp(0, rows_RD.shape[0] - 1).unsqueeze(1)
+        chance.scatter_add_(1, place, -inside.float().unsqueeze(1))
+        gradient_ND[part] += (chance.to(rows_RD.dtype) @ rows_RD).float()
+        square_R += chance.square_().sum(0)
+    return square_R
+
+
+def _logits(states_ND: Tensor, rows_RD: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first position, float32 logits [n, R]) of blocks of positions against a block of the vocabulary."""
+    step = max(1, _LOGITS_NBYTES // (4 * rows_RD.shape[0]))
+    for at in range(0, states_ND.shape[0], step):
+        yield at, (states_ND[at : at + step] @ rows_RD.T).float()

@@ -1,0 +1,258 @@
+"""Run a model whose weights are never all in memory: each block is read when it runs, and let go after.
+
+Blocks run under a custom autograd function: the forward pass keeps only a block's inputs, the backward pass
+reads its weights again and recomputes it (gradient checkpointing; Chen et al. 2016). Embeddings look their
+rows up, and heads multiply, in blocks of rows read from the file, so that no table is ever whole.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from memfit.account.replay import stacked_blocks
+from memfit.source.source import Source
+
+ROWS_NBYTES: Final = 8 << 20
+"""Bytes of a table's rows read at a time."""
+
+Listener = Callable[[str, Tensor, Tensor], None]
+"""Called with a module's name, its input [..., K] and its output [..., N], where gradients are wanted."""
+
+
+class Streamed:
+    """`model` with its weights on the disk. Blocks, tables and the rest are read as they are used.
+
+    Args:
+        source: what is run; its weights must be there.
+        dtype: the parameters are cast to this.
+    """
+
+    def __init__(self, source: Source, *, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.source, self.dtype = source, dtype
+        self.model = source.build(dtype=dtype)
+        self.listener: Listener | None = None
+        self.watched: frozenset[str] = frozenset()
+        self.head = _head_name(self.model)
+        self._replace_tables()
+        blocks = dict(stacked_blocks(self.model))
+        for name, block in blocks.items():
+            block.forward = self._block(name, block, block.forward)  # type: ignore[method-assign]
+        for name, module in list(self.model.named_modules()):
+            own = [leaf for leaf, p in module.named_parameters(recurse=False) if p.device.type == "meta"]
+            if own and not any(name == block or name.startswith(block + ".") for block in blocks):
+                module.forward = self._leaf(name, module, own, module.forward)  # type: ignore[method-assign]
+
+    def rows(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows [R, K]) of a 2-dim parameter, from the first to the last, read one block at a time."""
+        yield from rows_of(self.source, parameter, dtype=self.dtype)
+
+    # -- tables ------------------------------------------------------------------------------------
+
+    def _replace_tables(self) -> None:
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, nn.Embedding) and module.weight.device.type == "meta":
+                _put(self.model, name, _Table(self, name, module))
+        if self.head is not None:
+            _put(self.model, self.head, _Through())
+
+    # -- blocks and what is outside of them ----------------------------------------------------------
+
+    def _block(self, name: str, block: nn.Module, forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves, spec = tree_flatten((args, kwargs))
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            tensors = [leaves[i] for i in places]
+            rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            shape: list[Any] = []
+
+            def run(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                filled = list(rest)
+                for place, tensor in zip(places, inputs, strict=True):
+                    filled[place] = tensor
+                again, named = tree_unflatten(filled, spec)
+                with self._read(name, block), self._listening(name, block):
+                    out = forward(*again, **named)
+                flat, out_spec = tree_flatten(out)
+                shape[:] = [out_spec, flat]
+                return tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
+
+            made = _Recomputed.apply(run, *tensors)
+            out_spec, flat = shape
+            values = iter(made if isinstance(made, tuple) else (made,))
+            whole = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+            shape.clear()
+            return tree_unflatten(whole, out_spec)
+
+        return call
+
+    def _leaf(self, name: str, module: nn.Module, own: list[str], forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._read(name, module, own):
+                return forward(*args, **kwargs)
+
+        return call
+
+    @contextmanager
+    def _read(self, name: str, module: nn.Module, own: list[str] | None = None) -> Iterator[None]:
+        """The module's parameters are real inside, and on meta again after."""
+        put_back: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for full, parameter in list(module.named_parameters()) if own is None else [
+            (leaf, getattr(module, leaf)) for leaf in own
+        ]:
+            owner_name, _, leaf = full.rpartition(".")
+            owner = module.get_submodule(owner_name)
+            value = self.source.read_parameter(f"{name}.{full}" if name else full, dtype=parameter.dtype)
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            put_back.append((owner, leaf, parameter))
+            del value
+        try:
+            yield
+        finally:
+            for owner, leaf, parameter in put_back:
+                owner._parameters[leaf] = parameter
+
+    @contextmanager
+    def _listening(self, name: str, block: nn.Module) -> Iterator[None]:
+        listener = self.listener
+        if listener is None or not torch.is_grad_enabled():
+            yield
+            return
+
+        def hear(full: str) -> Any:
+            def hook(_: nn.Module, inputs: Any, out: Any) -> None:
+                if inputs and isinstance(inputs[0], Tensor) and isinstance(out, Tensor):
+                    listener(full, inputs[0], out)
+
+            return hook
+
+        hooks = [
+            module.register_forward_hook(hear(f"{name}.{below}"))
+            for below, module in block.named_modules()
+            if f"{name}.{below}" in self.watched
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Recomputed(torch.autograd.Function):
+    """Runs a function without remembering how; remembers its inputs, and runs it again to go backward."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, *tensors: Tensor) -> Any:  # type: ignore[override]
+        ctx.run, ctx.inputs = run, tensors
+        ctx.wanted = [tensor.requires_grad for tensor in tensors]
+        out = run(tensors)
+        return out if len(out) != 1 else out[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        inputs = tuple(
+            tensor.detach().requires_grad_(wanted)
+            for tensor, wanted in zip(ctx.inputs, ctx.wanted, strict=True)
+        )
+        with torch.enable_grad():
+            out = ctx.run(inputs)
+        pairs = [
+            (made, gradient)
+            for made, gradient in zip(out, gradients, strict=True)
+            if made.requires_grad and gradient is not None
+        ]
+        torch.autograd.backward([made for made, _ in pairs], [gradient for _, gradient in pairs])
+        return None, *(tensor.grad for tensor in inputs)
+
+
+class _Through(nn.Module):
+    """Stands for the head: hands the hidden states through, so that logits can be made block by block."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class _Table(nn.Module):
+    """An embedding whose rows are looked up in blocks read from the file, [B, T] -> [B, T, D]."""
+
+    def __init__(self, streamed: Streamed, name: str, table: nn.Embedding) -> None:
+        super().__init__()
+        self._streamed = [streamed]  # in a list: it is no submodule
+        self.name, self.width = name, table.embedding_dim
+        self.scale = table._buffers.get("embed_scale")
+        self.padding_idx = table.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        streamed = self._streamed[0]
+        out = look_up(streamed.rows(f"{self.name}.weight"), ids, width=self.width, dtype=streamed.dtype)
+        if self.scale is not None:
+            out = out * self.scale.to(out.dtype)
+        if streamed.listener is not None and torch.is_grad_enabled():
+            out.requires_grad_()
+            streamed.listener(self.name, ids, out)
+        return out
+
+
+def look_up(rows: Iterator[tuple[int, Tensor]], ids: Tensor, *, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` [...] of a table that comes in blocks, [..., width]."""
+    flat = ids.reshape(-1)
+    out = torch.zeros(flat.shape[0], width, dtype=dtype)
+    for start, block in rows:
+        place = (flat - start).clamp_(0, block.shape[0] - 1)
+        inside = ((flat >= start) & (flat < start + block.shape[0])).unsqueeze(1)
+        torch.where(inside, block[place], out, out=out)
+        del block
+    return out.view(*ids.shape, width)
+
+
+def rows_of(source: Source, parameter: str, *, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [R, K] in `dtype`) of a parameter [N, K], all dimensions but the last taken as one."""
+    total, width = row_shape(source, parameter)
+    step = max(1, ROWS_NBYTES // (width * dtype.itemsize))
+    whole = None if _stored_whole(source, parameter) else source.read_parameter(parameter, dtype=dtype).view(total, width)
+    for start in range(0, total, step):
+        stop = min(total, start + step)
+        if whole is not None:
+            yield start, whole[start:stop]
+            continue
+        assert source.checkpoint is not None
+        piece = source.layout.pieces[canonical(source, parameter)][0]
+        yield start, source.checkpoint.read_rows(piece.tensor, start, stop).to(dtype)
+
+
+def row_shape(source: Source, parameter: str) -> tuple[int, int]:
+    """Rows and width of a parameter, all dimensions but the last taken as rows."""
+    shape = source.parameters[parameter][0]
+    width = shape[-1]
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows, width
+
+
+def canonical(source: Source, parameter: str) -> str:
+    """The name under which a tied parameter is stored."""
+    return source.parameters[parameter][2]
+
+
+def _stored_whole(source: Source, parameter: str) -> bool:
+    """Whether one stored tensor holds the parameter as it is."""
+    pieces = source.layout.pieces.get(canonical(source, parameter), ())
+    return len(pieces) == 1 and pieces[0].index is None and pieces[0].start is None
+
+
+def _head_name(model: nn.Module) -> str | None:
+    """The name of the linear layer that makes the logits; None where there is none."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if not isinstance(head, nn.Linear):
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

@@ -1,0 +1,80 @@
+"""Text into windows of tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import LongTensor, Tensor
+
+from memfit.errors import UsageError
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, which must be UTF-8.
+
+    Raises:
+        UsageError: there is no such file, or it is no UTF-8; the message names the offset of the first bad
+        byte.
+    """
+    path = Path(path)
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        raise UsageError(
+            f"{path}: no UTF-8 text (byte 0x{bad:02x} at offset {error.start}). "
+            "Convert it, or name another file."
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def windows(
+    tokenizer: Any, text: str, *, length: int = 512, count: int | None = None, skip: int = 0
+) -> LongTensor:
+    """Consecutive windows of the text's tokens, [W, length], each with the special tokens the model expects.
+
+    Where the tokenizer begins a text with a special token (BOS, [CLS]) or ends it with one, every window has
+    it too: models such as Gemma are far off their training without. What does not fill a window is left out.
+
+    `skip`: windows left out at the start, as those that a calibration has seen. `count`: how many at most;
+    None: all.
+
+    Raises:
+        UsageError: the text has fewer tokens than asked for.
+    """
+    if length < 2:
+        raise UsageError(f"a window of {length} token has nothing to predict. Use 2 or more.")
+    if skip < 0 or (count is not None and count < 1):
+        raise UsageError(f"count must be 1 or more and skip 0 or more, got count {count}, skip {skip}.")
+    prefix, suffix = special_tokens(tokenizer)
+    body = length - len(prefix) - len(suffix)
+    if body < 1:
+        raise UsageError(
+            f"windows of {length} tokens leave no room beside {len(prefix) + len(suffix)} special ones."
+        )
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    wanted = skip + (1 if count is None else count)
+    if len(ids) < wanted * body:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, and {wanted * body} are needed for {wanted} windows of {length}"
+            + (f" ({skip} of them skipped)" if skip else "")
+            + ". Give a longer text, or shorter or fewer windows."
+        )
+    last = len(ids) // body if count is None else skip + count
+    rows = [prefix + ids[start * body : (start + 1) * body] + suffix for start in range(skip, last)]
+    result: Tensor = torch.tensor(rows, dtype=torch.long)
+    return result  # type: ignore[return-value]  # torch types LongTensor as a class of its own
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    sample = "a b"
+    bare = tokenizer(sample, add_special_tokens=False)["input_ids"]
+    full = tokenizer(sample)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start]), list(full[start + len(bare) :])
+    raise UsageError(
+        "the tokenizer encodes a text differently with special tokens; windows cannot be cut for it."
+    )

@@ -1,0 +1,72 @@
+"""The tensors of packed modules in a file, as compressed-tensors and stock transformers look for them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from memfit.format.safetensors import TensorSpec
+from memfit.packed.scheme import Scheme
+
+PACKED: Final = "pack-quantized"
+INT: Final = "int-quantized"
+
+
+def stored_as(scheme: Scheme, *, embedding: bool) -> str:
+    """The format of compressed-tensors that stock transformers can read a weight of this scheme in.
+
+    `pack-quantized` where it works. transformers 5.23 with compressed-tensors 0.20 fails on it for embeddings
+    (`PreTrainedModel._init_weights` goes for their `weight`, which is not there), and for zero points (made
+    [N, G] on the meta device, packed in the file). These are `int-quantized`: one int8 a value, whatever its
+    bits. An embedding so stored can also be tied, and one table of int8 is no larger than an untied pair of
+    4 bits.
+    """
+    return INT if embedding or not scheme.symmetric else PACKED
+
+
+def packed_specs(
+    module: str, shape: Sequence[int], scheme: Scheme, *, embedding: bool = False, tied: Sequence[str] = ()
+) -> tuple[TensorSpec, ...]:
+    """The tensors that a quantized weight [N, K] has in a file, in file order; `embedding`: it is a table.
+
+    `pack-quantized`: `weight_shape` int64 [2], `weight_packed` int32 [N, ⌈K·b/32⌉], `weight_scale` bf16 [N,
+    G]. `int-quantized`: `weight` int8 [N, K], `weight_scale` bf16 [N, G] and, if asymmetric,
+    `weight_zero_point` int8 [N, G]. The modules of `tied` share an embedding's table, and have scales and
+    zero points of their own, equal to its.
+    """
+    rows, columns = shape
+    scales = (rows, scheme.groups(columns))
+    if stored_as(scheme, embedding=embedding) == PACKED:
+        words = (rows, math.ceil(columns * scheme.bits / 32))
+        # Widest dtype first, so that each tensor starts where it is aligned.
+        return (
+            TensorSpec(name=f"{module}.weight_shape", dtype=torch.int64, shape=(2,)),
+            TensorSpec(name=f"{module}.weight_packed", dtype=torch.int32, shape=words),
+            TensorSpec(name=f"{module}.weight_scale", dtype=torch.bfloat16, shape=scales),
+        )
+    specs = [TensorSpec(name=f"{module}.weight", dtype=torch.int8, shape=(rows, columns))]
+    for name in (module, *tied):
+        specs.append(TensorSpec(name=f"{name}.weight_scale", dtype=torch.bfloat16, shape=scales))
+        if not scheme.symmetric:
+            specs.append(TensorSpec(name=f"{name}.weight_zero_point", dtype=torch.int8, shape=scales))
+    return tuple(specs)
+
+
+def packed_buffers(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
+    """The non-persistent buffers of modules that will be packed, by name, in bf16: they have to be in the
+    file.
+
+    Gemma's scaled embeddings have one, `embed_scale`. compressed-tensors 0.20 makes parameters of all that a
+    packed module holds (`replace_direct_state_dict`), so stock transformers misses it, and fails where it
+    would initialise the module anew. Checked on transformers 5.23: all such buffers are made as `nn.Buffer`,
+    which is what that happens to.
+    """
+    found = {}
+    for name in modules:
+        module = model.get_submodule(name)
+        for key, buffer in module.named_buffers(recurse=False):
+            if key in module._non_persistent_buffers_set:
+                found[f"{name}.{key}"] = buffer.to(torch.bfloat16)
+    return found

@@ -1,0 +1,45 @@
+"""Which kernel a packed weight runs on, and what it costs in bytes there."""
+
+import math
+from typing import Final, Literal
+
+from memfit.packed import nibbles
+from memfit.packed.scheme import Scheme
+
+Kernel = Literal["int8", "nibbles", "planes"]
+KERNEL_NAMES: Final[dict[Kernel, str]] = {
+    "int8": "torch._weight_int8pack_mm",
+    "nibbles": "aten._weight_int4pack_mm_for_cpu",
+    "planes": "unpack and multiply",
+}
+
+
+def choose_kernel(scheme: Scheme, shape: tuple[int, ...], *, aligned: int | None = None) -> Kernel:
+    """The fastest kernel that can take a weight of this shape.
+
+    `aligned`: rows of each part that is used on its own, as one expert of many; [E, N, K] has parts of N.
+    """
+    if scheme.bits == 8 and scheme.group is None and scheme.symmetric:
+        return "int8"
+    rows = math.prod(shape[:-1])
+    if aligned is None and len(shape) == 3:
+        aligned = shape[1]
+    padding = -rows % nibbles.ROWS if aligned is None else 0
+    # Rows are padded to whole blocks where that is next to nothing, as for a vocabulary of 50257.
+    fits = padding * 64 <= rows and (aligned or 0) % nibbles.ROWS == 0 and scheme.group in (32, 64, 128)
+    if fits and scheme.bits in nibbles.PLANES and nibbles.kernel_layout_is_known():
+        return "nibbles"
+    return "planes"
+
+
+def runtime_nbytes(scheme: Scheme, shape: tuple[int, ...], *, kernel: Kernel | None = None) -> int:
+    """Bytes of the buffers of a weight [..., N, K], on `kernel` or the one that would be chosen.
+
+    As `scheme.nbytes`, but a zero point takes a byte, and rows are padded to a multiple of 64 for the int4
+    kernel.
+    """
+    rows, inputs = math.prod(shape[:-1]), shape[-1]
+    if (kernel or choose_kernel(scheme, shape)) == "nibbles":
+        rows += -rows % nibbles.ROWS
+    groups = scheme.groups(inputs)
+    return rows * inputs * scheme.bits // 8 + rows * groups * (2 if scheme.symmetric else 3)

@@ -1,0 +1,273 @@
+"""Modules that run from packed weights, and the swap that puts them into a model.
+
+N outputs or vocabulary entries, K inputs or width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from memfit.errors import UsageError
+from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
+from memfit.packed.experts import PackedExperts
+from memfit.packed.scheme import Scheme
+from memfit.packed.store import PackedWeight, Read
+
+_READ_DIRECTLY = ("dt_proj",)
+"""Linear layers whose model reads `.weight` itself instead of calling them (Mamba's)."""
+
+
+class PackedLinear(nn.Module):
+    """x · ŵᵀ + bias from a packed weight; `store` may be another module's, as a tied head's is."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scheme: Scheme,
+        bias: bool = False,
+        store: PackedWeight | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.tied = store is not None
+        self.store = store if store is not None else PackedWeight((out_features, in_features), scheme)
+        if self.store.shape != (out_features, in_features):
+            raise UsageError(
+                f"a head of {out_features} x {in_features} cannot share a weight of {self.store.shape}"
+            )
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False) if bias else None
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and type of the weight that this stands for, without bytes: models ask for the type."""
+        return torch.empty(self.store.shape, dtype=torch.bfloat16, device="meta")
+
+    def load_from(self, read: Read, prefix: str) -> None:
+        """Fill from compressed-tensors names; nothing to do if the weight is another module's."""
+        if not self.tied:
+            self.store.load_from(read, prefix)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.store.matmul(input)
+        # In place: y is fresh, and a second copy of it would be the peak of a wide head.
+        return y if self.bias is None else y.add_(self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of a packed table, times `embed_scale` where the model has one (Gemma, BART)."""
+
+    embed_scale: Tensor | float | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        scheme: Scheme,
+        padding_idx: int | None = None,
+        embed_scale: Tensor | float | None = None,
+        store: PackedWeight | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.tied = store is not None
+        self.store = store if store is not None else PackedWeight((num_embeddings, embedding_dim), scheme)
+        if isinstance(embed_scale, Tensor):
+            self.register_buffer("embed_scale", embed_scale, persistent=False)
+        else:
+            self.embed_scale = embed_scale
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and type of the table that this stands for, without bytes: models ask for the type."""
+        return torch.empty(self.store.shape, dtype=torch.bfloat16, device="meta")
+
+    def load_from(self, read: Read, prefix: str) -> None:
+        """Fill from compressed-tensors names; nothing to do if the table is another module's."""
+        if not self.tied:
+            self.store.load_from(read, prefix)
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.store.rows(input)
+        if self.embed_scale is None:
+            return rows
+        if isinstance(self.embed_scale, Tensor):
+            return rows.mul_(self.embed_scale.to(rows.dtype))
+        return rows.mul_(self.embed_scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
+
+
+def why_not_packed(module: nn.Module, name: str, scheme: Scheme) -> str | None:
+    """Why `module` cannot run from weights packed as `scheme`; None if it can. It names name and shape."""
+    kind = type(module)
+    if isinstance(module, nn.Linear | nn.Embedding):
+        shape = tuple(module.weight.shape)
+        if name.rpartition(".")[2] in _READ_DIRECTLY:
+            reason: str | None = "the model reads this weight itself instead of calling the layer"
+        elif kind.__name__ == "NonDynamicallyQuantizableLinear" or not _forward_is_known(module):
+            reason = f"{kind.__name__} computes something else with its weight"
+        else:
+            reason = scheme.why_not(shape)
+        return None if reason is None else f"{name} {list(shape)}: {reason}"
+    if is_experts(module):
+        for weight in EXPERTS_WEIGHTS:
+            shape = tuple(module.get_parameter(weight).shape)
+            if (reason := scheme.why_not(shape)) is not None:
+                return f"{name}.{weight} {list(shape)}: {reason}"
+        return None
+    shapes = (
+        ", ".join(f"{n} {list(p.shape)}" for n, p in module.named_parameters(recurse=False)) or "no weight"
+    )
+    return f"{name}: {kind.__name__} ({shapes}) has no packed form"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` is a fused experts module that computes what `PackedExperts` does."""
+    weights = dict(module.named_parameters(recurse=False))
+    return (
+        set(weights) == set(EXPERTS_WEIGHTS)
+        and all(weight.ndim == 3 for weight in weights.values())
+        and hasattr(module, "act_fn")
+        and getattr(module, "has_gate", False)
+        and getattr(module, "is_concatenated", False)
+        and not getattr(module, "has_bias", False)
+        and not getattr(module, "is_transposed", False)
+        and not getattr(module, "has_post_expert_norm", False)
+        and getattr(type(module), "_apply_gate", None) is _default_gate()
+    )
+
+
+def pack_module_skeleton(
+    model: nn.Module, schemes: Mapping[str, Scheme], *, tied: Mapping[str, str] | None = None
+) -> None:
+    """Swap modules of `model`, in place, for packed ones without storage; `load_from` fills them.
+
+    Args:
+        model: its weights may be on `meta`; biases and all other parameters stay as they are.
+        schemes: module name to scheme. Fused experts take one under their own name, or one under each of
+            `<name>.gate_up_proj` and `<name>.down_proj`.
+        tied: name of a module to the name of the one whose packed weight it shares, as the head to the
+        embedding.
+            By default, modules that share one Parameter now will share one store.
+
+    Raises:
+        UsageError: a module cannot be packed so, or does not exist; the message names it and its shape.
+            Nothing was swapped then.
+    """
+    wanted = _by_module(model, schemes)
+    ties = dict(tied) if tied is not None else _find_ties(model, wanted)
+    for head, owner in ties.items():
+        if owner not in wanted:
+            raise UsageError(f"{head} is tied to {owner}, for which there is no scheme")
+    problems = []
+    for name, (scheme, down) in wanted.items():
+        if name in ties and (scheme != wanted[ties[name]][0]):
+            problems.append(f"{name} is tied to {ties[name]} and cannot have another scheme")
+        for one in {scheme, down}:
+            if (reason := why_not_packed(model.get_submodule(name), name, one)) is not None:
+                problems.append(f"{reason} ({one.name})")
+    if problems:
+        raise UsageError("cannot be packed: " + "; ".join(sorted(set(problems))))
+    for name, (scheme, down) in wanted.items():
+        if name not in ties:
+            _replace(model, name, _packed(model.get_submodule(name), scheme, down, None))
+    for name, owner in ties.items():
+        store = model.get_submodule(owner).store
+        assert isinstance(store, PackedWeight)
+        _replace(model, name, _packed(model.get_submodule(name), store.scheme, store.scheme, store))
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding | PackedExperts]:
+    """Every packed module of `model`, by name."""
+    kinds = (PackedLinear, PackedEmbedding, PackedExperts)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _by_module(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple[Scheme, Scheme]]:
+    """Module name to its scheme and, for experts, that of `down_proj`."""
+    modules = dict(model.named_modules())
+    wanted: dict[str, tuple[Scheme, Scheme]] = {}
+    halves: dict[str, dict[str, Scheme]] = {}
+    for name, scheme in schemes.items():
+        parent, _, last = name.rpartition(".")
+        if name in modules:
+            wanted[name] = (scheme, scheme)
+        elif last in EXPERTS_WEIGHTS and parent in modules:
+            halves.setdefault(parent, {})[last] = scheme
+        else:
+            raise UsageError(f"the model has no module {name!r}")
+    for parent, pair in halves.items():
+        if set(pair) != set(EXPERTS_WEIGHTS):
+            raise UsageError(
+                f"{parent}: experts are packed whole, so {' and '.join(EXPERTS_WEIGHTS)} both need a scheme"
+            )
+        wanted[parent] = (pair[EXPERTS_WEIGHTS[0]], pair[EXPERTS_WEIGHTS[1]])
+    return wanted
+
+
+def _find_ties(model: nn.Module, wanted: Mapping[str, object]) -> dict[str, str]:
+    """Modules whose weight is the very Parameter of another's, to that other; embeddings own."""
+    owners: dict[int, str] = {}
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear | nn.Embedding) and isinstance(weight, nn.Parameter):
+            users.setdefault(id(weight), []).append(name)
+            if isinstance(module, nn.Embedding):
+                owners.setdefault(id(weight), name)
+    ties = {}
+    for key, names in users.items():
+        if len(names) > 1 and any(name in wanted for name in names):
+            owner = owners.get(key, names[0])
+            ties.update({name: owner for name in names if name != owner})
+    return ties
+
+
+def _packed(module: nn.Module, scheme: Scheme, down: Scheme, store: PackedWeight | None) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        linear = PackedLinear(module.in_features, module.out_features, scheme=scheme, store=store)
+        linear.bias = module.bias
+        return linear.train(module.training)
+    if isinstance(module, nn.Embedding):
+        return PackedEmbedding(
+            module.num_embeddings,
+            module.embedding_dim,
+            scheme=scheme,
+            padding_idx=module.padding_idx,
+            embed_scale=getattr(module, "embed_scale", None),
+            store=store,
+        ).train(module.training)
+    return PackedExperts(module, gate_up=scheme, down=down).train(module.training)
+
+
+def _forward_is_known(module: nn.Linear | nn.Embedding) -> bool:
+    """Whether calling `module` is what the packed module computes."""
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        # Falcon's own class is a plain linear layer that rounds before it adds the bias, as packed ones do.
+        return kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear"
+    plain = kind.forward is nn.Embedding.forward and module.max_norm is None
+    return plain or (kind.__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale"))
+
+
+def _default_gate() -> object:
+    from transformers.integrations import moe
+
+    return moe._default_apply_gate
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -1,0 +1,367 @@
+"""One packed weight [N, K]: its bytes as the kernels read them, and all that can be done with it.
+
+N rows (outputs), K inputs, G groups of g inputs, M rows of activations.
+Every transient is bounded: a dense copy is made of a few rows at a time and dropped before the next.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memfit.errors import BrokenInput, UsageError
+from memfit.packed import nibbles
+from memfit.packed.bits import PLANES, join_planes, split_planes, unpack_unsigned, unpack_zeros
+from memfit.packed.kernel import KERNEL_NAMES, Kernel, choose_kernel
+from memfit.packed.scheme import Scheme
+
+Read = Callable[..., Tensor]
+"""`read(name) -> Tensor`, or `read(name, start, stop)` for rows start to stop of it."""
+
+WORKSPACE_NBYTES: Final = 4 * 2**20
+"""The largest dense bf16 block of a weight that is ever made, and the largest transient of a load."""
+SPREAD_NBYTES: Final = 4 * 2**20
+"""Bytes made at a time for the int4 and int8 kernels of weights that these cannot read as they lie.
+
+From 2 to 4 MiB decode speed is the same within noise; at 0.25 MiB the calls themselves take a third of the
+time.
+"""
+FEW_ROWS: Final = 32
+"""Up to so many rows of activations the int4 and int8 kernels are used; for more, blocks are unpacked.
+
+With AMX the dense product is ahead from about 45 rows on (1770 against 163 GFLOP/s, and the unpacking);
+without, only from about 200 (82 against 70 GFLOP/s a core).
+"""
+
+
+class PackedWeight(nn.Module):
+    """A weight [N, K] in the layout of its kernel. Born without storage; `load_from` or `fill` fill it.
+
+    Buffers: `plane0`, `plane1`, ... (the packed values), `scale` bf16 and, if asymmetric, `zero` int8.
+    """
+
+    holds_weights = True
+    """Its buffers are a model's weights, and are accounted for as such."""
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        *,
+        device: str | torch.device = "meta",
+        aligned: int | None = None,
+        kernel: Kernel | None = None,
+    ) -> None:
+        super().__init__()
+        if (reason := scheme.why_not(shape)) is not None:
+            raise UsageError(f"a weight of shape {list(shape)} cannot be {scheme.name}: {reason}")
+        self.shape, self.scheme = shape, scheme
+        self.groups = scheme.groups(shape[1])
+        self.group = shape[1] // self.groups
+        self.kernel: Kernel = kernel or choose_kernel(scheme, shape, aligned=aligned)
+        self.rows_stored = shape[0] + (-shape[0] % nibbles.ROWS if self.kernel == "nibbles" else 0)
+        self._make_buffers(torch.device(device))
+
+    # -- what it is made of
+    # ------------------------------------------------------------------------------------
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of each plane, the most significant first."""
+        return {
+            "int8": (8,),
+            "nibbles": nibbles.PLANES.get(self.scheme.bits, ()),
+            "planes": PLANES[self.scheme.bits],
+        }[self.kernel]
+
+    @property
+    def planes(self) -> list[Tensor]:
+        return [self.get_buffer(f"plane{i}") for i in range(len(self.widths))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def _make_buffers(self, device: torch.device) -> None:
+        rows, inputs, by_group = self.rows_stored, self.shape[1], self.kernel == "nibbles"
+        for i, width in enumerate(self.widths):
+            shape: tuple[int, ...] = (rows, inputs * width // 8)
+            if by_group:
+                shape = (rows // nibbles.ROWS, inputs * width // 4, 32)
+            dtype = torch.int8 if self.kernel == "int8" else torch.uint8
+            self.register_buffer(f"plane{i}", torch.empty(shape, dtype=dtype, device=device))
+        # The int4 kernel wants the scales of a group side by side; unpacking wants those of a row.
+        shape = (self.groups, rows) if by_group else (rows, self.groups)
+        self.register_buffer("scale", torch.empty(shape, dtype=torch.bfloat16, device=device))
+        self.register_buffer(
+            "zero", None if self.scheme.symmetric else torch.empty(shape, dtype=torch.int8, device=device)
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]}, {self.shape[1]}, {self.scheme.name}, kernel={self.kernel}"
+
+    # -- filling it
+    # --------------------------------------------------------------------------------------------
+
+    def load_from(self, read: Read, prefix: str, *, device: str | torch.device = "cpu") -> None:
+        """Fill from `prefix.weight_packed`, `.weight_scale` and, if asymmetric, `.weight_zero_point`.
+
+        `read(name)` gives a whole tensor, [N, ...] or [E, N/E, ...]; if it also takes `start` and `stop`, the
+        packed values are read some rows at a time, and the file's tensor is never whole in memory.
+
+        Raises:
+            BrokenInput: a tensor is not of the type or shape that the scheme asks for.
+        """
+        self._make_buffers(torch.device(device))
+        rows, bits = self.shape[0], self.scheme.bits
+        words_shape = (rows, self.shape[1] * bits // 32)
+        name = f"{prefix}.weight_packed"
+        by_rows = _takes_rows(read)
+        whole = None if by_rows else _check(read(name), name, torch.int32, words_shape)
+        for start, stop in self._load_blocks():
+            if whole is not None:
+                words = whole[start:stop]
+            else:
+                words = _check(read(name, start, stop), name, torch.int32, (stop - start, words_shape[1]))
+            self._put(unpack_unsigned(words, bits, self.shape[1]), start, stop)
+            del words
+        del whole
+        name = f"{prefix}.weight_scale"
+        scale = _check(read(name), name, torch.bfloat16, (rows, self.groups))
+        zero = None
+        if not self.scheme.symmetric:
+            name = f"{prefix}.weight_zero_point"
+            zero = unpack_zeros(
+                _check(read(name), name, torch.int32, (-(-rows * bits // 32), self.groups)), bits, rows
+            )
+        self._put_scales(scale, zero)
+
+    def fill(self, q: Tensor, scale: Tensor, zero: Tensor | None = None) -> None:
+        """Fill from int8 q [N, K], bf16 scale [N, G] and, if asymmetric, int8 zero points [N, G]."""
+        name = f"weight {list(self.shape)} {self.scheme.name}"
+        _check(q, name, torch.int8, self.shape)
+        if (zero is None) != self.scheme.symmetric:
+            raise UsageError(f"{name}: zero points come with an asymmetric scheme, and only with one")
+        self._make_buffers(q.device)
+        for start, stop in self._load_blocks():
+            self._put(q[start:stop].view(torch.uint8) + (1 << (self.scheme.bits - 1)), start, stop)
+        shape = (self.shape[0], self.groups)
+        self._put_scales(
+            _check(scale, name, torch.bfloat16, shape),
+            None if zero is None else _check(zero, name, torch.int8, shape),
+        )
+
+    @classmethod
+    def from_quantized(
+        cls, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, *, kernel: Kernel | None = None
+    ) -> "PackedWeight":
+        """The store of int8 q [N, K], bf16 scale [N, G] and int8 zero points [N, G] or None."""
+        store = cls((q.shape[0], q.shape[1]), scheme, kernel=kernel)
+        store.fill(q, scale, zero)
+        return store
+
+    def _load_blocks(self) -> Iterator[tuple[int, int]]:
+        # A row's transients: the words, u, its planes before and after they are laid out: 4 bytes an input at
+        # most.
+        return _blocks(self.shape[0], WORKSPACE_NBYTES // (4 * self.shape[1]), self._multiple)
+
+    def _put(self, u: Tensor, start: int, stop: int) -> None:
+        """Lay out rows start to stop, uint8 u = q + 2^(b−1) [n, K]; `u` is used up."""
+        if self.kernel == "int8":
+            self.planes[0][start:stop].copy_(u.bitwise_xor_(128).view(torch.int8))
+            return
+        step = self._multiple
+        if (short := -u.shape[0] % step) != 0:
+            u = F.pad(u, (0, 0, 0, short))
+        parts = (
+            split_planes(u, self.widths)
+            if self.kernel == "planes"
+            else nibbles.pack_rows(u, self.scheme.bits)
+        )
+        for plane, part in zip(self.planes, parts, strict=True):
+            plane[start // step : -(-stop // step)].copy_(part)
+
+    def _put_scales(self, scale: Tensor, zero: Tensor | None) -> None:
+        turned, rows = self.kernel == "nibbles", self.shape[0]
+        for buffer, values in ((self.scale, scale), (self.zero, zero)):
+            if buffer is not None and values is not None:
+                (buffer.t() if turned else buffer)[:rows].copy_(values)
+                (buffer.t() if turned else buffer)[rows:].zero_()
+
+    @property
+    def _multiple(self) -> int:
+        """Rows that are laid out together."""
+        return nibbles.ROWS if self.kernel == "nibbles" else 1
+
+    # -- using it
+    # ----------------------------------------------------------------------------------------------
+
+    def dense_rows(self, start: int, stop: int, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Rows start to stop, dense [stop − start, K], bit for bit what compressed-tensors dequantises to."""
+        first, last = start // self._multiple, -(-stop // self._multiple)
+        if self.kernel == "nibbles":
+            planes = [plane[first:last] for plane in self.planes]
+            q = torch.empty(last - first, 2, 32, self.shape[1], dtype=torch.int8, device=self.scale.device)
+            for half in (0, 1):
+                q[:, half].copy_(nibbles.unpack_half(planes, self.scheme.bits, half).transpose(1, 2))
+            q = q.view(-1, self.shape[1])[start - first * nibbles.ROWS : stop - first * nibbles.ROWS]
+            scale = self.scale[:, start:stop].t()
+            zero = None if self.zero is None else self.zero[:, start:stop].t()
+        else:
+            q = self._join([plane[start:stop] for plane in self.planes])
+            scale, zero = self.scale[start:stop], None if self.zero is None else self.zero[start:stop]
+        return self._dequantize(q, scale, zero, dtype)
+
+    def rows(self, index: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The rows in `index` [...], dense: [..., K]. Only they are unpacked."""
+        flat = index.reshape(-1)
+        if self.kernel == "nibbles":
+            q = nibbles.gather_rows(self.planes, self.scheme.bits, flat)
+            scale, zero = self.scale[:, flat].t(), None if self.zero is None else self.zero[:, flat].t()
+        else:
+            q = self._join([plane[flat] for plane in self.planes])
+            scale, zero = self.scale[flat], None if self.zero is None else self.zero[flat]
+        return self._dequantize(q, scale, zero, dtype).view(*index.shape, self.shape[1])
+
+    def matmul(self, x: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        """x [..., K] times rows start to stop of the weight, transposed: [..., stop − start].
+
+        Raises:
+            TypeError: the kernel cannot take activations of this type, or only by a path many times slower.
+        """
+        stop = self.shape[0] if stop is None else stop
+        if self.kernel != "planes" and x.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{self.scheme.name} runs on {KERNEL_NAMES[self.kernel]}, which takes bfloat16 activations; "
+                f"got {str(x.dtype).removeprefix('torch.')}. Run the model in bfloat16."
+            )
+        x_MK = x.reshape(-1, self.shape[1])
+        by_row = self.groups == 1 and self.zero is None and x.dtype == torch.bfloat16
+        if x_MK.shape[0] > FEW_ROWS or not (self.kernel == "nibbles" or by_row):
+            y = self._matmul_dense(x_MK, start, stop)
+        elif self.kernel == "nibbles":
+            y = self._matmul_nibbles(x_MK.contiguous(), start, stop)
+        else:
+            y = self._matmul_int8(x_MK.contiguous(), start, stop)
+        return y.view(*x.shape[:-1], stop - start)
+
+    def _matmul_int8(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Few rows [M, K] on the int8 kernel; narrower values with one scale a row are widened for it."""
+        if self.kernel == "int8":
+            return torch._weight_int8pack_mm(x, self.planes[0][start:stop], self.scale[start:stop, 0])
+        out = x.new_empty(x.shape[0], stop - start)
+        for a, b in _blocks(stop - start, SPREAD_NBYTES // self.shape[1], 1):
+            q = self._join([plane[start + a : start + b] for plane in self.planes])
+            out[:, a:b].copy_(torch._weight_int8pack_mm(x, q, self.scale[start + a : start + b, 0]))
+            del q
+        return out
+
+    def _matmul_nibbles(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Few rows [M, K] on the int4 kernel, a block of rows of the weight at a time."""
+        bits, inputs, step = self.scheme.bits, self.shape[1], nibbles.ROWS
+        # A weight that is read as it lies needs only its scales in a new order: 4 bytes for each group.
+        spread = any(term.widths != (4,) for term in nibbles.TERMS[bits])
+        row_nbytes = inputs // 2 if spread else self.groups * 4
+        whole = stop + -stop % step
+        blocks = list(_blocks(whole - start, SPREAD_NBYTES // row_nbytes, step))
+        if len(blocks) == 1 and whole == stop:
+            return self._times_nibbles(x, start, stop)
+        out = x.new_empty(x.shape[0], stop - start)
+        for a, b in blocks:
+            part = out[:, a:b]
+            part.copy_(self._times_nibbles(x, start + a, start + b)[:, : part.shape[1]])
+        return out
+
+    def _times_nibbles(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Whole blocks of rows, term by term."""
+        step, terms = nibbles.ROWS, nibbles.TERMS[self.scheme.bits]
+        planes = [plane[start // step : stop // step] for plane in self.planes]
+        scale = self.scale[:, start:stop]
+        zero = None if self.zero is None else self.zero[:, start:stop]
+        y: Tensor | None = None
+        for n, term in enumerate(terms):
+            used, planes = planes[: len(term.widths)], planes[len(term.widths) :]
+            weight = nibbles.term_nibbles(used, term).view(stop - start, self.shape[1] // 2)
+            scale_zero = nibbles.scale_zero(scale, zero, self.scheme.bits, n)
+            part = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, self.group, scale_zero)
+            y = part if y is None else y.add_(part)
+            del weight, scale_zero, part
+        assert y is not None
+        return y
+
+    def _matmul_dense(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Any number of rows [M, K]: rows of the weight are unpacked, used and dropped, block by block."""
+        inputs = self.shape[1]
+        blocks = list(_blocks(stop - start, WORKSPACE_NBYTES // (2 * inputs), self._multiple))
+        if len(blocks) == 1:
+            return self._times_block(x, start, stop)
+        out = x.new_empty(x.shape[0], stop - start)
+        for low, high in blocks:
+            out[:, low:high].copy_(self._times_block(x, start + low, start + high))
+        return out
+
+    def _times_block(self, x: Tensor, start: int, stop: int) -> Tensor:
+        if self.kernel == "nibbles":
+            return x @ self._dense_turned(start, stop)
+        return F.linear(x, self.dense_rows(start, stop, dtype=x.dtype))
+
+    def _dense_turned(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop as columns: bf16 [K, stop − start]; the layout has the inputs first already."""
+        step, inputs, whole = nibbles.ROWS, self.shape[1], stop + -stop % nibbles.ROWS
+        planes = [plane[start // step : whole // step] for plane in self.planes]
+        blocks = planes[0].shape[0]
+        dense = torch.empty(inputs, blocks, 2, 32, dtype=torch.bfloat16, device=self.scale.device)
+        for half in (0, 1):
+            dense[:, :, half].copy_(nibbles.unpack_half(planes, self.scheme.bits, half).transpose(0, 1))
+        by_group = dense.view(self.groups, self.group, whole - start)
+        if self.zero is not None:
+            by_group.sub_(self.zero[:, None, start:whole].to(dense.dtype))
+        by_group.mul_(self.scale[:, None, start:whole])
+        return dense.view(inputs, whole - start)[:, : stop - start]
+
+    def _join(self, planes: list[Tensor]) -> Tensor:
+        """int8 q [n, K] of the same rows of every plane."""
+        if self.kernel == "int8":
+            return planes[0]
+        return join_planes(planes, self.widths).sub_(1 << (self.scheme.bits - 1)).view(torch.int8)
+
+    def _dequantize(self, q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(q − z) · s, in `dtype`, as compressed-tensors' `_dequantize`. q [n, K], scale and zero [n, G]."""
+        dense = torch.empty(q.shape, dtype=dtype, device=q.device)
+        dense.copy_(q)  # every integer of at most 8 bits, and every difference of two, is exact in bf16
+        by_group = dense.view(-1, self.groups, self.group)
+        if zero is not None:
+            by_group.sub_(zero.to(dtype)[..., None])
+        by_group.mul_(scale.to(dtype)[..., None])
+        return dense
+
+
+def _blocks(rows: int, most: int, multiple: int) -> Iterator[tuple[int, int]]:
+    """Cut `rows` into blocks of at most `most` rows, but no less than `multiple`, and multiples of it."""
+    step = max(most // multiple, 1) * multiple
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """`tensor` as [N, ...]; experts' [E, N/E, ...] is the same bytes."""
+    if tensor.dtype != dtype:
+        raise BrokenInput(f"{name}: {tensor.dtype} where {dtype} was expected")
+    if tensor.ndim == 3:
+        tensor = tensor.flatten(0, 1)
+    if tuple(tensor.shape) != shape:
+        raise BrokenInput(f"{name}: shape {list(tensor.shape)} where {list(shape)} was expected")
+    return tensor
+
+
+def _takes_rows(read: Callable[..., Any]) -> bool:
+    try:
+        return {"start", "stop"} <= set(inspect.signature(read).parameters)
+    except (TypeError, ValueError):
+        return False

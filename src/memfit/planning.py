@@ -1,0 +1,429 @@
+"""From a model, a task and a budget to a plan: trace, price, search, trace again.
+
+The search needs, for every choice of every group, the bytes it keeps and the bytes it takes while it runs.
+The kept bytes are shapes. For the others the original model is traced once, which gives the bytes alive while
+each module runs; then each kind of module is run alone, on fake tensors, in 16 bits and in every scheme, and
+the difference is what the scheme changes. The plan that wins is traced whole, so the figure shown is no sum.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from memfit import __version__
+from memfit.account.account import Account
+from memfit.account.dry_run import trace
+from memfit.account.follow import Follow, Ledger, Shape, phase_spans, settle
+from memfit.errors import DoesNotFit
+from memfit.format.config import model_config
+from memfit.format.output import stored_tensors
+from memfit.packed.modules import pack_module_skeleton
+from memfit.packed.scheme import BITS, Scheme
+from memfit.packed.kernel import runtime_nbytes
+from memfit.plan.groups import Group, candidates, find_groups
+from memfit.plan.plan import GroupChoice, Plan
+from memfit.plan.price import Prices, prices_without_weights
+from memfit.plan.search import Option, merge, smallest_budget, solve
+from memfit.source.load import load
+from memfit.source.planned import planned_checkpoint
+from memfit.source.source import Source, source_from_config
+from memfit.task.infer import Infer
+from memfit.units import format_size
+
+PHASES: Final = ("load", "prefill", "decode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """What the search may choose from."""
+
+    bits: tuple[int, ...] = BITS
+    groups: Mapping[int, tuple[int | None, ...]] | None = None
+    """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS`."""
+    symmetric: bool = True
+    kv_bits: tuple[int, ...] = (16, 8, 4)
+    keep: tuple[str, ...] = ()
+    """Groups that stay in 16 bits: a part of their names is enough."""
+
+    def schemes(self, group: Group) -> tuple[Scheme, ...]:
+        """Schemes for one group; none if it is kept."""
+        if any(part in name for part in self.keep for name in (group.name, *group.members)):
+            return ()
+        options: dict[str, Any] = {} if self.groups is None else {"groups": self.groups}
+        bits = tuple(b for b in self.bits if b < 16)
+        return candidates(group, bits=bits, symmetric=self.symmetric, **options)
+
+
+KV_PRICES: Final = {16: 0.0, 8: 1e-4, 4: 2e-2, 2: 1.0}
+"""Nats a token that a KV cache in so many bits is expected to cost, where nothing was measured."""
+
+
+def make_plan(
+    source: Source,
+    *,
+    budget_nbytes: int,
+    task: Infer,
+    allowed: Allowed | None = None,
+    prices: Prices | None = None,
+    kv_prices: Mapping[int, float] | None = None,
+    priced_by: str = "weights",
+    device: str = "cpu",
+) -> Plan:
+    """The plan of least expected loss whose traced peak is within the budget.
+
+    Args:
+        source: the model; its weights are not read here.
+        budget_nbytes: allowed at the peak of the task, allocated bytes.
+        task: what will be run; its `kv_bits` are the plan's to choose.
+        allowed: what the search may choose from.
+        prices: by (group name, scheme); default: from shapes alone.
+        kv_prices: by KV bits.
+        priced_by: `text` or `weights`, for the record.
+
+    Raises:
+        DoesNotFit: nothing allowed fits; says what binds and what would help.
+    """
+    allowed = allowed or Allowed()
+    study = Study(source, task, allowed, device=device)
+    schemes = {group.name: allowed.schemes(group) for group in study.groups}
+    if prices is None:
+        prices = prices_without_weights(study.groups, schemes)
+    items = study.items(schemes, prices, dict(kv_prices or KV_PRICES))
+    tried = budget_nbytes
+    for _ in range(4):
+        solution = solve(merge(items), bases=study.bases, budget_nbytes=tried)
+        if solution is None:
+            break
+        plan = study.plan(solution.chosen, schemes, prices, budget_nbytes, kv_prices or KV_PRICES, priced_by)
+        predicted = predict(source, plan, task, device=device)
+        if predicted.peak_nbytes <= budget_nbytes:
+            return replace(plan, predicted=predicted.to_json())
+        # The rows of the search are bounds from parts; where the whole is a little over, ask for less.
+        tried -= predicted.peak_nbytes - budget_nbytes
+    raise study.does_not_fit(items, budget_nbytes)
+
+
+def predict(source: Source, plan: Plan, task: Infer, *, device: str = "cpu") -> Account:
+    """The account of the fitted model loading from its files and running the task. Nothing is read."""
+    planned = planned_source(source, plan)
+    ran = replace(task, kv_bits=plan.kv_bits)
+    return settle(trace(lambda: load(planned, dtype=torch.bfloat16), ran, device=device), device=device)
+
+
+def account_of(source: Source, task: Infer, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Account:
+    """The account of the model as it is."""
+    made = source if source.checkpoint is not None else source_from_config(source.config)
+    return settle(trace(lambda: load(made, dtype=dtype), task, device=device), device=device)
+
+
+def planned_source(source: Source, plan: Plan) -> Source:
+    """The source that the plan's output directory will be, its tensors announced and not there."""
+    tensors, raw = plan_files(source, plan)
+    return Source(
+        name=f"{source.name} as planned",
+        directory=None,
+        config=source.config,
+        checkpoint=planned_checkpoint((spec.name, spec.dtype, spec.shape) for spec in tensors),
+        raw=raw,
+    )
+
+
+def plan_files(source: Source, plan: Plan) -> tuple[list[Any], dict[str, Any]]:
+    """What the output will hold: its tensors (name, dtype, shape), in file order, and its config.json."""
+    model = source.build(dtype=torch.bfloat16)
+    schemes = plan.schemes()
+    layout = stored_tensors(model, schemes)
+    raw = model_config(
+        source.config,
+        schemes=schemes,
+        version=__version__,
+        ignore=layout.ignore,
+        embeddings=layout.embeddings,
+        tied=layout.tied,
+        kv_bits=plan.kv_bits,
+    )
+    raw["architectures"] = [type(model).__name__]
+    return list(layout.specs), raw
+
+
+class Study:
+    """What the search needs to know of one model under one task."""
+
+    def __init__(self, source: Source, task: Infer, allowed: Allowed, *, device: str = "cpu") -> None:
+        self.source, self.task, self.allowed, self.device = source, task, allowed, device
+        self.made = source if source.checkpoint is not None else source_from_config(source.config)
+        self.skeleton = source.build(dtype=torch.bfloat16)
+        self.groups = find_groups(self.skeleton)
+        self.ledger = trace(self._make, replace(task, kv_bits=16), device=device)
+        self.account = settle(self.ledger, device=device)
+        owner = {member: group.name for group in self.groups for member in group.members}
+        self.fixed, self.rest, self.running, self.kv_nbytes = _moments(self.ledger, owner)
+        self.bases = {phase: self.fixed + self.rest[phase] for phase in self.rest}
+        self._calls = {
+            (phase, _kind(module)): arguments for (phase, module), arguments in self.ledger.calls.items()
+        }
+        self._alone: dict[Any, int] = {}
+
+    def _make(self) -> nn.Module:
+        return load(self.made, dtype=torch.bfloat16)
+
+    # -- options ---------------------------------------------------------------------------------
+
+    def items(
+        self, schemes: Mapping[str, Sequence[Scheme]], prices: Prices, kv_prices: Mapping[int, float]
+    ) -> dict[str, list[Option]]:
+        """Options by group name, 16 bits first; the KV cache, where there is one, is the item `kv_cache`."""
+        items = {group.name: self._options(group, schemes[group.name], prices) for group in self.groups}
+        if self.kv_nbytes:
+            items["kv_cache"] = [self._kv_option(bits, kv_prices[bits]) for bits in self.kv_choices()]
+        return items
+
+    def kv_choices(self) -> tuple[int, ...]:
+        """KV bits that may be chosen, 16 always among them and first."""
+        return (16, *sorted((bits for bits in self.allowed.kv_bits if bits != 16), reverse=True))
+
+    def _options(self, group: Group, schemes: Sequence[Scheme], prices: Prices) -> list[Option]:
+        plain = Option(
+            price=0.0, persistent_nbytes=2 * group.weights, transient=self._transient(group, None)
+        )
+        return [plain] + [
+            Option(
+                price=prices[group.name, scheme],
+                persistent_nbytes=sum(runtime_nbytes(scheme, shape) for shape in group.shapes),
+                transient=self._transient(group, scheme),
+            )
+            for scheme in schemes
+        ]
+
+    def _transient(self, group: Group, scheme: Scheme | None) -> dict[str, int]:
+        """Bytes over the phase's base that are alive while the group's modules run."""
+        over = {}
+        for phase, rest in self.rest.items():
+            most = 0
+            for member in group.members:
+                traced = self.running.get((phase, member))
+                if traced is None:
+                    continue
+                if scheme is not None:
+                    traced += self.alone(member, phase, scheme) - self.alone(member, phase, None)
+                most = max(most, traced)
+            over[phase] = max(0, most - rest)
+        return over
+
+    def alone(self, member: str, phase: str, scheme: Scheme | None) -> int:
+        """Peak bytes of one module run alone on the inputs it has in `phase`, weights and inputs left out."""
+        arguments = self._calls.get((phase, _kind(member)))
+        if arguments is None:
+            return 0
+        key = (_kind(member), arguments, scheme)
+        if key not in self._alone:
+            self._alone[key] = self._run_alone(member, arguments, scheme)
+        return self._alone[key]
+
+    def _run_alone(self, member: str, arguments: tuple[Any, ...], scheme: Scheme | None) -> int:
+        holder = nn.ModuleDict({"it": copy.deepcopy(self.skeleton.get_submodule(member))})
+        if scheme is not None:
+            pack_module_skeleton(holder, {"it": scheme}, tied={})
+        follow = Follow()
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), follow:
+            with follow.paused():
+                inputs = [a.empty() if isinstance(a, Shape) else a for a in arguments]
+                module = holder["it"]
+                _fake_weights(module)
+                known = [t for t in (*inputs, *module.parameters(), *module.buffers()) if isinstance(t, Tensor)]
+                for tensor in known:
+                    follow.number_of(tensor)
+            start = len(follow.ledger.events)
+            with follow.phase("alone"):
+                module(*inputs)
+        total = peak = 0
+        for number, sign in follow.ledger.events[start:]:
+            total += sign * follow.ledger.storages[number].nbytes
+            peak = max(peak, total)
+        return peak
+
+    def _kv_option(self, bits: int, price: float) -> Option:
+        if bits == 16:
+            return Option(price=price, held=dict(self.kv_nbytes))
+        ledger = trace(self._make, replace(self.task, kv_bits=bits), device=self.device)
+        owner = {member: group.name for group in self.groups for member in group.members}
+        _, rest, _, kv_nbytes = _moments(ledger, owner)
+        return Option(
+            price=price,
+            held=kv_nbytes,
+            transient={phase: max(0, rest[phase] - self.rest[phase]) for phase in rest},
+        )
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        chosen: Mapping[str, int],
+        schemes: Mapping[str, Sequence[Scheme]],
+        prices: Prices,
+        budget_nbytes: int,
+        kv_prices: Mapping[int, float],
+        priced_by: str,
+    ) -> Plan:
+        """The plan that a solution of the search means."""
+        choices = []
+        for group in self.groups:
+            index = chosen[group.name]
+            scheme = None if index == 0 else schemes[group.name][index - 1]
+            choices.append(
+                GroupChoice(
+                    name=group.name,
+                    members=group.members,
+                    scheme=scheme,
+                    weights=group.weights,
+                    nbytes=group.nbytes(scheme),
+                    price=0.0 if scheme is None else prices[group.name, scheme],
+                )
+            )
+        kv_bits = self.kv_choices()[chosen["kv_cache"]] if "kv_cache" in chosen else 16
+        expected = sum(choice.price for choice in choices) + (kv_prices[kv_bits] if self.kv_nbytes else 0.0)
+        return Plan(
+            model=self.source.name,
+            task=replace(self.task, kv_bits=kv_bits).to_json(),
+            budget_nbytes=budget_nbytes,
+            choices=tuple(choices),
+            kv_bits=kv_bits,
+            device=self.device,
+            priced_by=priced_by,  # type: ignore[arg-type]
+            expected_kl=expected,
+        )
+
+    def does_not_fit(self, items: Mapping[str, Sequence[Option]], budget_nbytes: int) -> DoesNotFit:
+        """The error: what binds, the smallest budget that works, and what each lever would free."""
+        least = smallest_budget(merge(dict(items)), bases=self.bases)
+        smallest = self._traced_smallest(items, least.chosen, least.needed_nbytes)
+        weights = sum(items[group.name][least.chosen[group.name]].persistent_nbytes for group in self.groups)
+        kv = items["kv_cache"][least.chosen["kv_cache"]].held.get(least.moment, 0) if "kv_cache" in items else 0
+        rest = smallest - weights - kv - self.fixed
+        levers = self._levers(items, least.needed_nbytes)
+        helps = "".join(f" {what} frees {format_size(n)}." for what, n in levers.items() if n > 0)
+        return DoesNotFit(
+            f"{format_size(budget_nbytes)} allowed, {format_size(smallest)} needed at the least, in {least.moment} "
+            f"(packed weights {format_size(weights)}, KV cache {format_size(kv)}, parts that stay in 16 bits "
+            f"{format_size(self.fixed)}, temporary {format_size(max(rest, 0))}). "
+            f"The smallest budget that works is {smallest} bytes.{helps}",
+            smallest_nbytes=smallest,
+            levers=levers,
+        )
+
+    def _traced_smallest(self, items: Any, chosen: Mapping[str, int], needed: int) -> int:
+        schemes = {group.name: self.allowed.schemes(group) for group in self.groups}
+        free: Prices = {(name, scheme): 0.0 for name, found in schemes.items() for scheme in found}
+        plan = self.plan(chosen, schemes, free, 0, dict.fromkeys((16, 8, 4, 2), 0.0), "weights")
+        return max(needed, predict(self.source, plan, self.task, device=self.device).peak_nbytes)
+
+    def _levers(self, items: Mapping[str, Sequence[Option]], needed: int) -> dict[str, int]:
+        """Lever to the bytes that it frees from the smallest budget."""
+        task, found = self.task, {}
+        shorter = {}
+        if task.prompt > 1:
+            half = max(1, task.prompt // 2)
+            shorter[f"A prompt of {half} instead of {task.prompt} tokens"] = replace(task, prompt=half)
+        if task.batch > 1:
+            half = task.batch // 2
+            shorter[f"A batch of {half} instead of {task.batch}"] = replace(task, batch=half)
+        schemes = {group.name: self.allowed.schemes(group) for group in self.groups}
+        free: Prices = {(name, scheme): 0.0 for name, names in schemes.items() for scheme in names}
+        for what, changed in shorter.items():
+            found[what] = needed - _least(self.source, changed, self.allowed, schemes, free, self.device)
+        for bits in (4, 2):
+            if self.kv_nbytes and bits < min(self.kv_choices()):
+                more = replace(self.allowed, kv_bits=(*self.allowed.kv_bits, bits))
+                found[f"A KV cache of {bits} bits"] = needed - _least(
+                    self.source, task, more, schemes, free, self.device
+                )
+        if 2 not in self.allowed.bits:
+            more = replace(self.allowed, bits=BITS)
+            wider = {group.name: more.schemes(group) for group in self.groups}
+            free = {(name, scheme): 0.0 for name, names in wider.items() for scheme in names}
+            found["Weights of 2 bits"] = needed - _least(self.source, task, more, wider, free, self.device)
+        biggest = max((group.nbytes(None) for group in self.groups), default=0)
+        held = sum(
+            min(option.persistent_nbytes for option in items[group.name]) for group in self.groups
+        )
+        if held > biggest:
+            found["Reading blocks from disk as they run (`memfit.calibrate.stream`, slow)"] = held - biggest
+        return found
+
+
+def _least(
+    source: Source, task: Infer, allowed: Allowed, schemes: Any, prices: Prices, device: str
+) -> int:
+    study = Study(source, task, allowed, device=device)
+    items = study.items(schemes, prices, dict.fromkeys((16, 8, 4, 2), 0.0))
+    return smallest_budget(merge(items), bases=study.bases).needed_nbytes
+
+
+def _moments(
+    ledger: Ledger, owner: Mapping[str, str]
+) -> tuple[int, dict[str, int], dict[tuple[str, str], int], dict[str, int]]:
+    """What a trace says of each phase, weights of groups and the KV cache left out.
+
+    Returns: bytes of parameters and buffers that belong to no group; phase to the most other bytes alive while
+    no group's module runs; (phase, module) to the most while it runs; phase to the KV cache's bytes at its end.
+    """
+    storages = ledger.storages
+    fixed = sum(
+        s.nbytes for s in storages if s.kind in ("parameter", "buffer") and not _member(s.module, owner)
+    )
+    rest: dict[str, int] = {}
+    running: dict[tuple[str, str], int] = {}
+    kv_nbytes: dict[str, int] = {}
+    phase_of = {index: name for name, start, end in phase_spans(ledger) for index in range(start, end)}
+    total = kv = 0
+    for index, (number, sign) in enumerate(ledger.events):
+        storage = storages[number]
+        if storage.kind == "kv_cache":
+            kv += sign * storage.nbytes
+        elif storage.kind not in ("parameter", "buffer"):
+            total += sign * storage.nbytes
+        phase = phase_of.get(index)
+        if phase is None:
+            continue
+        kv_nbytes[phase] = max(kv_nbytes.get(phase, 0), kv)
+        member = _member(storage.module, owner) if storage.kind != "kv_cache" and sign > 0 else None
+        if member is None:
+            rest[phase] = max(rest.get(phase, 0), total)
+        else:
+            running[phase, member] = max(running.get((phase, member), 0), total)
+    return fixed, {**dict.fromkeys(rest, 0), **rest}, running, {k: v for k, v in kv_nbytes.items() if v}
+
+
+def _member(module: str, owner: Mapping[str, str]) -> str | None:
+    """The group member that `module` is or lies in."""
+    while module:
+        if module in owner:
+            return module
+        module = module.rpartition(".")[0]
+    return None
+
+
+_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def _kind(module: str) -> str:
+    """A module's name with the numbers of its layers left out: equal for equal modules of a stack."""
+    return _NUMBER.sub("#", module)
+
+
+def _fake_weights(module: nn.Module) -> None:
+    """Give every meta parameter and buffer a fake tensor of its shape."""
+    for part in module.modules():
+        for name, tensor in list(part._parameters.items()):
+            if tensor is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_like(tensor, device="cpu"), requires_grad=False)
+        for name, tensor in list(part._buffers.items()):
+            if tensor is not None:
+                part._buffers[name] = torch.empty_like(tensor, device="cpu")
+

@@ -1,0 +1,170 @@
+"""The model card: README.md of a fitted directory, for the hub and for whoever finds the directory."""
+
+import json
+import re
+from typing import Any, Final
+
+from memfit.report.choices import rows
+from memfit.report.report import Report
+from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
+from memfit.units import format_size
+
+# A hub's name for a model: owner/name. A path or a file is no `base_model` that the hub could link to.
+_HUB_ID: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def model_card(
+    report: Report,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+    pipeline_tag: str | None = None,
+) -> str:
+    """The card, Markdown with YAML in front.
+
+    `base_model`: the hub's id of the original, `owner/name`; what is no such id is left out. `license`: the
+    original's, if it is known. `auto_class`: the class of transformers that loads the model.
+    """
+    name = base_model or report.model
+    parts = [
+        _front_matter(base_model, license, pipeline_tag),
+        f"# {name}, made to fit by memfit",
+        _summary(report, name),
+        _how_to_load(auto_class),
+        _plan(report),
+        _comparison(report),
+        _figures(report),
+        _made_with(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be a model on the hub rather than a path."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def _front_matter(base_model: str | None, license: str | None, pipeline_tag: str | None) -> str:
+    # A JSON string is a YAML string, whatever it contains.
+    fields: list[tuple[str, Any]] = []
+    if base_model is not None and is_hub_id(base_model):
+        fields += [("base_model", base_model), ("base_model_relation", "quantized")]
+    fields.append(("library_name", "transformers"))
+    if license is not None:
+        fields.append(("license", license))
+    if pipeline_tag is not None:
+        fields.append(("pipeline_tag", pipeline_tag))
+    lines = [f"{key}: {_yaml(value)}" for key, value in fields]
+    return "\n".join(["---", *lines, "tags:", "- memfit", "- compressed-tensors", "---"])
+
+
+def _yaml(text: str) -> str:
+    # `no`, `1.0` and the like would be read as something else than a string.
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in (
+        "yes",
+        "no",
+        "on",
+        "off",
+        "true",
+        "false",
+        "null",
+    )
+    return text if plain else json.dumps(text)
+
+
+def _summary(report: Report, name: str) -> str:
+    how = "measured" if report.measured is not None else "predicted"
+    peak = format_size(report.best.peak_nbytes)
+    task = report.task or {}
+    doing = ""
+    if {"batch", "prompt", "new_tokens"} <= task.keys():
+        doing = (
+            f" for batch {task['batch']}, {task['prompt']} tokens of prompt and {task['new_tokens']} new ones"
+        )
+    text = f"`{name}` with its weights quantized so that its peak of memory is **{peak}** ({how}{doing})"
+    if report.budget_nbytes is not None:
+        text += f", within a budget of {format_size(report.budget_nbytes)}"
+    if report.original is not None:
+        text += f"; the original needs {format_size(report.original.peak_nbytes)}"
+    return text + "."
+
+
+def _how_to_load(auto_class: str) -> str:
+    return f"""## Use
+
+With transformers and compressed-tensors (`pip install transformers compressed-tensors`):
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("DIRECTORY", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+
+With memfit, which runs it from its packed weights, within the bytes given here:
+
+```python
+import memfit
+
+model = memfit.load("DIRECTORY")
+```"""
+
+
+def _plan(report: Report) -> str:
+    if not report.choices:
+        return ""
+    lines = [
+        "## What is stored how",
+        "",
+        "| layers | tensors | stored as | bytes |",
+        "| --- | --- | --- | ---: |",
+    ]
+    lines += [
+        f"| {row.where} | {_cell(row.what)} | {row.scheme} | {format_size(row.nbytes)} |"
+        for row in rows(report.choices)
+    ]
+    kv_bits = (report.plan or {}).get("kv_bits")
+    if kv_bits is not None and kv_bits != 16:
+        lines += ["", f"The KV cache is kept in {kv_bits} bits when memfit runs the model."]
+    return "\n".join(lines)
+
+
+def _comparison(report: Report) -> str:
+    if report.measured is None:
+        return ""
+    lines, equal = comparison_lines(report.predicted, report.measured, entries=0)
+    text = [
+        "## Predicted and measured",
+        "",
+        "| | predicted | measured | error |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for line in lines:
+        sizes = f"{format_size(line.predicted_nbytes)} | {format_size(line.measured_nbytes)}"
+        text.append(f"| {line.what} | {sizes} | {format_error(line)} |")
+    if equal:
+        text += ["", f"{equal} entries (parameters, buffers, caches) are equal to the byte."]
+    return "\n".join(text)
+
+
+def _figures(report: Report) -> str:
+    figures = quality_lines(report.quality) if report.quality else []
+    figures += speed_lines(report.speed, report.speed_original) if report.speed else []
+    if not figures:
+        return ""
+    return "\n".join(
+        ["## Quality and speed", "", "| | |", "| --- | ---: |", *(f"| {a} | {b} |" for a, b in figures)]
+    )
+
+
+def _made_with(report: Report) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in report.versions.items() if k != "commit")
+    if not versions:
+        return ""
+    machine = report.machine.get("cpu")
+    return f"Made with {versions}" + (f" on {machine}." if machine else ".") + " `plan.json` makes it again."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")

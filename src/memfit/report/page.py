@@ -1,0 +1,74 @@
+"""The report as one HTML page, with nothing outside itself: it opens offline, and can be sent as it is."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from memfit.account.account import Account
+from memfit.report.choices import rows
+from memfit.report.drawing import bars_at_peak, front, strip_of_bits
+from memfit.report.report import Report
+from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
+from memfit.units import format_size
+
+
+def render_page(report: Report, *, points: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The page, HTML. `points`: other budgets' `{nbytes, kl, kl_interval}`, drawn as a front."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["size"] = format_size
+    template = environment.from_string(
+        files("memfit.report").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    accounts = [
+        (label, account)
+        for label, account in (
+            ("original, predicted", report.original),
+            ("predicted", report.predicted),
+            ("measured", report.measured),
+        )
+        if account is not None
+    ]
+    kinds = sorted({kind for _, account in accounts for kind in account.peak.alive})
+    choices = report.choices
+    return template.render(
+        report=report,
+        bars=Markup(bars_at_peak(accounts, budget_nbytes=report.budget_nbytes)),
+        kinds=kinds,
+        strip=Markup(strip_of_bits(choices)) if choices else "",
+        bits=sorted({row.bits for row in rows(choices)}),
+        rows=rows(choices),
+        comparisons=_comparisons(report),
+        phases=report.best.phases,
+        quality=quality_lines(report.quality) if report.quality else [],
+        speed=speed_lines(report.speed, report.speed_original) if report.speed else [],
+        front=Markup(front(points, chosen_nbytes=report.best.peak_nbytes)) if points else "",
+    )
+
+
+def _comparisons(report: Report) -> list[tuple[str, list[tuple[str, str, str, str]], int]]:
+    """Title, lines as text and the count of equal entries, for the run and for the fitting."""
+    pairs: list[tuple[str, Account | None, Account | None]] = [
+        ("Running it", report.predicted, report.measured),
+        ("Fitting it", report.predicted_fit, report.measured_fit),
+    ]
+    found = []
+    for title, predicted, measured in pairs:
+        if predicted is None or measured is None:
+            continue
+        lines, equal = comparison_lines(predicted, measured)
+        texts = [
+            (
+                line.what,
+                format_size(line.predicted_nbytes),
+                format_size(line.measured_nbytes),
+                format_error(line),
+            )
+            for line in lines
+        ]
+        found.append((title, texts, equal))
+    return found

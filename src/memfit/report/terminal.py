@@ -1,0 +1,287 @@
+"""Accounts, plans and reports on a terminal, with rich."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memfit.account.account import Account, Difference, compare
+from memfit.evaluate.quality import Quality
+from memfit.evaluate.speed import Speed
+from memfit.report.choices import rows
+from memfit.report.report import Report
+from memfit.units import format_size
+
+_BAR: Final = 24
+COLORS: Final = {
+    "parameter": "blue",
+    "gradient": "magenta",
+    "optimizer": "yellow",
+    "activation": "green",
+    "kv_cache": "cyan",
+    "buffer": "bright_black",
+    "temporary": "red",
+    "statistics": "bright_magenta",
+    "outside": "white",
+}
+
+
+def render_account(account: Account, *, top: int = 10, budget_nbytes: int | None = None) -> RenderableType:
+    """The phases with their peaks, what was alive at the highest, and the `top` largest entries."""
+    parts: list[RenderableType] = [_phases(account, budget_nbytes), Text(), _at_peak(account)]
+    if account.entries and top:
+        parts += [Text(), _entries(account, top)]
+    if notes := _notes(account):
+        parts += [Text(), Text(notes, style="dim")]
+    return Group(*parts)
+
+
+def render_plan(plan: Mapping[str, Any]) -> RenderableType:
+    """A plan's JSON: a row for each kind of tensor and scheme, layers with the same choice together."""
+    # A line of its own: a table's title would be wrapped to the table's width.
+    title = Text(_plan_title(plan), style="italic")
+    table = _table("")
+    for name in ("layers", "tensors", "stored as"):
+        table.add_column(name)
+    table.add_column("bytes", justify="right")
+    table.add_column("price", justify="right")
+    for row in rows(plan["choices"]):
+        style = "dim" if row.bits == 16 else ""
+        price = f"{row.price:.2g}" if row.price else ""
+        table.add_row(row.where, row.what, row.scheme, format_size(row.nbytes), price, style=style)
+    return Group(title, table)
+
+
+def render_comparison(
+    predicted: Account, measured: Account, *, title: str = "Predicted and measured"
+) -> Table:
+    """Predicted beside measured, with the error; entries only where they differ."""
+    table = _table(title)
+    table.add_column("")
+    for name in ("predicted", "measured", "error"):
+        table.add_column(name, justify="right")
+    shown, equal = comparison_lines(predicted, measured)
+    for line in shown:
+        error = format_error(line)
+        worst = abs(line.error) > 0.03
+        table.add_row(
+            line.what,
+            format_size(line.predicted_nbytes),
+            format_size(line.measured_nbytes),
+            Text(error, style="red" if worst else ""),
+            style="bold" if line.what == "peak" else "",
+        )
+    if equal:
+        table.add_row(Text(f"{equal} entries equal to the byte", style="dim"), "", "", "")
+    return table
+
+
+def comparison_lines(
+    predicted: Account, measured: Account, *, entries: int = 8
+) -> tuple[list[Difference], int]:
+    """Peak, phases, kinds, resident and the worst entries; and how many entries are equal."""
+    lines = compare(predicted, measured)
+    single = [line for line in lines if line.what.startswith("entry ")]
+    differing = [line for line in single if line.predicted_nbytes != line.measured_nbytes]
+    differing.sort(key=lambda line: -abs(line.predicted_nbytes - line.measured_nbytes))
+    peak = Difference(
+        what="peak", predicted_nbytes=predicted.peak_nbytes, measured_nbytes=measured.peak_nbytes
+    )
+    rest = [line for line in lines if not line.what.startswith("entry ")]
+    return [peak, *rest, *differing[:entries]], len(single) - len(differing)
+
+
+def format_error(line: Difference) -> str:
+    """`+0.02 %`; `exact` where both are the same."""
+    if line.predicted_nbytes == line.measured_nbytes:
+        return "exact"
+    if line.measured_nbytes == 0:
+        return "not measured"
+    return f"{100 * line.error:+.2f} %"
+
+
+def render_quality(quality: Quality) -> Table:
+    """The quality, a line for each figure the model has."""
+    table = _table("Quality", header=False)
+    for name, text in quality_lines(quality):
+        table.add_row(name, text)
+    return table
+
+
+def quality_lines(quality: Quality) -> list[tuple[str, str]]:
+    """Name and figure of all that is known."""
+    lines = []
+    if quality.kl is not None:
+        spread = ""
+        if quality.kl_interval is not None:
+            low, high = quality.kl_interval
+            spread = f" (95 %: {low:.4f} to {high:.4f})"
+        lines.append(("KL from the original, nats a token", f"{quality.kl:.4f}{spread}"))
+    if quality.perplexity is not None:
+        before = ""
+        if quality.perplexity_reference is not None:
+            before = f" (original {quality.perplexity_reference:.3f})"
+        lines.append(("perplexity", f"{quality.perplexity:.3f}{before}"))
+    if quality.top1 is not None:
+        lines.append(("same likeliest token", f"{100 * quality.top1:.1f} %"))
+    if quality.cosine is not None:
+        lines.append(("cosine of the embeddings", f"{quality.cosine:.5f}"))
+    lines.append(("compared on", f"{quality.tokens} tokens in {quality.windows} windows"))
+    return lines
+
+
+def speed_lines(speed: Speed, original: Speed | None = None) -> list[tuple[str, str]]:
+    """Name and figure of the speeds, beside the original's where it was timed."""
+
+    def beside(now: float, then: float | None) -> str:
+        return f"{now:.1f} tokens/s" + (f" (original {then:.1f})" if then else "")
+
+    lines = [
+        ("prompt", beside(speed.prompt_tokens_per_s, original.prompt_tokens_per_s if original else None))
+    ]
+    if speed.decode_tokens_per_s is not None:
+        lines.append(
+            ("decode", beside(speed.decode_tokens_per_s, original.decode_tokens_per_s if original else None))
+        )
+    return lines
+
+
+def render_report(report: Report) -> RenderableType:
+    """The whole report: verdict, plan, predicted and measured, quality, speed."""
+    parts: list[RenderableType] = [_verdict(report)]
+    if report.plan is not None:
+        parts += [Text(), render_plan(report.plan)]
+    parts.append(Text())
+    if report.measured is not None:
+        parts.append(render_comparison(report.predicted, report.measured, title="Running it"))
+    else:
+        parts.append(render_account(report.predicted, budget_nbytes=report.budget_nbytes))
+    if report.predicted_fit is not None and report.measured_fit is not None:
+        parts += [Text(), render_comparison(report.predicted_fit, report.measured_fit, title="Fitting it")]
+    if report.quality is not None:
+        parts += [Text(), render_quality(report.quality)]
+    if report.speed is not None:
+        table = _table("Speed", header=False)
+        for name, text in speed_lines(report.speed, report.speed_original):
+            table.add_row(name, text)
+        parts += [Text(), table]
+    if report.kernels:
+        kernels = ", ".join(f"{name} ({count})" for name, count in sorted(report.kernels.items()))
+        parts += [Text(), Text(f"Kernels: {kernels}", style="dim")]
+    return Group(*parts)
+
+
+def _table(title: str, *, header: bool = True) -> Table:
+    return Table(
+        title=title or None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        show_header=header,
+        header_style="bold",
+    )
+
+
+def _verdict(report: Report) -> Text:
+    how = "measured" if report.measured is not None else "predicted"
+    peak = format_size(report.best.peak_nbytes)
+    text = Text(f"{report.model}: peak {peak} {how}", style="bold")
+    if report.budget_nbytes is not None:
+        word, style = ("fits", "bold green") if report.fits else ("does not fit", "bold red")
+        text.append(f", {word} {format_size(report.budget_nbytes)}", style=style)
+    if report.original is not None:
+        share = 100 * report.best.peak_nbytes / report.original.peak_nbytes
+        text.append(f" ({share:.0f} % of the original's {format_size(report.original.peak_nbytes)})")
+    return text
+
+
+def _plan_title(plan: Mapping[str, Any]) -> str:
+    parts = ["Plan"]
+    if (budget := plan.get("budget_nbytes")) is not None:
+        parts.append(f"within {format_size(budget)}")
+    if (bits := plan.get("average_bits")) is not None:
+        parts.append(f"{bits:.2f} bits a weight")
+    if (kv_bits := plan.get("kv_bits")) is not None:
+        parts.append(f"KV cache {kv_bits} bits")
+    if (kl := plan.get("expected_kl")) is not None:
+        parts.append(f"expected KL {kl:.4f}")
+    return parts[0] + ": " + ", ".join(parts[1:]) if len(parts) > 1 else parts[0]
+
+
+def _phases(account: Account, budget_nbytes: int | None) -> Table:
+    table = _table("Phases")
+    table.add_column("phase")
+    table.add_column("peak", justify="right")
+    table.add_column("")
+    table.add_column("worst moment", style="dim")
+    scale = max(account.peak_nbytes, budget_nbytes or 0, 1)
+    for phase in account.phases:
+        over = budget_nbytes is not None and phase.peak_nbytes > budget_nbytes
+        style = "red" if over else "bold" if phase is account.peak else ""
+        bar = _stack(phase.alive, phase.peak_nbytes, scale)
+        size = Text(format_size(phase.peak_nbytes), style=style)
+        table.add_row(Text(phase.name, style=style), size, bar, phase.at)
+    if budget_nbytes is not None:
+        table.add_row(
+            "budget", format_size(budget_nbytes), Text("▏".rjust(round(_BAR * budget_nbytes / scale))), ""
+        )
+    return table
+
+
+def _stack(alive: Mapping[str, int], peak_nbytes: int, scale: int) -> Text:
+    """A bar of the kinds alive, its length the share of `scale`."""
+    bar = Text()
+    done = drawn = 0
+    for kind, nbytes in sorted(alive.items(), key=lambda item: -item[1]):
+        done += nbytes
+        # Rounded on the running sum, so that the parts add up to the bar's length.
+        end = round(_BAR * done / scale)
+        bar.append("█" * (end - drawn), style=COLORS.get(kind, "white"))
+        drawn = end
+    if not alive:
+        bar.append("█" * round(_BAR * peak_nbytes / scale))
+    return bar
+
+
+def _at_peak(account: Account) -> Table:
+    peak = account.peak
+    title = f"At the peak ({peak.name})"
+    table = _table(title, header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right", style="dim")
+    for kind, nbytes in sorted(peak.alive.items(), key=lambda item: -item[1]):
+        share = f"{100 * nbytes / max(peak.peak_nbytes, 1):.1f} %"
+        table.add_row(Text(kind, style=COLORS.get(kind, "")), format_size(nbytes), share)
+    return table
+
+
+def _entries(account: Account, top: int) -> Table:
+    table = _table("Largest entries")
+    for name in ("kind", "module", "dtype"):
+        table.add_column(name)
+    table.add_column("bytes", justify="right")
+    table.add_column("phases", style="dim")
+    entries = sorted(account.entries, key=lambda entry: (-entry.nbytes, entry.kind, entry.module))
+    for entry in entries[:top]:
+        module = entry.module or "(the model)"
+        kind = Text(entry.kind, style=COLORS.get(entry.kind, ""))
+        table.add_row(kind, module, entry.dtype, format_size(entry.nbytes), ", ".join(entry.phases))
+    if len(entries) > top:
+        rest = sum(entry.nbytes for entry in entries[top:])
+        table.add_row("", f"{len(entries) - top} more", "", format_size(rest), "", style="dim")
+    return table
+
+
+def _notes(account: Account) -> str:
+    sizes = (
+        ("resident", account.resident_nbytes),
+        ("outside the allocator", account.outside_nbytes),
+        ("pages of files", account.file_backed_nbytes),
+    )
+    notes = [f"{what} {format_size(nbytes)}" for what, nbytes in sizes if nbytes is not None]
+    if account.routing is not None:
+        notes.append(f"experts at {account.routing} load")
+    return ", ".join(notes)

@@ -1,0 +1,68 @@
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memfit.errors import UsageError
+from memfit.evaluate.text import read_text, windows
+
+
+class Letters:
+    """A token for each letter; with special tokens, 1 before and 2 after, if there are any."""
+
+    def __init__(self, before: list[int], after: list[int]) -> None:
+        self.before, self.after = before, after
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, Any]:
+        ids = [ord(letter) for letter in text]
+        return {"input_ids": self.before + ids + self.after if add_special_tokens else ids}
+
+
+def test_windows_follow_each_other_and_each_has_the_special_tokens() -> None:
+    text = "abcdefghijk"
+    assert windows(Letters([], []), text, length=4).tolist() == [[97, 98, 99, 100], [101, 102, 103, 104]]
+    assert windows(Letters([1], []), text, length=4, skip=1, count=2).tolist() == [
+        [1, 100, 101, 102],
+        [1, 103, 104, 105],
+    ]
+    assert windows(Letters([1], [2]), text, length=4, count=1).tolist() == [[1, 97, 98, 2]]
+    assert windows(Letters([], []), text, length=4).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("a", {}, "has 1 tokens, and 512 are needed for 1 windows of 512"),
+        ("abcdefgh", {"length": 4, "count": 3}, "has 8 tokens, and 12 are needed for 3 windows of 4"),
+        ("abcdefgh", {"length": 4, "skip": 2}, r"12 are needed for 3 windows of 4 \(2 of them skipped\)"),
+        ("abcdefgh", {"length": 1}, "nothing to predict"),
+        ("abcdefgh", {"length": 4, "count": 0}, "count 0"),
+    ],
+)
+def test_a_text_that_is_too_short_is_refused_with_the_numbers(
+    text: str, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        windows(Letters([], []), text, **options)
+
+
+def test_the_demo_tokenizer_cuts_windows() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(files("memfit") / "demo" / "model"))
+    text = (files("memfit") / "demo" / "heldout.txt").read_text(encoding="utf-8")
+    found = windows(tokenizer, text, length=64, count=3)
+    assert found.shape == (3, 64)
+
+
+def test_a_file_that_is_no_utf8_is_refused_with_the_offset(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_bytes("grün".encode())
+    assert read_text(file) == "grün"
+    file.write_bytes("grün".encode("latin-1"))
+    with pytest.raises(UsageError, match="byte 0xfc at offset 2"):
+        read_text(file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_text(tmp_path / "none")

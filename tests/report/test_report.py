@@ -1,0 +1,221 @@
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from memfit.account.account import Account, Entry, Phase
+from memfit.evaluate.quality import Quality
+from memfit.evaluate.speed import Speed
+from memfit.report import (
+    Report,
+    describe_machine,
+    describe_versions,
+    model_card,
+    render_account,
+    render_page,
+    render_plan,
+    render_report,
+)
+from memfit.report.card import is_hub_id
+from memfit.report.choices import ranges, rows
+
+MiB = 2**20
+
+
+def account(parameters: int, *, resident: int | None = None) -> Account:
+    alive = {"parameter": parameters, "kv_cache": 5 * MiB, "temporary": 3 * MiB}
+    return Account(
+        phases=(
+            Phase(
+                name="load", peak_nbytes=parameters, end_nbytes=parameters, alive={"parameter": parameters}
+            ),
+            Phase(
+                name="prefill",
+                peak_nbytes=sum(alive.values()),
+                end_nbytes=parameters,
+                at="model.layers.1.mlp aten.mm",
+                alive=alive,
+            ),
+        ),
+        entries=(
+            Entry(
+                kind="parameter",
+                module="model.layers.0",
+                device="cpu",
+                dtype="int8",
+                nbytes=parameters,
+                phases=("load", "prefill"),
+            ),
+        ),
+        resident_nbytes=resident,
+    )
+
+
+def choice(layer: int, what: str, bits: int | None, *, nbytes: int = MiB) -> dict[str, Any]:
+    members = {
+        "qkv": [f"model.layers.{layer}.self_attn.{p}_proj" for p in "qkv"],
+        "down": [f"model.layers.{layer}.mlp.down_proj"],
+        "head": ["model.embed_tokens", "lm_head"],
+    }[what]
+    scheme = None if bits is None else {"bits": bits, "group": 128, "symmetric": True}
+    return {"name": what, "members": members, "scheme": scheme, "nbytes": nbytes, "price": 0.001}
+
+
+PLAN = {
+    "budget_nbytes": 100 * MiB,
+    "kv_bits": 8,
+    "expected_kl": 0.0123,
+    "average_bits": 4.5,
+    "predicted": None,
+    "predicted_fit": None,
+    "choices": [
+        choice(0, "head", 8),
+        *(choice(i, "qkv", 4) for i in range(18)),
+        *(choice(i, "down", 3 if 4 <= i < 9 else None) for i in range(18)),
+    ],
+}
+
+
+def report(**changes: Any) -> Report:
+    fields: dict[str, Any] = {
+        "model": "<b>someone</b>/model",
+        "budget_nbytes": 100 * MiB,
+        "plan": PLAN,
+        "task": {"task": "infer", "batch": 1, "prompt": 512, "new_tokens": 32, "kv_bits": 8},
+        "predicted": account(80 * MiB, resident=300 * MiB),
+        "measured": account(80 * MiB + 512, resident=301 * MiB),
+        "predicted_fit": account(60 * MiB),
+        "measured_fit": account(60 * MiB),
+        "original": account(160 * MiB),
+        "quality": Quality(
+            kl=0.01,
+            kl_interval=(0.008, 0.012),
+            perplexity=20.5,
+            perplexity_reference=20.1,
+            top1=0.93,
+            tokens=5110,
+            windows=10,
+        ),
+        "speed": Speed(
+            prompt_tokens_per_s=900.0,
+            decode_tokens_per_s=40.0,
+            batch=1,
+            prompt=512,
+            new_tokens=32,
+            repeats=3,
+            threads=2,
+        ),
+        "kernels": {"int8": 3, "nibbles": 18},
+        "machine": {"cpu": "some cpu", "memory_nbytes": 24 * 2**30},
+        "versions": {"memfit": "0.1.0", "torch": "2.13.0"},
+    }
+    return Report(**(fields | changes))
+
+
+def text_of(renderable: Any) -> str:
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_json_has_the_promised_keys_and_comes_back_as_the_same_report() -> None:
+    data = json.loads(json.dumps(report().to_json(), allow_nan=False))
+    of_fit = "budget_nbytes fits choices measured resident_nbytes quality speed"
+    assert {"peak_nbytes", "peak_phase", "phases", "entries", *of_fit.split()} <= data.keys()
+    assert {"peak_nbytes", "peak_phase", "phases", "entries"} <= data["measured"].keys()
+    assert data["phases"] == {"load": 80 * MiB, "prefill": 88 * MiB}
+    assert (data["fits"], data["resident_nbytes"]) == (True, 301 * MiB)
+    assert Report.from_json(data) == report()
+    bare = Report(model="m", predicted=account(MiB))
+    assert Report.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+
+
+def test_fits_is_what_was_measured_where_it_was() -> None:
+    assert report(budget_nbytes=88 * MiB).fits is False
+    assert report(budget_nbytes=88 * MiB, measured=None).fits is True
+    assert report(budget_nbytes=None).fits is None
+
+
+def test_equal_layers_become_one_row() -> None:
+    found = [(row.where, row.what, row.scheme, row.nbytes) for row in rows(PLAN["choices"])]  # type: ignore[arg-type]
+    assert found == [
+        ("", "model embed_tokens, lm_head", "int8 g128", MiB),
+        ("0-17", "self_attn q/k/v_proj", "int4 g128", 18 * MiB),
+        ("0-3, 9-17", "mlp down_proj", "bf16", 13 * MiB),
+        ("4-8", "mlp down_proj", "int3 g128", 5 * MiB),
+    ]
+    assert ranges([5, 1, 2, 3]) == "1-3, 5"
+
+
+def test_the_terminal_shows_plan_phases_and_errors() -> None:
+    shown = text_of(render_report(report()))
+    assert "peak 88.00 MiB measured, fits 100.00 MiB (52 % of the original's 168.00 MiB)" in shown
+    assert re.search(r"0-17 +self_attn q/k/v_proj +int4 g128 +18\.00 MiB", shown)
+    assert re.search(r"phase prefill +88\.00 MiB +88\.00 MiB +-0\.00 %", shown)
+    assert re.search(r"kind kv_cache +5\.00 MiB +5\.00 MiB +exact", shown)
+    assert "0.0100 (95 %: 0.0080 to 0.0120)" in shown
+    planned = text_of(render_plan(PLAN))
+    assert "within 100.00 MiB, 4.50 bits a weight, KV cache 8 bits, expected KL 0.0123" in planned
+    accounted = text_of(render_account(account(80 * MiB), budget_nbytes=40 * MiB))
+    assert re.search(r"prefill +88\.00 MiB +█+ +model\.layers\.1\.mlp aten\.mm", accounted)
+    assert re.search(r"parameter +80\.00 MiB +90\.9 %", accounted)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch, and the tags that stay open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.fetched += [v or "" for k, v in attributes if k in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "br", "rect", "line", "polyline", "link") or tag == "rect":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, tag
+
+
+@pytest.mark.parametrize("changes", [{}, {"measured": None, "plan": None, "quality": None, "speed": None}])
+def test_the_page_is_whole_escaped_and_needs_nothing_outside_itself(changes: dict[str, Any]) -> None:
+    points = [{"nbytes": n * MiB, "kl": 1 / n, "kl_interval": [0.9 / n, 1.1 / n]} for n in (50, 75, 88)]
+    html = render_page(report(**changes), points=points)
+    page = Page()
+    page.feed(html)
+    assert page.open == [] and page.fetched == []
+    assert "script" not in page.seen and {"svg", "rect", "circle"} <= page.seen
+    assert "url(" not in html and "@import" not in html
+    assert "<b>someone</b>" not in html and "&lt;b&gt;someone&lt;/b&gt;" in html
+    assert html == render_page(report(**changes), points=points)
+
+
+def test_the_card_names_its_base_only_where_the_hub_knows_it() -> None:
+    card = model_card(report(), base_model="google/gemma-3-270m", license="gemma")
+    assert card.startswith(
+        "---\nbase_model: google/gemma-3-270m\nbase_model_relation: quantized\nlibrary_name: transformers\n"
+        "license: gemma\ntags:\n- memfit\n- compressed-tensors\n---\n"
+    )
+    assert "| 0-17 | self_attn q/k/v_proj | int4 g128 | 18.00 MiB |" in card
+    assert "| peak | 88.00 MiB | 88.00 MiB | -0.00 % |" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card and "memfit" in card
+    local = model_card(report(), base_model="/home/someone/model", license="no")
+    assert "base_model" not in local.split("---")[1] and 'license: "no"' in local
+    assert is_hub_id("a/b") and not is_hub_id("../b") and not is_hub_id("/a/b") and not is_hub_id("a")
+
+
+def test_the_machine_and_versions_are_json() -> None:
+    machine, versions = describe_machine(), describe_versions()
+    json.dumps([machine, versions], allow_nan=False)
+    assert machine["memory_nbytes"] > 0 and machine["cpu"]
+    assert {"memfit", "torch", "transformers"} <= versions.keys()
