@@ -190,12 +190,12 @@ is a sequence of its own; all its tokens but the first are predicted, {predicted
 exp of their mean negative log-likelihood, with the bfloat16 weights shipped here and float32 arithmetic.
 The unigram model has the same tokenizer, counts the training tokens and adds one to each count.
 
-- **Shape**: `LlamaForCausalLM`, {parameters:,} parameters in bfloat16. Vocabulary {VOCAB}, width 256, 6 layers,
-  4 query and 2 key-value heads of 64, feed-forward width 640, tied embeddings, {CONTEXT} positions.
+- **Shape**: `LlamaForCausalLM`, {parameters:,} parameters in bfloat16. Vocabulary {VOCAB}, width 256,
+  6 layers, 4 query and 2 key-value heads of 64, feed-forward width 640, tied embeddings, {CONTEXT} positions.
 - **Tokenizer**: byte-level BPE; `{SEPARATOR}` ends each file and is the first, last and padding token.
-- **Text**: standard library of Python {python} with its tests; {training_files:,} files ({tokens:,} tokens) are
-  for training, {held_out_files} are held out by a hash of the path. `heldout.txt` has those of them that fit
-  in 300 kB, `calibration.txt` 300 kB of the training files in pieces of 2 kB.
+- **Text**: standard library of Python {python} with its tests; {training_files:,} files ({tokens:,} tokens)
+  are for training, {held_out_files} are held out by a hash of the path. `heldout.txt` has those of them that
+  fit in 300 kB, `calibration.txt` 300 kB of the training files in pieces of 2 kB.
 - **Training**: {steps:,} steps of {BATCH} x {WINDOW} tokens, {tokens_seen:,} tokens in all, in {minutes:.0f}
   minutes on {threads} CPU cores in float32, with Muon and AdamW; seed {SEED}. The recipe is
   `tools/train_demo.py` in memfit's repository.

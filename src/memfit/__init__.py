@@ -1,3 +1,52 @@
-"""Give memfit a language model and a memory budget: it makes the model fit, and proves it."""
+"""Give memfit a language model and a memory budget: it makes the model fit, and proves it.
+
+    account   who will hold which bytes, when; no weights read
+    plan      what to do to fit a budget, and what it will cost
+    fit       do it, measure it, report it
+    evaluate  quality and speed of a fitted model beside the original
+    measure   the task on the real model, in a fresh process
+    load      a fitted model, running from its packed weights
+"""
 
 __version__ = "0.1.0"
+
+from memfit.account.account import Account, Entry, Phase, compare
+from memfit.errors import (
+    BrokenInput,
+    DoesNotFit,
+    Interrupted,
+    MemfitError,
+    OverBudget,
+    QualityMissed,
+    UsageError,
+)
+from memfit.fit import Text, account, evaluate, fit, load, measure, plan
+from memfit.plan.plan import Plan
+from memfit.planning import Allowed
+from memfit.report.report import Report
+from memfit.task.infer import Infer
+
+__all__ = [
+    "Account",
+    "Allowed",
+    "BrokenInput",
+    "DoesNotFit",
+    "Entry",
+    "Infer",
+    "Interrupted",
+    "MemfitError",
+    "OverBudget",
+    "Phase",
+    "Plan",
+    "QualityMissed",
+    "Report",
+    "Text",
+    "UsageError",
+    "account",
+    "compare",
+    "evaluate",
+    "fit",
+    "load",
+    "measure",
+    "plan",
+]

@@ -7,6 +7,7 @@ the difference is what the scheme changes. The plan that wins is traced whole, s
 """
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,9 @@ from memfit.account.dry_run import trace
 from memfit.account.follow import Follow, Ledger, Shape, phase_spans, settle
 from memfit.errors import DoesNotFit
 from memfit.format.config import model_config
-from memfit.format.output import stored_tensors
+from memfit.format.output import stored_tensors, weights_of
+from memfit.format.packed import packed_specs
+from memfit.packed.bits import pack_values
 from memfit.packed.modules import pack_module_skeleton
 from memfit.packed.scheme import BITS, Scheme
 from memfit.packed.kernel import runtime_nbytes
@@ -58,6 +61,18 @@ class Allowed:
         options: dict[str, Any] = {} if self.groups is None else {"groups": self.groups}
         bits = tuple(b for b in self.bits if b < 16)
         return candidates(group, bits=bits, symmetric=self.symmetric, **options)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Allowed":
+        """The settings that `dataclasses.asdict` gave, after JSON made lists and text of them."""
+        groups = data["groups"]
+        return cls(
+            bits=tuple(data["bits"]),
+            groups=None if groups is None else {int(bits): tuple(sizes) for bits, sizes in groups.items()},
+            symmetric=data["symmetric"],
+            kv_bits=tuple(data["kv_bits"]),
+            keep=tuple(data["keep"]),
+        )
 
 
 KV_PRICES: Final = {16: 0.0, 8: 1e-4, 4: 2e-2, 2: 1.0}
@@ -169,9 +184,20 @@ class Study:
             (phase, _kind(module)): arguments for (phase, module), arguments in self.ledger.calls.items()
         }
         self._alone: dict[Any, int] = {}
+        self._later = self._loaded_later()
 
     def _make(self) -> nn.Module:
         return load(self.made, dtype=torch.bfloat16)
+
+    def _loaded_later(self) -> dict[str, int]:
+        """Group to the fewest bytes of those that are loaded after it: the largest are loaded first."""
+        later: dict[str, int] = {}
+        total = 0
+        for group in sorted(self.groups, key=lambda group: max(map(math.prod, group.shapes))):
+            later[group.name] = total
+            schemes = self.allowed.schemes(group)
+            total += min((group.nbytes(scheme) for scheme in schemes), default=2 * group.weights)
+        return later
 
     # -- options ---------------------------------------------------------------------------------
 
@@ -205,6 +231,9 @@ class Study:
         """Bytes over the phase's base that are alive while the group's modules run."""
         over = {}
         for phase, rest in self.rest.items():
+            if phase == "load":
+                over[phase] = max(0, self._loading(group, scheme) - rest - self._later[group.name])
+                continue
             most = 0
             for member in group.members:
                 traced = self.running.get((phase, member))
@@ -215,6 +244,43 @@ class Study:
                 most = max(most, traced)
             over[phase] = max(0, most - rest)
         return over
+
+    def _loading(self, group: Group, scheme: Scheme | None) -> int:
+        """Bytes alive while the group's weights are read, beyond those that stay."""
+        if scheme is None:
+            return 0
+        found = 0
+        for member in group.members:
+            kind = _kind(member)
+            key = ("load", kind, scheme, group.shapes)
+            if key not in self._alone:
+                self._alone[key] = self._load_alone(member, scheme, table=group.kind == "embedding")
+            found = max(found, self._alone[key])
+        return found
+
+    def _load_alone(self, member: str, scheme: Scheme, *, table: bool) -> int:
+        holder = nn.ModuleDict({"it": copy.deepcopy(self.skeleton.get_submodule(member))})
+        pack_module_skeleton(holder, {"it": scheme}, tied={})
+        specs = {
+            spec.name: spec
+            for name, weight in weights_of(self.skeleton, member).items()
+            for spec in packed_specs(name, (weight.shape.numel() // weight.shape[-1], weight.shape[-1]), scheme)
+        }
+
+        def read(name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+            spec = specs[name]
+            rows = spec.shape[0] if start is None or stop is None else stop - start
+            if table and name.endswith("weight_packed"):
+                values = spec.shape[-1] * 32 // scheme.bits
+                return pack_values(torch.empty((rows, values), dtype=torch.int8), scheme.bits)
+            return torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype)
+
+        follow = Follow()
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), follow:
+            with follow.phase("load"):
+                holder["it"].load_from(read, member)  # type: ignore[operator]
+        account = settle(follow.ledger)
+        return account.peak_nbytes - account.phases[0].end_nbytes
 
     def alone(self, member: str, phase: str, scheme: Scheme | None) -> int:
         """Peak bytes of one module run alone on the inputs it has in `phase`, weights and inputs left out."""

@@ -8,8 +8,11 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError
 
@@ -23,6 +26,8 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _ANSWER = "memfit-answer:"
+RUNTIME_NBYTES: Final = 48 << 20
+"""What the runtime may take beside the allocator under a hard limit: kernels' code, buffers of threads."""
 
 
 def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None) -> dict[str, Any]:
@@ -87,35 +92,54 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate" in str(error) or "memory" in str(error)
 
 
-def limit_from_now(nbytes: int) -> None:
-    """Let this process take at most `nbytes` of private memory more than it has (setrlimit(2), RLIMIT_DATA)."""
+@contextmanager
+def limited(nbytes: int | None) -> Iterator[None]:
+    """Inside, this process may take at most `nbytes` of private memory more than it has, and the runtime's own
+    growth (setrlimit(2), RLIMIT_DATA); None: as much as it likes."""
+    if nbytes is None:
+        yield
+        return
     with open("/proc/self/status", encoding="ascii") as status:
         data = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
-    resource.setrlimit(resource.RLIMIT_DATA, (data + nbytes, data + nbytes))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data + nbytes + RUNTIME_NBYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _prepare(job: dict[str, Any]) -> None:
+    """Threads as asked, their pool started and the kernels' libraries in memory: no part of any model."""
+    import torch
+
+    torch.manual_seed(0)
+    if job.get("threads"):
+        torch.set_num_threads(job["threads"])
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.ones(64, 64, dtype=dtype).matmul(torch.ones(64, 64, dtype=dtype))
 
 
 def _measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a task twice: once for the resident peak and the speed, once for the allocator's events."""
-    import torch
+    """Run a task twice: once for the resident peak, once for the allocator's events."""
+    return _measured(job)[0]
 
+
+def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     from memfit.account.dry_run import hold_model
     from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
     from memfit.account.watch import Unwatched
     from memfit.models import load_model, loader_for
     from memfit.task.infer import Infer
 
-    torch.manual_seed(0)
-    if job.get("threads"):
-        torch.set_num_threads(job["threads"])
+    _prepare(job)
     task = Infer(**job["task"])
     source = loader_for(job["model"])
-    torch.ones(64, 64).matmul(torch.ones(64, 64))  # starts the thread pool, which is no part of the model
     reset_resident_peak()
-    if "enforce_nbytes" in job:
-        limit_from_now(job["enforce_nbytes"])
-    model = load_model(source, dtype=job.get("dtype"))
-    loaded = resident_nbytes()
-    task.run(model, Unwatched())
+    with limited(job.get("enforce_nbytes")):
+        model = load_model(source, dtype=job.get("dtype"))
+        loaded = resident_nbytes()
+        task.run(model, Unwatched())
     resident = resident_nbytes()
     del model
     reset_resident_peak()
@@ -129,10 +153,122 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
         resident_nbytes=resident["peak"],
         file_backed_nbytes=resident["file"],
     )
-    return {"account": account.to_json(), "resident": resident, "resident_after_load": loaded}
+    return {"account": account.to_json(), "resident": resident, "resident_after_load": loaded}, model
 
 
-JOBS = {"measure": _measure}
+def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
+    """Statistics into the work directory, prices into the answer; then, if asked, the original's own answers."""
+    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.compress import calibrate
+    from memfit.planning import Allowed
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    source = open_source(job["model"])
+    text = _windows(job)
+    meter = Meter()
+    reset_resident_peak()
+    statistics, prices = calibrate(
+        source,
+        None if text is None else text["calibration"],
+        Allowed.from_json(job["allowed"]),
+        batch=job["batch"],
+        watch=meter,
+    )
+    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    if statistics is not None:
+        statistics.save(Path(job["work"]) / "statistics.safetensors")
+    answer: dict[str, Any] = {
+        "account": account.to_json(),
+        "prices": [[name, scheme.to_json(), price] for (name, scheme), price in prices.items()],
+        "priced_by": "weights" if statistics is None else "text",
+    }
+    del statistics, prices
+    return answer | (_reference(job) if job["reference"] else {})
+
+
+def _reference(job: dict[str, Any]) -> dict[str, Any]:
+    """Record the original's logits on the evaluation text, and time it."""
+    import torch
+
+    from memfit.evaluate.divergence import record_logits
+    from memfit.evaluate.speed import measure_speed
+    from memfit.models import load_model, loader_for
+
+    _prepare(job)
+    model = load_model(loader_for(job["model"]), dtype=torch.bfloat16)
+    text = _windows(job)
+    if text is not None:
+        record_logits(model, text["evaluation"], Path(job["work"]) / "logits")
+    return {"speed": measure_speed(model, **job["task"]).to_json()}
+
+
+def _compress(job: dict[str, Any]) -> dict[str, Any]:
+    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.calibrate.statistics import Statistics
+    from memfit.compress import compress
+    from memfit.plan.plan import read_plan
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    work = Path(job["work"])
+    source, plan = open_source(job["model"]), read_plan(work / "plan.json")
+    file = work / "statistics.safetensors"
+    meter = Meter()
+    reset_resident_peak()
+    statistics = None
+    with meter.phase("compress"):
+        if file.exists():
+            statistics = Statistics.read(file)
+    files = compress(source, plan, statistics, Path(job["output"]), watch=meter)
+    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    return {"account": account.to_json(), "files": files}
+
+
+def _prove(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure a fitted model, then compare it with what the original answered, and time it."""
+    from collections import Counter
+
+    from memfit.evaluate.divergence import compare_logits
+    from memfit.evaluate.speed import measure_speed
+    from memfit.packed.modules import packed_modules
+    from memfit.task.infer import maker_of_caches
+
+    answer, model = _measured(job)
+    text = _windows(job)
+    if text is not None:
+        kv_bits = job["task"].get("kv_bits", 16)
+        caches = maker_of_caches(model, kv_bits=kv_bits) if kv_bits < 16 else None
+        quality = compare_logits(
+            Path(job["work"]) / "logits", model, text["evaluation"], make_cache=caches
+        )
+        answer["quality"] = quality.to_json()
+    answer["speed"] = measure_speed(model, **job["task"]).to_json()
+    kernels = Counter(
+        child.kernel
+        for module in packed_modules(model).values()
+        for child in module.children()
+        if getattr(child, "holds_weights", False)
+    )
+    answer["kernels"] = dict(sorted(kernels.items()))
+    return answer
+
+
+def _windows(job: dict[str, Any]) -> Any:
+    import torch
+
+    file = Path(job["work"]) / "windows.pt"
+    return torch.load(file, weights_only=True) if file.exists() else None
+
+
+JOBS = {
+    "measure": _measure,
+    "calibrate": _calibrate,
+    "reference": _reference,
+    "compress": _compress,
+    "prove": _prove,
+}
+"""What a job's `do` may be."""
 
 if __name__ == "__main__":
     main()

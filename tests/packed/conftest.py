@@ -44,3 +44,12 @@ def round_to() -> Callable[[Tensor, Scheme], Rounded]:
 def expand() -> Callable[[Rounded], Tensor]:
     """(q − z) · s in float64."""
     return _expand
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors here are tiny: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Quantised weights are never worse than rounding to nearest, nearly the best there is, and what is read back."""
+"""Quantised weights are what is read back, never worse than plain rounding, and near the best there is."""
 
 import pytest
 import torch
@@ -25,7 +25,8 @@ schemes = st.sampled_from(SCHEMES)
 def draw(seed: int, rows: int, inputs: int, *, kind: str = "normal") -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, inputs, generator=generator)
-    return w if kind == "normal" else w / torch.rand(rows, inputs, generator=generator).clamp_(min=0.05).sqrt()
+    spread = torch.rand(rows, inputs, generator=generator).clamp_(min=0.05).sqrt()
+    return w if kind == "normal" else w / spread
 
 
 def skewed(seed: int, inputs: int) -> Tensor:
@@ -39,7 +40,7 @@ def exact_error(w: Tensor, quantized: Quantized, importance: Tensor | None = Non
 
 
 def least_error(w: Tensor, scheme: Scheme, importance: Tensor) -> float:
-    """The least error of a dense search, in plain loops and float64: steps, then every place of the levels."""
+    """The least error of a dense search, in plain loops and float64: steps, then places of the levels."""
     group = scheme.group or w.shape[1]
     span, half = 2**scheme.bits - 1, 2 ** (scheme.bits - 1)
     total = 0.0
@@ -50,8 +51,8 @@ def least_error(w: Tensor, scheme: Scheme, importance: Tensor) -> float:
             best = float("inf")
             for shrink in torch.linspace(0.3, 1.35, 160):
                 step = (spread * shrink / span).bfloat16().double()
-                middle = round(float(-half if scheme.symmetric else (x.max() + x.min()) / 2 / step - span / 2))
-                for lowest in {-half, 1 - half} if scheme.symmetric else range(middle - 2, middle + 3):
+                middle = round(float((x.max() + x.min()) / 2 / step - span / 2))
+                for lowest in (-half, 1 - half) if scheme.symmetric else range(middle - 2, middle + 3):
                     if -span <= lowest <= 0:
                         d = (x / step).round().clamp(lowest, lowest + span)
                         best = min(best, float((a * (x - (d * step).bfloat16().double()) ** 2).sum()))
@@ -63,14 +64,16 @@ def least_error(w: Tensor, scheme: Scheme, importance: Tensor) -> float:
 def test_dequantize_is_bit_for_bit_what_compressed_tensors_reads_back(scheme: Scheme) -> None:
     w = draw(1, 6, 256, kind="heavy")
     quantized = quantize(w, scheme, importance=skewed(2, 256))
-    strategy = {"strategy": "channel"} if scheme.group is None else {"strategy": "group", "group_size": scheme.group}
-    args = QuantizationArgs(num_bits=scheme.bits, symmetric=scheme.symmetric, **strategy)
+    strategy = "channel" if scheme.group is None else "group"
+    args = QuantizationArgs(
+        num_bits=scheme.bits, symmetric=scheme.symmetric, strategy=strategy, group_size=scheme.group
+    )
     stock = stock_dequantize(quantized.q, quantized.scale, quantized.zero, args=args)
     assert stock.dtype == torch.bfloat16
     assert torch.equal(stock.view(torch.int16), dequantize(quantized).view(torch.int16))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     scheme=schemes,
     seed=st.integers(0, 10**6),
@@ -89,11 +92,11 @@ def test_the_search_is_never_worse_than_rounding_to_nearest(
     half = 2 ** (scheme.bits - 1)
     for quantized in (found, plain):
         assert quantized.q.dtype == torch.int8 and quantized.scale.dtype == torch.bfloat16
-        assert quantized.q.min() >= -half and quantized.q.max() < half
+        assert -half <= int(quantized.q.min()) and int(quantized.q.max()) < half
         assert quantized.scale.isfinite().all() and (quantized.scale != 0).all()
         assert (quantized.zero is None) == scheme.symmetric
         if quantized.zero is not None:
-            assert quantized.zero.min() >= -half and quantized.zero.max() < half
+            assert -half <= int(quantized.zero.min()) and int(quantized.zero.max()) < half
         assert dequantize(quantized).isfinite().all()
     assert (exact_error(w, found, importance) <= exact_error(w, plain, importance) * (1 + 1e-5)).all()
 
@@ -117,7 +120,7 @@ def test_the_search_is_near_a_dense_one(scheme: Scheme, tolerance: float) -> Non
     assert found <= least_error(w, scheme, importance) * (1 + tolerance)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(scheme=schemes, seed=st.integers(0, 10**6))
 def test_rows_do_not_know_of_each_other(scheme: Scheme, seed: int) -> None:
     w = draw(seed, 7, 128)
@@ -128,7 +131,7 @@ def test_rows_do_not_know_of_each_other(scheme: Scheme, seed: int) -> None:
         assert torch.equal(whole.zero[order], shuffled.zero)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(scheme=st.sampled_from([s for s in SCHEMES if s.symmetric]), seed=st.integers(0, 10**6))
 def test_a_weight_and_its_negative_come_out_equally_well(scheme: Scheme, seed: int) -> None:
     w = draw(seed, 3, 128)
@@ -178,8 +181,9 @@ def test_columns_without_importance_give_way(scheme: Scheme) -> None:
     w[:, ::8] *= 50
     importance = torch.ones(128)
     importance[::8] = 0
+    plain = exact_error(w, quantize(w, scheme, search=False), importance).sum()
     found = quantize(w, scheme, importance=importance)
-    assert exact_error(w, found, importance).sum() < 0.2 * exact_error(w, quantize(w, scheme), importance).sum()
+    assert exact_error(w, found, importance).sum() < 0.2 * plain
     assert torch.equal(quantize(w, scheme, importance=torch.zeros(128)).q, quantize(w, scheme).q)
 
 

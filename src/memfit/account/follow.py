@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .account import Account, Entry, Kind, Phase
 from .cuda import Segments
@@ -117,7 +117,7 @@ class Follow(TorchDispatchMode):
         name = func.name() if before or after else ""
         scratch = [self._scratch(nbytes, name) for nbytes in before]
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self.number_of(leaf, func)
         scratch += [self._scratch(nbytes, name) for nbytes in after]
         for number in scratch:
@@ -183,10 +183,8 @@ class Follow(TorchDispatchMode):
         def enter(module: torch.nn.Module, arguments: Any) -> None:
             name = names.get(id(module), self.path[-1])
             self.path.append(name)
-            self.ledger.calls.setdefault(
-                (self._phase, name),
-                tuple(Shape(tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments),
-            )
+            if (self._phase, name) not in self.ledger.calls:
+                self.ledger.calls[self._phase, name] = tree_map(_without_values, arguments)
 
         def leave(module: torch.nn.Module, _: Any, __: Any) -> None:
             self.path.pop()
@@ -200,6 +198,13 @@ class Follow(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _without_values(argument: Any) -> Any:
+    """An argument to write down: nothing may be kept that would keep a tensor alive."""
+    if isinstance(argument, torch.Tensor):
+        return Shape(tuple(argument.shape), argument.dtype)
+    return argument if isinstance(argument, (int, float, bool, str, torch.dtype)) else None
 
 
 @lru_cache(maxsize=None)

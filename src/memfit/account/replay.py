@@ -62,7 +62,7 @@ class Blocks:
     def on(self, model: nn.Module) -> Iterator[None]:
         """Wrap the blocks of every stack in `model`; unwrapped again at the end."""
         wrapped: list[nn.Module] = []
-        for name, block in stacked_blocks(model):
+        for name, block in (*stacked_blocks(model), *_packed(model)):
             structure = _structure(block)
             if structure is not None:
                 block.forward = self._wrap(name, block, structure, block.forward)  # type: ignore[method-assign]
@@ -265,6 +265,13 @@ def stacked_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             stacks.append(name)
             for number, block in enumerate(module):
                 yield f"{name}.{number}", block
+
+
+def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that run from packed weights: equal ones recur in blocks that are not equal as a whole."""
+    for name, module in model.named_modules():
+        if any(getattr(child, "holds_weights", False) for child in module.children()):
+            yield name, module
 
 
 def _structure(block: nn.Module) -> Any:

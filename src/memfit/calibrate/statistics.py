@@ -15,10 +15,11 @@ class Moments:
     """Second moments around one weight [N, K], each a mean over the calibration tokens."""
 
     inputs: Tensor
-    """Mean square of each input, float32 [K]: the diagonal of H = E[x xᵀ]."""
+    """Mean square of each input, float32 [K]: the diagonal of H = E[x xᵀ]. Of an embedding, whose inputs are
+    one-hot, each entry's share of the tokens [V]."""
     gradients: Tensor | None
-    """Mean square of the loss's gradient at each output, float32 [N]: the diagonal of E[g gᵀ]. The labels are
-    drawn from the model itself, so this is the true Fisher information (Martens 2020, section 9.2)."""
+    """Mean square of the loss's gradient at each output, float32 [N] (of an embedding [D]): the diagonal of
+    E[g gᵀ]. The labels are drawn from the model itself, so this is the true Fisher information (Martens 2020, section 9.2)."""
 
 
 @dataclass(kw_only=True)
@@ -31,10 +32,13 @@ class Statistics:
     def __iter__(self) -> Iterator[str]:
         return iter(self.moments)
 
-    def importance(self, module: str) -> Tensor | None:
-        """How much each input of a module's weight matters, [K]; None where nothing was collected."""
-        found = self.moments.get(module)
-        return None if found is None else found.inputs
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(H, G) of every module that has both, as prices take them."""
+        return {
+            name: (moments.inputs, moments.gradients)
+            for name, moments in self.moments.items()
+            if moments.gradients is not None
+        }
 
     def save(self, path: Path) -> None:
         tensors = {}

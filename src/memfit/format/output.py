@@ -31,6 +31,12 @@ class Stored:
     """Quantized module to the one whose table it shares."""
     ignore: tuple[str, ...]
     """Linear layers left in 16 bits."""
+    module_of: Mapping[str, str]
+    """Key of `packed` to the quantized module that it is of."""
+
+    def plain_and_packed(self) -> tuple[str, ...]:
+        """What is to be written, in the order of `specs`: keys of `packed`, then `plain`, then `extra`."""
+        return (*self.packed, *self.plain, *self.extra)
 
 
 def stored_tensors(model: nn.Module, schemes: Mapping[str, Scheme]) -> Stored:
@@ -53,6 +59,7 @@ def stored_tensors(model: nn.Module, schemes: Mapping[str, Scheme]) -> Stored:
     specs: list[TensorSpec] = []
     packed: dict[str, tuple[str, ...]] = {}
     quantized: set[int] = set()
+    module_of: dict[str, str] = {}
     for name, scheme in schemes.items():
         if name in tied:
             continue
@@ -63,6 +70,7 @@ def stored_tensors(model: nn.Module, schemes: Mapping[str, Scheme]) -> Stored:
             specs += made
             packed[stored] = tuple(spec.name for spec in made)
             quantized.add(id(parameter))
+            module_of[stored] = name
     plain = []
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -84,6 +92,7 @@ def stored_tensors(model: nn.Module, schemes: Mapping[str, Scheme]) -> Stored:
         embeddings=tuple(sorted(embeddings)),
         tied=tied,
         ignore=tuple(sorted(linears - schemes.keys())),
+        module_of=module_of,
     )
 
 

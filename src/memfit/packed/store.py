@@ -167,9 +167,9 @@ class PackedWeight(nn.Module):
         return store
 
     def _load_blocks(self) -> Iterator[tuple[int, int]]:
-        # A row's transients: the words, u, its planes before and after they are laid out: 4 bytes an input at
+        # A row's transients: the words, u, its planes before and after they are laid out: 5 bytes an input at
         # most.
-        return _blocks(self.shape[0], WORKSPACE_NBYTES // (4 * self.shape[1]), self._multiple)
+        return _blocks(self.shape[0], WORKSPACE_NBYTES // (5 * self.shape[1]), self._multiple)
 
     def _put(self, u: Tensor, start: int, stop: int) -> None:
         """Lay out rows start to stop, uint8 u = q + 2^(b−1) [n, K]; `u` is used up."""

@@ -201,7 +201,7 @@ def _sample(weight: Tensor, weighting: _Weighting | None, *, rows: int) -> _Samp
     if weighting is None:
         picked = torch.div(torch.arange(wanted) * count, wanted, rounding_mode="floor")
         chosen = flat.index_select(0, picked)
-        return _Sample(chosen, (), None, _number(chosen.to(torch.float32).square_().sum()))
+        return _Sample(chosen, (), None, _number(chosen.to(torch.float32, copy=True).square_().sum()))
     # Systematic sampling in proportion to the rows' weight p: each picked row stands for Σp / n of it. One
     # that is heavy is picked more than once.
     p = sum_of([rows_ / rows_.sum().clamp_(min=1e-30) for rows_, _ in weighting.terms]).to(torch.float64)

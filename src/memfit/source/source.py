@@ -196,6 +196,11 @@ class Source:
             return self.checkpoint.read(info.name)
         return self.checkpoint.read_rows(info.name, start, stop)
 
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has the parameter or buffer `name`; without a checkpoint, whether the model has."""
+        canonical = self.parameters[name][2]
+        return name not in self.buffers if self.checkpoint is None else canonical in self.layout.pieces
+
     def stores_int8(self, module: str) -> bool:
         """Whether a quantized module is stored `int-quantized`: one int8 a value, whatever its bits."""
         info = self.stored_info(f"{self.tied.get(module, module)}.weight")

@@ -1,0 +1,141 @@
+"""Calibrate and compress: the two passes over the weights, the same on fake tensors and on real ones.
+
+Neither holds more of the model than a block, or a weight as packed and some rows of it as it was.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memfit.account.watch import Watch
+from memfit.calibrate.collect import collect
+from memfit.calibrate.statistics import Statistics
+from memfit.calibrate.stream import row_shape, rows_of
+from memfit.format.output import Stored, stored_tensors, weights_of
+from memfit.format.packed import PACKED, stored_as
+from memfit.format.safetensors import Writer
+from memfit.packed.bits import pack_values
+from memfit.packed.scheme import Scheme
+from memfit.plan.groups import Group, find_groups
+from memfit.plan.plan import Plan
+from memfit.plan.price import Prices, importance_of, prices
+from memfit.planning import Allowed
+from memfit.source.source import Source
+from memfit.technique.quantize import quantize
+
+
+def calibrate(
+    source: Source, windows_WT: Tensor | None, allowed: Allowed, *, batch: int, watch: Watch
+) -> tuple[Statistics | None, Prices]:
+    """Statistics of the text's windows, and the price of every scheme for every group.
+
+    Without windows there are no statistics, and prices come from the weights alone.
+    """
+    groups = find_groups(source.build(dtype=torch.bfloat16))
+    statistics = None
+    if windows_WT is not None:
+        wanted = frozenset(
+            member for group in groups if group.kind != "experts" for member in group.members
+        )
+        with watch.phase("calibrate"):
+            statistics = collect(source, windows_WT, wanted, batch=batch)
+    schemes = {group.name: allowed.schemes(group) for group in groups}
+    with watch.phase("price"):
+        found = prices(
+            [group for group in groups if schemes[group.name]],
+            schemes,
+            lambda name: source.read_parameter(name, dtype=torch.bfloat16),
+            _complete(groups, statistics),
+        )
+    return statistics, found
+
+
+def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
+    """The statistics as prices take them; None unless every group has its own."""
+    if statistics is None:
+        return None
+    pairs = statistics.pairs()
+    return pairs if all(member in pairs for group in groups for member in group.members) else None
+
+
+def compress(
+    source: Source, plan: Plan, statistics: Statistics | None, directory: Path, *, watch: Watch, dry: bool = False
+) -> dict[str, str]:
+    """Quantize every weight as planned and write the model's files into `directory`.
+
+    Weights are read some rows at a time, and each is written before the next is read.
+
+    Returns: file name to the sha256 of what was written.
+    """
+    model = source.build(dtype=torch.bfloat16)
+    schemes = plan.schemes()
+    stored = stored_tensors(model, schemes)
+    groups = {member: group for group in find_groups(model) for member in group.members}
+    pairs = _complete(tuple(dict.fromkeys(groups.values())), statistics)
+    with Writer(directory, stored.specs, dry=dry) as writer:
+        for name in stored.plain_and_packed():
+            with watch.phase("compress"):
+                if name in stored.packed:
+                    module = stored.module_of[name]
+                    group = groups[module]
+                    parameter = _parameter_of(model, module, name)
+                    importance = None if pairs is None else importance_of(group, parameter, pairs)
+                    _write_packed(writer, stored, source, name, parameter, schemes[module], importance)
+                else:
+                    _write_plain(writer, source, model, name)
+    return {shard.name: shard.sha256 for shard in writer.shards}
+
+
+def _parameter_of(model: torch.nn.Module, module: str, stored: str) -> str:
+    weights = weights_of(model, module)
+    return stored if stored != module and stored in weights else f"{module}.weight"
+
+
+def _write_plain(writer: Writer, source: Source, model: torch.nn.Module, name: str) -> None:
+    spec = next(spec for spec in writer.specs if spec.name == name)
+    if name in source.parameters and source.holds(name):
+        writer.write(name, source.read_parameter(name, dtype=spec.dtype))
+    else:
+        owner, _, leaf = name.rpartition(".")
+        writer.write(name, getattr(model.get_submodule(owner), leaf).to(spec.dtype).contiguous())
+
+
+def _write_packed(
+    writer: Writer,
+    stored: Stored,
+    source: Source,
+    name: str,
+    parameter: str,
+    scheme: Scheme,
+    importance: Tensor | None,
+) -> None:
+    """Quantize one weight [N, K] by blocks of rows, then write its parts."""
+    rows, width = row_shape(source, parameter)
+    groups = scheme.groups(width)
+    table = name in stored.embeddings
+    packed = stored_as(scheme, embedding=table) == PACKED
+    columns = width * scheme.bits // 32 if packed else width
+    values = torch.empty((rows, columns), dtype=torch.int32 if packed else torch.int8)
+    scale = torch.empty((rows, groups), dtype=torch.bfloat16)
+    zero = None if scheme.symmetric else torch.empty((rows, groups), dtype=torch.int8)
+    for start, block in rows_of(source, parameter, dtype=torch.bfloat16):
+        made = quantize(block, scheme, importance=importance)
+        part = slice(start, start + block.shape[0])
+        values[part] = pack_values(made.q, scheme.bits) if packed else made.q
+        scale[part] = made.scale
+        if zero is not None and made.zero is not None:
+            zero[part] = made.zero
+        del made, block
+    for part_name in stored.packed[name]:
+        kind = part_name.rpartition(".")[2]
+        if kind == "weight_shape":
+            writer.write(part_name, torch.tensor([rows, width], dtype=torch.int64))
+        elif kind == "weight_scale":
+            writer.write(part_name, scale)
+        elif kind == "weight_zero_point":
+            assert zero is not None
+            writer.write(part_name, zero)
+        else:
+            writer.write(part_name, values)

@@ -1,0 +1,412 @@
+"""The main job, told in order: account, calibrate, plan, compress, prove, report.
+
+What takes the model's bytes runs in processes of its own; this one holds plans and figures.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from memfit import demo
+from memfit.account.account import Account
+from memfit.account.dry_run import dry_run
+from memfit.account.follow import Follow, settle
+from memfit.compress import calibrate, compress
+from memfit.errors import OverBudget, QualityMissed, UsageError
+from memfit.evaluate.quality import Quality
+from memfit.evaluate.speed import Speed
+from memfit.evaluate.text import read_text, windows
+from memfit.format.companions import save_companions
+from memfit.format.directory import OutputDirectory
+from memfit.models import load_model, loader_for
+from memfit.plan.plan import Plan, dumps
+from memfit.planning import Allowed, account_of, make_plan, plan_files, predict
+from memfit.report.card import model_card
+from memfit.report.machine import describe_machine, describe_versions
+from memfit.report.page import render_page
+from memfit.report.report import Report
+from memfit.source.check import check
+from memfit.source.live import fake_copy
+from memfit.source.source import Source, open_source
+from memfit.task.infer import Infer
+from memfit.units import parse_size
+from memfit.worker import run_job
+
+Progress = Callable[[str], None]
+"""Told, in a few words, what is done next."""
+
+_LOGITS_NBYTES: Final = 2 << 30
+"""The most the original's logits may take on the disk, unless the windows are counted by the caller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The text that quality is priced and measured on: calibrate on its first half, evaluate on its second."""
+
+    calibration: str
+    evaluation: str
+    length: int = 256
+    """Tokens of a window."""
+    calibration_windows: int = 16
+    evaluation_windows: int | None = None
+    """None: up to 16, fewer where the vocabulary is so large that their logits would not fit 2 GiB of disk."""
+
+    @classmethod
+    def from_file(cls, file: str | Path, **options: Any) -> "Text":
+        text = read_text(file)
+        half = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+        return cls(calibration=text[:half], evaluation=text[half:], **options)
+
+    @classmethod
+    def of_demo(cls, **options: Any) -> "Text":
+        """The text shipped with the demo model; the part to evaluate on was never trained on."""
+        return cls(
+            calibration=read_text(demo.calibration_text()), evaluation=read_text(demo.heldout_text()), **options
+        )
+
+
+def account(
+    model: str | Path | nn.Module, task: Infer | None = None, *, device: str = "cpu", routing: str = "balanced"
+) -> Account:
+    """Who will hold which bytes, when, if `model` runs `task`. No weights are read.
+
+    Args:
+        model: a hub id, a directory, a `.gguf` file, or any live module (which is left as it is).
+        task: default: one prompt of 512 tokens and 32 new ones.
+        device: `cpu` or `cuda`; nothing needs to be installed for it.
+        routing: where experts are chosen by data, `balanced` or `worst`.
+
+    Raises:
+        BrokenInput: the model is unsafe or broken.
+    """
+    from memfit.packed.routing import ROUTING
+
+    task = task or Infer()
+    token = ROUTING.set(routing)  # type: ignore[arg-type]
+    try:
+        if isinstance(model, nn.Module):
+            return dry_run(lambda: fake_copy(model), task, device=device)
+        source = open_source(model, weights=False)
+        task = replace(task, kv_bits=source.kv_bits) if task.kv_bits == 16 else task
+        return account_of(source, task, device=device)
+    finally:
+        ROUTING.reset(token)
+
+
+def plan(
+    model: str | Path,
+    budget: str | int,
+    *,
+    task: Infer | None = None,
+    text: Text | str | Path | None = None,
+    allowed: Allowed | None = None,
+    device: str = "cpu",
+    progress: Progress = lambda _: None,
+) -> Plan:
+    """The plan of least expected loss whose traced peak is within `budget`.
+
+    Args:
+        budget: bytes at the peak of the task, or a size as `400MiB`, or a share of the original's peak, `50%`.
+        text: prices choices by what they do to this text; without one, weights are rounded and compared, and
+            without weights, shapes alone decide.
+
+    Raises:
+        DoesNotFit: nothing fits; names what binds, the smallest budget that works, and the levers.
+    """
+    task = task or Infer()
+    source = open_source(model)
+    check(source)
+    original = account_of(source, task, device=device)
+    nbytes = parse_size(budget, whole_nbytes=original.peak_nbytes)
+    if source.checkpoint is None:
+        return make_plan(source, budget_nbytes=nbytes, task=task, allowed=allowed, device=device)
+    with tempfile.TemporaryDirectory(prefix="memfit-") as work:
+        job = _calibration_job(source, task, _text_of(text), allowed or Allowed(), Path(work), reference=False)
+        progress("pricing choices")
+        answer = run_job(job)
+        return _planned(source, nbytes, task, allowed, device, answer)
+
+
+def fit(
+    model: str | Path | None = None,
+    budget: str | int = "50%",
+    out: str | Path | None = None,
+    *,
+    task: Infer | None = None,
+    text: Text | str | Path | None = None,
+    allowed: Allowed | None = None,
+    given: Plan | None = None,
+    enforce: bool = False,
+    overwrite: bool = False,
+    max_kl: float | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda _: None,
+) -> Report:
+    """Make a model fit a budget, write it to `out`, measure it, and report prediction and measurement.
+
+    Args:
+        model: a hub id, a directory or a `.gguf` file; None: the demo model with its own text.
+        budget: see `plan`.
+        out: where the fitted model goes, a Hugging Face directory; default: `NAME-fitted` here.
+        given: a plan made before, carried out as it is.
+        enforce: measure under a hard limit of the budget; more memory is refused by the system.
+        max_kl: the quality gate, nats a token.
+        threads: of the measured process; default: torch's own.
+
+    Raises:
+        DoesNotFit, BrokenInput, UsageError: before anything is written.
+        OverBudget: measured over the budget. QualityMissed: worse than `max_kl`. The output is kept in both.
+    """
+    if model is None:
+        model, text = demo.model_directory(), text or Text.of_demo()
+    task = task or Infer()
+    progress("reading the model's shapes")
+    source = open_source(model)
+    check(source)
+    if source.checkpoint is None:
+        raise UsageError(f"{source.name}: has a config and no weights. `plan` works on it; `fit` needs the weights.")
+    target = Path(out) if out is not None else Path(f"{_stem(source)}-fitted")
+    original = account_of(source, task)
+    nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
+    texts = _text_of(text)
+    with OutputDirectory(target, overwrite=overwrite) as output:
+        work = Path(tempfile.mkdtemp(prefix="memfit-", dir=output.path))
+        job = _calibration_job(source, task, texts, allowed or Allowed(), work, reference=True)
+        job["threads"] = threads
+        progress("calibrating, and asking the original")
+        calibrated = run_job(job)
+        progress("searching the plan")
+        chosen = given or _planned(source, nbytes, task, allowed, "cpu", calibrated)
+        predicted = predict(source, chosen, task)
+        progress("predicting the fitting itself")
+        predicted_fit = _predict_fit(source, chosen, job)
+        chosen = replace(chosen, predicted=predicted.to_json(), predicted_fit=predicted_fit.to_json())
+        progress("compressing")
+        compressed = _compress(source, chosen, job, output, threads)
+        progress("measuring the fitted model")
+        proof = _prove(output.path, chosen, job, enforce=enforce, threads=threads)
+        measured = Account.from_json(proof["account"])
+        report = Report(
+            model=source.name,
+            budget_nbytes=nbytes,
+            plan=chosen.to_json(),
+            task=chosen.task,
+            predicted=predicted,
+            measured=measured,
+            predicted_fit=predicted_fit,
+            measured_fit=_joined(calibrated["account"], compressed["account"]),
+            original=original,
+            quality=Quality.from_json(proof["quality"]) if proof.get("quality") else None,
+            speed=Speed(**proof["speed"]),
+            speed_original=Speed(**calibrated["speed"]) if calibrated.get("speed") else None,
+            kernels=proof["kernels"],
+            machine=describe_machine(),
+            versions=describe_versions(),
+            files=compressed["files"],
+        )
+        shutil.rmtree(work)
+        _write_papers(output, report, chosen, source)
+    if not report.fits:
+        raise OverBudget(
+            f"measured {measured.peak_nbytes} bytes in {measured.peak_phase}, {nbytes} allowed and "
+            f"{predicted.peak_nbytes} predicted. {target} is kept; report.json has the entries."
+        )
+    if max_kl is not None and report.quality is not None and (report.quality.kl or 0.0) > max_kl:
+        raise QualityMissed(
+            f"KL divergence {report.quality.kl:.4f}, at most {max_kl} allowed. {target} is kept. "
+            "A larger budget, or a longer text to calibrate on, brings it down."
+        )
+    return report
+
+
+def evaluate(
+    model: str | Path,
+    reference: str | Path,
+    text: Text | str | Path,
+    *,
+    task: Infer | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """Quality of `model` beside `reference` on the second half of a text, its measured account and its speed.
+
+    The two are never in memory together.
+
+    Returns: `account` (an `Account`), `quality` (a `Quality`), `speed` (a `Speed`), `kernels`.
+    """
+    fitted, source = open_source(model), open_source(reference)
+    check(fitted)
+    check(source)
+    task = replace(task or Infer(), kv_bits=fitted.kv_bits)
+    with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
+        work = Path(directory)
+        job = _text_job(source, _text_of(text), work)
+        progress("asking the reference")
+        run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16)), "threads": threads})
+        progress("measuring the model")
+        proof = run_job(
+            {"do": "prove", "model": str(model), "task": asdict(task), "work": job["work"], "threads": threads}
+        )
+    return {
+        "account": Account.from_json(proof["account"]),
+        "quality": Quality.from_json(proof["quality"]),
+        "speed": Speed(**proof["speed"]),
+        "kernels": proof["kernels"],
+    }
+
+
+def measure(model: str | Path, task: Infer | None = None, *, threads: int | None = None) -> Account:
+    """The task run on the real model in a fresh process: allocator's events, resident bytes."""
+    source = open_source(model)
+    task = task or Infer(kv_bits=source.kv_bits)
+    answer = run_job({"do": "measure", "model": str(model), "task": asdict(task), "threads": threads})
+    return Account.from_json(answer["account"])
+
+
+def load(directory: str | Path) -> nn.Module:
+    """A fitted model, running from its packed weights. Give its `forward` a cache of `make_cache` to save more."""
+    return load_model(loader_for(str(directory)))
+
+
+# -- parts --------------------------------------------------------------------------------------------
+
+
+def _stem(source: Source) -> str:
+    name = source.gguf.stem if source.gguf is not None else Path(source.name).name
+    return "demo" if source.directory == demo.model_directory() else name
+
+
+def _text_of(text: Text | str | Path | None) -> Text | None:
+    return text if isinstance(text, Text) or text is None else Text.from_file(text)
+
+
+def _text_job(source: Source, text: Text, work: Path) -> dict[str, Any]:
+    """Cut the text into windows and leave them in `work`, for the jobs."""
+    tokenizer = source.tokenizer()
+    vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1)
+    affordable = max(1, _LOGITS_NBYTES // (2 * vocabulary * text.length))
+    evaluated = text.evaluation_windows or min(16, affordable)
+    torch.save(
+        {
+            "calibration": windows(
+                tokenizer, text.calibration, length=text.length, count=text.calibration_windows
+            ),
+            "evaluation": windows(tokenizer, text.evaluation, length=text.length, count=evaluated),
+        },
+        work / "windows.pt",
+    )
+    return {"model": str(source.gguf or source.directory), "work": str(work)}
+
+
+def _calibration_job(
+    source: Source, task: Infer, text: Text | None, allowed: Allowed, work: Path, *, reference: bool
+) -> dict[str, Any]:
+    job: dict[str, Any] = {"model": str(source.gguf or source.directory), "work": str(work)}
+    if text is not None:
+        job = _text_job(source, text, work)
+    return job | {
+        "do": "calibrate",
+        "allowed": asdict(allowed),
+        "reference": reference,
+        "task": asdict(replace(task, kv_bits=16)),
+        "batch": 4,
+    }
+
+
+def _planned(
+    source: Source, nbytes: int, task: Infer, allowed: Allowed | None, device: str, answer: dict[str, Any]
+) -> Plan:
+    from memfit.packed.scheme import Scheme
+
+    found = {(name, Scheme(**scheme)): price for name, scheme, price in answer["prices"]}
+    return make_plan(
+        source,
+        budget_nbytes=nbytes,
+        task=task,
+        allowed=allowed,
+        prices=found,
+        priced_by=answer["priced_by"],
+        device=device,
+    )
+
+
+def _predict_fit(source: Source, chosen: Plan, job: dict[str, Any]) -> Account:
+    """The account of calibrating and compressing: the same functions, on fake tensors."""
+    follow = Follow()
+    windows_WT = _windows(job)
+    allowed = Allowed.from_json(job["allowed"])
+    with FakeTensorMode(allow_non_fake_inputs=True), follow:
+        ids = None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
+        statistics, _ = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
+        compress(source, chosen, statistics, Path(job["work"]), watch=follow, dry=True)
+    return settle(follow.ledger)
+
+
+def _windows(job: dict[str, Any]) -> torch.Tensor | None:
+    file = Path(job["work"]) / "windows.pt"
+    if not file.exists():
+        return None
+    found: torch.Tensor = torch.load(file, weights_only=True)["calibration"]
+    return found
+
+
+def _compress(
+    source: Source, chosen: Plan, job: dict[str, Any], output: OutputDirectory, threads: int | None
+) -> dict[str, Any]:
+    (Path(job["work"]) / "plan.json").write_text(dumps(chosen), encoding="utf-8")
+    answer = run_job(
+        {
+            "do": "compress",
+            "model": job["model"],
+            "work": job["work"],
+            "output": str(output.path),
+            "threads": threads,
+        }
+    )
+    _, raw = plan_files(source, chosen)
+    output.write_json("config.json", raw)
+    tokenizer = source.tokenizer() if source.gguf is not None else None
+    companions = source.directory if source.gguf is None else None
+    save_companions(output.path, source=companions, tokenizer=tokenizer)
+    return answer
+
+
+def _prove(
+    directory: Path, chosen: Plan, job: dict[str, Any], *, enforce: bool, threads: int | None
+) -> dict[str, Any]:
+    task = {key: value for key, value in chosen.task.items() if key != "task"}
+    return run_job(
+        {"do": "prove", "model": str(directory), "task": task, "work": job["work"], "threads": threads},
+        enforce_nbytes=chosen.budget_nbytes if enforce else None,
+    )
+
+
+def _joined(*accounts: dict[str, Any]) -> Account:
+    """One account of jobs that ran one after the other."""
+    made = [Account.from_json(account) for account in accounts]
+    return replace(
+        made[0],
+        phases=tuple(phase for account in made for phase in account.phases),
+        entries=tuple(entry for account in made for entry in account.entries),
+        resident_nbytes=max((account.resident_nbytes or 0 for account in made), default=0),
+    )
+
+
+def _write_papers(output: OutputDirectory, report: Report, chosen: Plan, source: Source) -> None:
+    from memfit.report.card import is_hub_id
+
+    output.write_text("plan.json", dumps(chosen))
+    output.write_json("report.json", report.to_json())
+    output.write_text("report.html", render_page(report))
+    base = source.name if is_hub_id(source.name) else _stem(source)
+    output.write_text("README.md", model_card(report, base_model=base))
+
+
+__all__ = ["Text", "account", "evaluate", "fit", "load", "measure", "plan"]

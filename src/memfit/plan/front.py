@@ -1,0 +1,33 @@
+"""What each budget would cost: the price of the best plan over budgets, for a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from memfit.plan.search import Item, needed_nbytes, smallest_budget, solve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """The best plan within one budget."""
+
+    budget_nbytes: int
+    needed_nbytes: int
+    price: float
+
+
+def front(items: Sequence[Item], *, bases: Mapping[str, int], count: int = 12) -> tuple[Point, ...]:
+    """The best plans for `count` budgets from the smallest that works to the least price of all."""
+    low = smallest_budget(items, bases=bases).needed_nbytes
+    dearest = {
+        name: min(range(len(item.options)), key=lambda c, item=item: (item.options[c].price, c))  # type: ignore[misc]
+        for item in items
+        for name in item.names
+    }
+    high = max(low, *needed_nbytes(items, dearest, bases=bases).values())
+    points = []
+    for n in range(count):
+        budget = low + (high - low) * n // max(1, count - 1)
+        found = solve(items, bases=bases, budget_nbytes=budget)
+        assert found is not None, "no budget here is under the smallest that works"
+        points.append(Point(budget_nbytes=budget, needed_nbytes=found.needed_nbytes, price=found.price))
+    return tuple(points)
