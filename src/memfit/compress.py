@@ -17,6 +17,7 @@ from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import PACKED, stored_as
 from memfit.format.safetensors import Writer
 from memfit.packed.bits import pack_values
+from memfit.packed.fake import is_fake
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import Plan
@@ -35,16 +36,21 @@ def calibrate(
     """
     groups = find_groups(source.build(dtype=torch.bfloat16))
     statistics = None
+    dry = windows_WT is not None and is_fake(windows_WT)
     if windows_WT is not None:
+        # From the third batch on, all that a batch needs was needed before.
+        windows_WT = windows_WT[: 2 * batch] if dry else windows_WT
         wanted = frozenset(
             member for group in groups if group.kind != "experts" for member in group.members
         )
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
     schemes = {group.name: allowed.schemes(group) for group in groups}
+    # One of each kind is enough to know what pricing takes.
+    priced = {group.shapes: group for group in groups}.values() if dry else groups
     with watch.phase("price"):
         found = prices(
-            [group for group in groups if schemes[group.name]],
+            [group for group in priced if schemes[group.name]],
             schemes,
             lambda name: source.read_parameter(name, dtype=torch.bfloat16),
             _complete(groups, statistics),
@@ -74,8 +80,16 @@ def compress(
     stored = stored_tensors(model, schemes)
     groups = {member: group for group in find_groups(model) for member in group.members}
     pairs = _complete(tuple(dict.fromkeys(groups.values())), statistics)
+    seen: set[Any] = set()
     with Writer(directory, stored.specs, dry=dry) as writer:
         for name in stored.plain_and_packed():
+            if dry:
+                # Nothing outlives its own turn, so equal weights need to be run once.
+                kind = (schemes.get(stored.module_of.get(name, "")), stored.shape_of(name))
+                if kind in seen:
+                    writer.pass_over(stored.packed.get(name, (name,)))
+                    continue
+                seen.add(kind)
             with watch.phase("compress"):
                 if name in stored.packed:
                     module = stored.module_of[name]

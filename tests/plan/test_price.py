@@ -15,8 +15,6 @@ from memfit.technique.quantize import dequantize, quantize
 FOUR = Scheme(bits=4, group=32)
 
 
-
-
 def linear(seed: int = 0, n: int = 48, k: int = 64) -> tuple[nn.ModuleDict, Group, Tensor]:
     torch.manual_seed(seed)
     model = nn.ModuleDict({"a": nn.Linear(k, n, bias=False)})
@@ -87,9 +85,9 @@ def test_a_tied_head_pays_for_both_uses() -> None:
     w = model["e"].weight.detach()
     f, ge = torch.rand(1024) / 1024, torch.rand(64)
     h, gh = torch.rand(64), torch.rand(1024)
-    found = prices(
-        [group], {group.name: (FOUR,)}, lambda _: w, {"e": (f, ge), "h": (h, gh)}, rows=1024
-    )[group.name, FOUR]
+    found = prices([group], {group.name: (FOUR,)}, lambda _: w, {"e": (f, ge), "h": (h, gh)}, rows=1024)[
+        group.name, FOUR
+    ]
     importance = importance_of(group, "e.weight", {"e": (f, ge), "h": (h, gh)})
     assert importance is not None
     torch.testing.assert_close(importance, f.mean() * ge + gh.mean() * h)

@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .meter import allocations
 
-_MOST_PRODUCTS: Final = 1 << 34
-"""Multiplications a question may cost: about 30 ms on two AMX cores."""
+_MOST_PRODUCTS: Final = 1 << 33
+"""Multiplications a question may cost: about 20 ms on two AMX cores."""
+_MOST_ELEMENTS: Final = 1 << 25
+"""Elements of a matrix in a question: 64 MiB in bf16."""
 
 
 def ask(run: Callable[[], Any]) -> int:
@@ -76,15 +78,65 @@ def _ask_call(func: Any, described: tuple[Any, ...], threads: int) -> int:
 
 
 def ask_product(left: Tensor, right: Tensor) -> int:
-    """Scratch of `left @ right`, [.., M, K] by [.., K, N]."""
-    batch = left.shape[0] if left.dim() == 3 else 0
-    rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
-    while max(batch, 1) * rows * inner * columns > _MOST_PRODUCTS and max(inner, columns) > 4096:
-        inner, columns = (inner, columns // 2) if columns >= inner else (inner // 2, columns)
-    while max(batch, 1) * rows * inner * columns > _MOST_PRODUCTS and batch > 2:
-        batch //= 2
-    by_columns = _by_columns(left), _by_columns(right)
-    return _ask_product(batch, rows, inner, columns, by_columns, left.dtype, torch.get_num_threads())
+    """Scratch of `left @ right`, [.., M, K] by [.., K, N]; from smaller products where that one costs too much.
+
+    oneDNN blocks a product by its rows, by whether K is a large multiple of a page, and by what is left over
+    in the last block, so the smaller product keeps those. What still grows with N is a copy of the right
+    factor in oneDNN's layout, and what grows with the batch does so by the piece.
+    """
+    shape = _Product(
+        batch=left.shape[0] if left.dim() == 3 else 0,
+        rows=left.shape[-2],
+        inner=left.shape[-1],
+        columns=right.shape[-1],
+        by_columns=(_by_columns(left), _by_columns(right)),
+        dtype=left.dtype,
+        threads=torch.get_num_threads(),
+    )
+    if shape.is_cheap:
+        return _ask_product(shape)
+    if shape.batch > 4:
+        few, more = (_less_product(shape._replace(batch=batch)) for batch in (2, 4))
+        return few + (more - few) * (shape.batch - 2) // 2
+    return _less_product(shape)
+
+
+class _Product(NamedTuple):
+    batch: int
+    """0: no batch."""
+    rows: int
+    inner: int
+    columns: int
+    by_columns: tuple[bool, bool]
+    dtype: torch.dtype
+    threads: int
+
+    @property
+    def is_cheap(self) -> bool:
+        batch = max(self.batch, 1)
+        most = max(self.rows * self.inner, self.inner * self.columns, self.rows * self.columns)
+        return batch * most <= _MOST_ELEMENTS and batch * self.rows * self.inner * self.columns <= _MOST_PRODUCTS
+
+
+def _less_product(shape: _Product) -> int:
+    small = shape._replace(
+        rows=_remainder_kept(shape.rows, 1024),
+        inner=_remainder_kept(shape.inner, 8192),
+        columns=_remainder_kept(shape.columns, 1024),
+    )
+    scratch = _ask_product(small)
+    weight = max(shape.batch, 1) * small.inner * small.columns * shape.dtype.itemsize
+    if small == shape or scratch < weight:
+        return scratch
+    twice = small._replace(columns=2 * small.columns)
+    if _ask_product(twice) - scratch == weight:
+        scratch += max(shape.batch, 1) * shape.inner * shape.columns * shape.dtype.itemsize - weight
+    return scratch
+
+
+def _remainder_kept(size: int, period: int) -> int:
+    """The least size of at least `period` with the same remainder; a smaller size is itself."""
+    return size if size < 2 * period else period + size % period
 
 
 def _by_columns(tensor: Tensor) -> bool:
@@ -93,34 +145,39 @@ def _by_columns(tensor: Tensor) -> bool:
 
 
 @lru_cache(maxsize=None)
-def _ask_product(
-    batch: int,
-    rows: int,
-    inner: int,
-    columns: int,
-    by_columns: tuple[bool, bool],
-    dtype: torch.dtype,
-    threads: int,
-) -> int:
+def _ask_product(shape: _Product) -> int:
     def matrix(height: int, width: int, flip: bool) -> Tensor:
-        lead = (batch,) if batch else ()
+        lead = (shape.batch,) if shape.batch else ()
         size = (width, height) if flip else (height, width)
-        made = torch.empty(*lead, *size, dtype=dtype)
+        made = torch.empty(*lead, *size, dtype=shape.dtype)
         return made.transpose(-1, -2) if flip else made
 
     with _disable_current_modes():
-        left, right = matrix(rows, inner, by_columns[0]), matrix(inner, columns, by_columns[1])
+        left = matrix(shape.rows, shape.inner, shape.by_columns[0])
+        right = matrix(shape.inner, shape.columns, shape.by_columns[1])
     return ask(lambda: torch.matmul(left, right))
 
 
 def ask_attention(args: tuple[Any, ...]) -> int:
     """Scratch of the CPU's attention on q [B, H, T, D], k, v [B, Hkv, S, D], with or without a mask."""
     query, key, value = args[:3]
-    shapes = [tuple(query.shape), tuple(key.shape), tuple(value.shape)]
     causal = bool(args[4]) if len(args) > 4 else False
-    while shapes[0][0] > 1 and shapes[0][0] * shapes[0][1] * shapes[0][2] * shapes[1][2] * shapes[0][3] > _MOST_PRODUCTS:
-        shapes = [(1, *shape[1:]) for shape in shapes]
-    return _ask_attention(tuple(shapes), causal, query.dtype, torch.get_num_threads())
+    batch, heads, tokens, width = query.shape
+    groups, seen = key.shape[1], key.shape[2]
+    threads = torch.get_num_threads()
+
+    def question(batch: int, groups: int, tokens: int, seen: int) -> int:
+        sizes = ((batch, groups * (heads // key.shape[1]), tokens, width), (batch, groups, seen, width))
+        return _ask_attention((*sizes, (*sizes[1][:3], value.shape[3])), causal, query.dtype, threads)
+
+    if batch * heads * tokens * seen * width <= _MOST_PRODUCTS:
+        return question(batch, groups, tokens, seen)
+    # Blocks are of at most 256 queries and 512 keys. What still grows is a copy of keys and values, by the head.
+    seen, tokens = _remainder_kept(seen, 1024), _remainder_kept(tokens, 1024)
+    if batch * groups <= 2:
+        return question(batch, groups, tokens, seen)
+    few, more = question(1, 1, tokens, seen), question(1, 2, tokens, seen)
+    return few + (batch * groups - 1) * (more - few)
 
 
 @lru_cache(maxsize=None)

@@ -5,6 +5,10 @@ blocks are rounded up to 512 bytes; requests up to 1 MiB are cut from segments o
 10 MiB from segments of 20 MiB, larger ones get a segment rounded up to 2 MiB. A free block is taken by
 best fit, split when what is left is worth keeping (512 bytes in the small pool, over 1 MiB in the
 large), and joined with free neighbours when it is given back.
+
+Beside the allocator stand the context and the code of the kernels, which are outside. Inside it, but not told
+here: cuDNN's workspaces (recurrent layers, convolutions), the partial sums of attention split over few queries,
+and cub's scratch for sorting.
 """
 
 import bisect
@@ -17,6 +21,11 @@ _SMALL_SEGMENT: Final = 2 << 20
 _LARGE_SEGMENT: Final = 20 << 20
 _MIN_LARGE: Final = 10 << 20
 _ROUND_LARGE: Final = 2 << 20
+
+CUBLAS_WORKSPACE: Final = 2 * (4096 << 10) + 8 * (16 << 10)
+"""8,519,680 bytes that cuBLAS takes at a stream's first product and keeps (CUDABlas.cpp, the default
+`:4096:2:16:8`); on Hopper and later, 33,554,432."""
+CUBLAS_WORKSPACE_HOPPER: Final = 8 * (4096 << 10)
 
 
 @dataclass(eq=False, slots=True)

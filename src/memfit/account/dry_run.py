@@ -29,7 +29,7 @@ def trace(
 
     Args: see `dry_run`.
     """
-    follow = Follow()
+    follow = Follow(device=device)
     blocks = Blocks(follow)
     with FakeTensorMode(allow_non_fake_inputs=True), follow:
         with follow.phase("load"):

@@ -2,7 +2,7 @@
 
 A dispatch mode sees each operator's outputs; a storage not seen before is born there, and a weak
 reference tells when the last tensor on it is gone. What a CPU kernel allocates for itself and frees
-before it returns is added by `workspace`.
+before it returns is added by `workspace`. For CUDA as the target, sizes are its allocator's (`cuda`).
 """
 
 import weakref
@@ -13,13 +13,15 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .account import Account, Entry, Kind, Phase
-from .cuda import Segments
+from .cuda import CUBLAS_WORKSPACE, Segments
+from .fakes import QUICK, fake_mode
 from .mend import MENDED, REWRITTEN
-from .workspace import workspace
+from .workspace import NONE, workspace
 
 
 @dataclass(slots=True)
@@ -80,13 +82,19 @@ class Follow(TorchDispatchMode):
 
     may_skip = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.ledger = Ledger()
         self.path: list[str] = [""]
         self._numbers: dict[int, int] = {}
         self._paused = 0
         self._phase = ""
+        self.mode: FakeTensorMode | None = None
+
+    def __enter__(self) -> "Follow":
+        self.mode = fake_mode()
+        return super().__enter__()  # type: ignore[no-any-return]
 
     # -- what the dispatcher tells ------------------------------------------------------------------
 
@@ -96,7 +104,13 @@ class Follow(TorchDispatchMode):
             return func(*args, **kwargs)
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        rewrite = REWRITTEN.get(func)
+        quick = QUICK.get(func)
+        if quick is not None and self.mode is not None:
+            made = quick(self.mode, args, kwargs)
+            if made is not NotImplemented:
+                self.number_of(made, func)
+                return made
+        rewrite = REWRITTEN[self.device].get(func)
         if rewrite is not None:
             with self:
                 result = rewrite(*args, **kwargs)
@@ -107,13 +121,14 @@ class Follow(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        mend = MENDED.get(func)
+        mend = MENDED[self.device].get(func)
         if mend is None:
             out = func(*args, **kwargs)
         else:
             with self.paused():
                 out = mend(func, args, kwargs)
-        before, after = workspace(func, args, kwargs, out)
+        # CUDA's kernels cast and wrap numbers in registers: what they take is in their outputs.
+        before, after = workspace(func, args, kwargs, out) if self.device == "cpu" else NONE
         name = func.name() if before or after else ""
         scratch = [self._scratch(nbytes, name) for nbytes in before]
         for leaf in tree_leaves(out):
@@ -179,6 +194,9 @@ class Follow(TorchDispatchMode):
     def inside(self, model: torch.nn.Module) -> Iterator[None]:
         """Write births down under the dotted name of the module that is running."""
         names = {id(module): name for name, module in model.named_modules()}
+        if self.device == "cuda":
+            # At the first product, which the first phase has; before it, so that no block seems to keep it.
+            self.ledger.born(Storage(CUBLAS_WORKSPACE, "temporary", "", "cuBLAS workspace", torch.uint8))
 
         def enter(module: torch.nn.Module, arguments: Any) -> None:
             name = names.get(id(module), self.path[-1])

@@ -1,6 +1,7 @@
 """Operators whose course on fake tensors differs from the kernel's, and the course that the kernel takes.
 
-Each function here stands for one operator while a dry run follows it. All are for the CPU's kernels.
+Each function here stands for one operator while a dry run follows it. Fake tensors are on the CPU whatever
+the target, so for CUDA attention is put right, and the ways of writing that only the CPU has are left out.
 """
 
 from collections.abc import Callable
@@ -38,12 +39,25 @@ def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
     return out
 
 
-MENDED: Final[dict[Any, Callable[[Any, Any, Any], Any]]] = {
-    aten._grouped_mm.default: _grouped_product,
-    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
-    aten.view.default: _view,
+def _attention_on_cuda(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """cuda/attention.cu: flash (16 bits, no mask) keeps a fp32 sum for each head and query; the other keeps
+    none where nothing is derived. Both give the output in the layout of [B, T, H, D]."""
+    query, key, value = args[:3]
+    batch, heads, tokens, _ = query.shape
+    out = query.new_empty((batch, tokens, heads, value.shape[3])).transpose(1, 2)
+    masked = kwargs.get("attn_mask") is not None
+    flash = query.dtype in (torch.float16, torch.bfloat16) and not masked
+    return out, torch.empty((batch, heads, tokens if flash else 0), dtype=torch.float32)
+
+
+Mends = dict[Any, Callable[[Any, Any, Any], Any]]
+_ANYWHERE: Final[Mends] = {aten._grouped_mm.default: _grouped_product, aten.view.default: _view}
+MENDED: Final[dict[str, Mends]] = {
+    "cpu": _ANYWHERE | {aten._scaled_dot_product_flash_attention_for_cpu.default: _attention},
+    "cuda": _ANYWHERE | {aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_on_cuda},
 }
-"""Operators whose fake outputs differ from the kernel's: what is made inside is not followed, the result is."""
+"""By target: operators whose fake outputs differ from the kernel's. What is made inside is not followed, the
+result is."""
 
 
 def _lstm(
@@ -92,5 +106,5 @@ def _lstm(
     return result, torch.stack(ends_h, 0), torch.stack(ends_c, 0)
 
 
-REWRITTEN: Final[dict[Any, Callable[..., Any]]] = {aten.lstm.input: _lstm}
-"""Operators that are a way of writing others, and that the CPU writes otherwise than the fake mode does."""
+REWRITTEN: Final[dict[str, dict[Any, Callable[..., Any]]]] = {"cpu": {aten.lstm.input: _lstm}, "cuda": {}}
+"""By target: operators that are a way of writing others, and that it writes otherwise than the fake mode does."""

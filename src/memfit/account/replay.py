@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from .fakes import make_fake, view_fake
 from .follow import Follow, Storage
 
 _LAYER_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
@@ -229,9 +230,7 @@ class Blocks:
                 base = bases[where] = (
                     roles[inputs[value.index]] if value.known else self._base(value, recording, numbers)
                 )
-            if base.dtype != value.dtype:
-                base = base.view(value.dtype)
-            return base.as_strided(value.shape, value.stride, value.offset)
+            return view_fake(base, value.shape, value.stride, value.offset, value.dtype)
 
         with self.follow.paused():
             outputs = [build(value) for value in recording.outputs]
@@ -243,7 +242,8 @@ class Blocks:
     def _base(self, view: _View, recording: _Recording, numbers: dict[int, int]) -> Tensor:
         """A fake 1-dim tensor over the whole of the storage born in the call that `view` looks at."""
         storage = recording.births[view.index][0]
-        base = torch.empty(storage.nbytes // view.dtype.itemsize, dtype=view.dtype)
+        assert self.follow.mode is not None
+        base = make_fake(self.follow.mode, (storage.nbytes // view.dtype.itemsize,), (1,), view.dtype)
         self.follow.adopt(base, numbers[view.index])
         return base
 

@@ -34,6 +34,11 @@ class Stored:
     module_of: Mapping[str, str]
     """Key of `packed` to the quantized module that it is of."""
 
+    def shape_of(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what is written under a name of `plain_and_packed`."""
+        parts = set(self.packed.get(name, (name,)))
+        return tuple(spec.shape for spec in self.specs if spec.name in parts)
+
     def plain_and_packed(self) -> tuple[str, ...]:
         """What is to be written, in the order of `specs`: keys of `packed`, then `plain`, then `extra`."""
         return (*self.packed, *self.plain, *self.extra)

@@ -151,6 +151,13 @@ class Writer:
             self._write_bytes(tensor)
         self._next += 1
 
+    def pass_over(self, names: Iterable[str]) -> None:
+        """Count the next tensors, which must be `names`, as written; only of a dry writer."""
+        for name in names:
+            if not self._dry or self.specs[self._next].name != name:
+                raise ValueError(f"{name}: only a dry writer passes over tensors, and only in order")
+            self._next += 1
+
     def _write_bytes(self, tensor: Tensor) -> None:
         shard, first, last = self._place(self._next)
         if self._next == first:

@@ -124,7 +124,15 @@ class _Runner:
         """Random token ids [B, T]."""
         generator = torch.Generator().manual_seed(0)
         size = (self.task.batch, tokens)
-        return torch.randint(0, vocabulary(self.model), size, generator=generator)
+        return torch.randint(0, vocabulary(self.model), size, generator=generator).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter or buffer is."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.device.type != "meta":
+                return tensor.device
+        return torch.device("cpu")
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -169,7 +177,7 @@ class _EncoderDecoder(_Runner):
         self.cache = make_cache(self.model.config, kv_bits=self.task.kv_bits)
         self.encoded = self.model.get_encoder()(input_ids=self.ids(self.task.prompt))  # type: ignore[operator]
         start = getattr(self.model.config, "decoder_start_token_id", None) or 0
-        return self.decode(torch.full((self.task.batch, 1), start, dtype=torch.int64))
+        return self.decode(torch.full((self.task.batch, 1), start, dtype=torch.int64, device=self.device))
 
     def decode(self, token_B1: Tensor) -> Tensor:
         out = self.model(
