@@ -20,7 +20,7 @@ from memfit.packed.bits import pack_values
 from memfit.packed.fake import is_fake
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group, find_groups
-from memfit.plan.plan import Plan
+from memfit.plan.plan import Plan, PricedBy
 from memfit.plan.price import Prices, importance_of, prices
 from memfit.planning import Allowed
 from memfit.source.source import Source
@@ -58,12 +58,27 @@ def calibrate(
     return statistics, found
 
 
+def priced_by(source: Source, statistics: Statistics | None) -> PricedBy:
+    """What `calibrate` took prices from: the text where it says something of every group, else the weights."""
+    groups = find_groups(source.build(dtype=torch.bfloat16))
+    return "weights" if _complete(groups, statistics) is None else "text"
+
+
 def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
-    """The statistics as prices take them; None unless every group has its own."""
+    """The statistics as prices take them; None unless every group that can be packed has its own."""
     if statistics is None:
         return None
     pairs = statistics.pairs()
-    return pairs if all(member in pairs for group in groups for member in group.members) else None
+    for group in groups:
+        if group.blocked is not None:
+            continue
+        missing = [member for member in group.members if member not in pairs]
+        if len(missing) == len(group.members) or (missing and group.kind != "embedding"):
+            return None
+        # One of several names of a table, itself never called, as T5's `shared`: the text says nothing of it.
+        rows, width = group.shapes[0]
+        pairs |= {member: (torch.zeros(rows), torch.zeros(width)) for member in missing}
+    return pairs
 
 
 def compress(

@@ -162,7 +162,7 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     """Statistics into the work directory, prices into the answer; then, if asked, the original's own answers."""
     from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
-    from memfit.compress import calibrate
+    from memfit.compress import calibrate, priced_by
     from memfit.planning import Allowed
     from memfit.source.source import open_source
 
@@ -184,7 +184,7 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "account": account.to_json(),
         "prices": [[name, scheme.to_json(), price] for (name, scheme), price in prices.items()],
-        "priced_by": "weights" if statistics is None else "text",
+        "priced_by": priced_by(source, statistics),
     }
     del statistics, prices
     return answer | (_reference(job) if job["reference"] else {})
@@ -257,6 +257,24 @@ def _prove(job: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def _kernel_nbytes(job: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that stay for each new shape of a 16-bit product: the code that oneDNN makes for it."""
+    import torch
+
+    from memfit.account.meter import resident_nbytes
+
+    _prepare(job)
+    shapes, warm = 48, 8
+    left = torch.ones(shapes + warm, 512, dtype=torch.bfloat16)
+    right = torch.ones(1024, 512, dtype=torch.bfloat16).t()
+    before = 0
+    for rows in range(1, shapes + warm + 1):
+        if rows == warm + 1:
+            before = resident_nbytes()["now"]
+        torch.mm(left[:rows], right)
+    return {"nbytes": max(0, resident_nbytes()["now"] - before) // shapes}
+
+
 def _windows(job: dict[str, Any]) -> Any:
     import torch
 
@@ -270,6 +288,7 @@ JOBS = {
     "reference": _reference,
     "compress": _compress,
     "prove": _prove,
+    "kernel_nbytes": _kernel_nbytes,
 }
 """What a job's `do` may be."""
 

@@ -73,7 +73,9 @@ def test_more_of_anything_never_needs_less(maker_of: Any, predicted: Any) -> Non
     make = maker_of("llama", "float32")
     base = predicted(make, Infer(batch=1, prompt=16, new_tokens=4)).peak_nbytes
     for more in ({"batch": 3}, {"prompt": 64}, {"new_tokens": 40}):
-        assert predicted(make, Infer(**({"batch": 1, "prompt": 16, "new_tokens": 4} | more))).peak_nbytes >= base
+        assert (
+            predicted(make, Infer(**({"batch": 1, "prompt": 16, "new_tokens": 4} | more))).peak_nbytes >= base
+        )
 
 
 def test_parameters_are_entries_under_their_modules(maker_of: Any, predicted: Any) -> None:

@@ -47,7 +47,18 @@ def test_events_come_in_the_order_they_happened() -> None:
     with FakeTensorMode(), follow:
         FreesInOddOrders()()
     sizes = [sign * follow.ledger.storages[number].nbytes // KIB for number, sign in follow.ledger.events]
-    assert sizes == [10, 20, -10, 5, 7, -20, 1, -5, -7, -1] or sizes == [10, 20, -10, 5, 7, -20, 1, -7, -5, -1]
+    assert sizes == [10, 20, -10, 5, 7, -20, 1, -5, -7, -1] or sizes == [
+        10,
+        20,
+        -10,
+        5,
+        7,
+        -20,
+        1,
+        -7,
+        -5,
+        -1,
+    ]
 
 
 def test_views_and_in_place_operators_are_no_births() -> None:

@@ -5,7 +5,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Kind = Literal[
-    "parameter", "gradient", "optimizer", "activation", "kv_cache", "buffer", "temporary", "statistics", "outside"
+    "parameter",
+    "gradient",
+    "optimizer",
+    "activation",
+    "kv_cache",
+    "buffer",
+    "temporary",
+    "statistics",
+    "outside",
 ]
 
 
@@ -56,6 +64,10 @@ class Account:
     """The part of the resident bytes that is pages of files, at the end; measured only."""
     routing: str | None = None
     """`balanced` or `worst` where experts are chosen by data; None where nothing is."""
+    heap_nbytes: int = 0
+    """CPU, predicted: what the C heap keeps, and whole pages add, beyond the allocated peak."""
+    kernels: int = 0
+    """CPU, predicted: shapes of 16-bit products; the runtime keeps code for each."""
     seconds: float = 0.0
     """How long the account took to make."""
 
@@ -95,6 +107,8 @@ class Account:
             "resident_nbytes": self.resident_nbytes,
             "file_backed_nbytes": self.file_backed_nbytes,
             "routing": self.routing,
+            "heap_nbytes": self.heap_nbytes,
+            "kernels": self.kernels,
             "seconds": self.seconds,
         }
 
@@ -103,11 +117,20 @@ class Account:
         return cls(
             phases=tuple(Phase(**phase) for phase in data["phase_details"]),
             entries=tuple(Entry(**(entry | {"phases": tuple(entry["phases"])})) for entry in data["entries"]),
-            **{key: data[key] for key in _PLAIN},
+            **{key: data[key] for key in _PLAIN if key in data},
         )
 
 
-_PLAIN = ("device", "outside_nbytes", "resident_nbytes", "file_backed_nbytes", "routing", "seconds")
+_PLAIN = (
+    "device",
+    "outside_nbytes",
+    "resident_nbytes",
+    "file_backed_nbytes",
+    "routing",
+    "heap_nbytes",
+    "kernels",
+    "seconds",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ smaller where the scratch no longer grows with them (the blocks are bounded by t
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ class _Like(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ask_call(func: Any, described: tuple[Any, ...], threads: int) -> int:
     with _disable_current_modes():
         args = [arg.empty() if isinstance(arg, _Like) else arg for arg in described]
@@ -115,7 +115,9 @@ class _Product(NamedTuple):
     def is_cheap(self) -> bool:
         batch = max(self.batch, 1)
         most = max(self.rows * self.inner, self.inner * self.columns, self.rows * self.columns)
-        return batch * most <= _MOST_ELEMENTS and batch * self.rows * self.inner * self.columns <= _MOST_PRODUCTS
+        return (
+            batch * most <= _MOST_ELEMENTS and batch * self.rows * self.inner * self.columns <= _MOST_PRODUCTS
+        )
 
 
 def _less_product(shape: _Product) -> int:
@@ -144,7 +146,7 @@ def _by_columns(tensor: Tensor) -> bool:
     return tensor.stride(-1) != 1 and tensor.stride(-2) == 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ask_product(shape: _Product) -> int:
     def matrix(height: int, width: int, flip: bool) -> Tensor:
         lead = (shape.batch,) if shape.batch else ()
@@ -180,7 +182,7 @@ def ask_attention(args: tuple[Any, ...]) -> int:
     return few + (batch * groups - 1) * (more - few)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _ask_attention(
     shapes: tuple[tuple[int, ...], ...], causal: bool, dtype: torch.dtype, threads: int
 ) -> int:

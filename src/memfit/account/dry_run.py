@@ -9,8 +9,10 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from .account import Account
-from .follow import Follow, Ledger, settle
+from .follow import Follow
+from .ledger import Ledger
 from .replay import Blocks
+from .settle import settle
 from .watch import Watch
 
 
@@ -22,9 +24,7 @@ class Task(Protocol):
         ...
 
 
-def trace(
-    make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False
-) -> Ledger:
+def trace(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False) -> Ledger:
     """Make a model and run a task on it, on fake tensors; what was born, and what ended, in order.
 
     Args: see `dry_run`.
@@ -64,6 +64,7 @@ def hold_model(model: nn.Module, watch: Watch) -> None:
     """Tell `watch` the parameters and buffers of `model`, each under its module's name."""
     for name, tensor in model.named_parameters():
         watch.holds("parameter", name.rpartition(".")[0], tensor)
-    for name, tensor in model.named_buffers():
-        kind = "parameter" if getattr(model.get_submodule(name.rpartition(".")[0]), "holds_weights", False) else "buffer"
-        watch.holds(kind, name.rpartition(".")[0], tensor)
+    for name, buffer in model.named_buffers():
+        owner = name.rpartition(".")[0]
+        packed = getattr(model.get_submodule(owner), "holds_weights", False)
+        watch.holds("parameter" if packed else "buffer", owner, buffer)

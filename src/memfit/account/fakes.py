@@ -19,7 +19,9 @@ def fake_mode() -> FakeTensorMode | None:
     return None
 
 
-def make_fake(mode: FakeTensorMode, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+def make_fake(
+    mode: FakeTensorMode, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     """A fake CPU tensor on a storage of its own."""
     with torch._C._DisableTorchDispatch():
         meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")

@@ -8,8 +8,7 @@ before it returns is added by `workspace`. For CUDA as the target, sizes are its
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,64 +16,18 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .account import Account, Entry, Kind, Phase
-from .cuda import CUBLAS_WORKSPACE, Segments
+from .account import Kind
+from .cuda import CUBLAS_WORKSPACE
 from .fakes import QUICK, fake_mode
+from .ledger import Ledger, Shape, Storage
 from .mend import MENDED, REWRITTEN
-from .workspace import NONE, workspace
+from .settle import phase_spans, settle
+from .workspace import NONE, kernel_of, workspace
+
+__all__ = ["Follow", "Ledger", "Shape", "Storage", "phase_spans", "settle"]
 
 
-@dataclass(slots=True)
-class Storage:
-    """One storage: how big, what for, who made it."""
-
-    nbytes: int
-    kind: Kind
-    module: str
-    operator: str
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A tensor without its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def empty(self) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=self.dtype)
-
-
-class Ledger:
-    """Births and ends of storages, in order, and where the phases begin.
-
-    An event is (storage number, +1 or -1). Replaying a block writes the same events that tracing it would.
-    """
-
-    def __init__(self) -> None:
-        self.storages: list[Storage] = []
-        self.events: list[tuple[int, int]] = []
-        self.marks: list[tuple[int, str]] = []
-        self.gone: set[int] = set()
-        self.calls: dict[tuple[str, str], tuple[Any, ...]] = {}
-        """(phase, module) to the positional arguments of its first call, tensors as `Shape`s."""
-
-    def born(self, storage: Storage) -> int:
-        """Write down a birth; returns the storage's number."""
-        self.storages.append(storage)
-        number = len(self.storages) - 1
-        self.events.append((number, 1))
-        return number
-
-    def ended(self, number: int) -> None:
-        """Write down an end, once."""
-        if number not in self.gone:
-            self.gone.add(number)
-            self.events.append((number, -1))
-
-
-class Follow(TorchDispatchMode):
+class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While on: each new storage of fake tensors is written into `ledger`, and its end too.
 
     Enter it inside a `FakeTensorMode`, so that it sees operators before the fake mode answers them.
@@ -83,7 +36,7 @@ class Follow(TorchDispatchMode):
     may_skip = True
 
     def __init__(self, *, device: str = "cpu") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.ledger = Ledger()
         self.path: list[str] = [""]
@@ -94,7 +47,7 @@ class Follow(TorchDispatchMode):
 
     def __enter__(self) -> "Follow":
         self.mode = fake_mode()
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     # -- what the dispatcher tells ------------------------------------------------------------------
 
@@ -129,6 +82,8 @@ class Follow(TorchDispatchMode):
                 out = mend(func, args, kwargs)
         # CUDA's kernels cast and wrap numbers in registers: what they take is in their outputs.
         before, after = workspace(func, args, kwargs, out) if self.device == "cpu" else NONE
+        if self.device == "cpu" and (kernel := kernel_of(func, args)) is not None:
+            self.ledger.kernels.add(kernel)
         name = func.name() if before or after else ""
         scratch = [self._scratch(nbytes, name) for nbytes in before]
         for leaf in tree_leaves(out):
@@ -150,7 +105,9 @@ class Follow(TorchDispatchMode):
         if number is not None:
             return number
         operator = func.name() if func is not None else ""
-        number = self.ledger.born(Storage(storage.nbytes(), "activation", self.path[-1], operator, tensor.dtype))
+        number = self.ledger.born(
+            Storage(storage.nbytes(), "activation", self.path[-1], operator, tensor.dtype)
+        )
         self.adopt(tensor, number)
         return number
 
@@ -225,102 +182,7 @@ def _without_values(argument: Any) -> Any:
     return argument if isinstance(argument, (int, float, bool, str, torch.dtype)) else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_composite(func: Any) -> bool:
     """Whether the operator is only a way of writing others, which are then what runs."""
     return bool(func.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd))
-
-
-def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
-    """The account that the ledger's events amount to: for each phase its worst moment and what was alive."""
-    spans = phase_spans(ledger)
-    worst = _worst_moments(ledger, spans, device)
-    phases, entries = [], {}
-    for name in dict.fromkeys(name for name, _, _ in spans):
-        peak, index, end, reserved = worst[name]
-        alive = _alive_at(ledger, index)
-        by_kind: dict[str, int] = {}
-        for number in alive:
-            storage = ledger.storages[number]
-            nbytes = _held(storage.nbytes, device)
-            by_kind[storage.kind] = by_kind.get(storage.kind, 0) + nbytes
-            key = (storage.kind, storage.module, _short(storage.dtype))
-            entries.setdefault(key, {}).setdefault(name, 0)
-            entries[key][name] += nbytes
-        last = ledger.storages[ledger.events[index][0]] if ledger.events else None
-        at = " ".join(part for part in (last.module, last.operator) if part) if last else ""
-        phases.append(
-            Phase(
-                name=name, peak_nbytes=peak, end_nbytes=end, at=at, alive=by_kind, reserved_nbytes=reserved
-            )
-        )
-    return Account(
-        phases=tuple(phases),
-        entries=tuple(
-            Entry(
-                kind=kind, module=module, device=device, dtype=dtype,
-                nbytes=max(by_phase.values()), phases=tuple(by_phase),
-            )
-            for (kind, module, dtype), by_phase in sorted(entries.items())
-        ),
-        device=device,
-    )  # fmt: skip
-
-
-def phase_spans(ledger: Ledger) -> list[tuple[str, int, int]]:
-    """Phases as (name, first event, one past the last event)."""
-    spans = []
-    for (start, name), (end, closing) in zip(ledger.marks, ledger.marks[1:], strict=False):
-        if name:
-            assert closing == "" or closing != name
-            spans.append((name, start, end))
-    return spans
-
-
-def _worst_moments(
-    ledger: Ledger, spans: list[tuple[str, int, int]], device: str
-) -> dict[str, tuple[int, int, int, int | None]]:
-    """For each phase: bytes at the worst moment, its event, bytes at the end, reserved bytes (CUDA)."""
-    phase_of = {}
-    for name, start, end in spans:
-        for index in range(start, end):
-            phase_of[index] = name
-    worst: dict[str, tuple[int, int, int, int | None]] = {}
-    segments = Segments() if device == "cuda" else None
-    total = 0
-    for name, start, _ in spans:
-        worst.setdefault(name, (-1, max(start - 1, 0), 0, None))
-    for index, (number, sign) in enumerate(ledger.events):
-        nbytes = ledger.storages[number].nbytes
-        total += sign * _held(nbytes, device)
-        if segments is not None:
-            segments.step(number, nbytes, sign)
-        phase = phase_of.get(index)
-        if phase is None:
-            continue
-        peak, at, _, reserved = worst[phase]
-        if total > peak:
-            peak, at = total, index
-        if segments is not None:
-            reserved = max(reserved or 0, segments.reserved_nbytes)
-        worst[phase] = (peak, at, total, reserved)
-    return worst
-
-
-def _alive_at(ledger: Ledger, index: int) -> list[int]:
-    alive: dict[int, None] = {}
-    for number, sign in ledger.events[: index + 1]:
-        if sign > 0:
-            alive[number] = None
-        else:
-            del alive[number]
-    return [number for number in alive if ledger.storages[number].nbytes]
-
-
-def _held(nbytes: int, device: str) -> int:
-    """Bytes the allocator counts for a storage: as asked on the CPU, in blocks of 512 on CUDA."""
-    return nbytes if device == "cpu" else Segments.rounded(nbytes)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

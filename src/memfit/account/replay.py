@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .fakes import make_fake, view_fake
-from .follow import Follow, Storage
+from .follow import Follow
+from .ledger import Storage
 
 _LAYER_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
 _Plain = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -132,13 +133,25 @@ class Blocks:
                     isinstance(item, Tensor) or isinstance(item, _Plain) for item in value
                 ):
                     tensors += [item for item in value if isinstance(item, Tensor)]
-                    parts.append((attribute, tuple(type(item).__name__ if isinstance(item, Tensor) else item for item in value)))
+                    parts.append(
+                        (
+                            attribute,
+                            tuple(
+                                type(item).__name__ if isinstance(item, Tensor) else item for item in value
+                            ),
+                        )
+                    )
                 elif isinstance(value, dict) and not any(isinstance(item, Tensor) for item in value.values()):
                     parts.append((attribute, tuple(value.items())))
                 elif isinstance(value, dict):
                     items = sorted(value.items())
                     tensors += [item for _, item in items if isinstance(item, Tensor)]
-                    parts.append((attribute, tuple((k, None if isinstance(item, Tensor) else item) for k, item in items)))
+                    parts.append(
+                        (
+                            attribute,
+                            tuple((k, None if isinstance(item, Tensor) else item) for k, item in items),
+                        )
+                    )
                 else:
                     parts.append((attribute, type(value), id(value)))
         roles: dict[int, Tensor] = {}
@@ -292,7 +305,13 @@ def _structure(block: nn.Module) -> Any:
 
 
 def _shape(tensor: Tensor) -> tuple[Any, ...]:
-    return (tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype, tensor.requires_grad)
+    return (
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.storage_offset(),
+        tensor.dtype,
+        tensor.requires_grad,
+    )
 
 
 def _layer_number(block: nn.Module) -> int | None:

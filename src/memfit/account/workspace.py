@@ -16,9 +16,11 @@ from memfit.packed.routing import ROUTING
 
 from .ask import ask_attention, ask_call, ask_product, ask_recurrent
 
+_HALVES: Final = (torch.bfloat16, torch.float16)
 Scratch = tuple[list[int], list[int]]
 NONE: Final[Scratch] = ([], [])
 aten = torch.ops.aten
+_PRODUCTS: Final = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm})
 
 
 def workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Scratch:
@@ -29,6 +31,22 @@ def workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     if torch.Tag.pointwise in func.tags:
         return _pointwise(func, args, out)
     return NONE
+
+
+def kernel_of(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Shape of the product that oneDNN makes code for, None where it makes none."""
+    packet = func.overloadpacket
+    if packet is aten._grouped_mm:
+        left, right = args[:2]
+        if left.dtype in _HALVES and right.dim() == 3:
+            return ("grouped", left.shape[0], left.shape[1], right.shape[2], right.shape[0])
+        return None
+    if packet not in _PRODUCTS:
+        return None
+    left, right = args[1:3] if packet in (aten.addmm, aten.baddbmm) else args[:2]
+    if left.dtype not in _HALVES or math.prod(left.shape) * right.shape[-1] <= 16**3:
+        return None
+    return (left.dim(), *left.shape, right.shape[-1], right.stride(-1) == 1)
 
 
 def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
@@ -55,7 +73,13 @@ def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
         if tensor.dtype != common and not (func._schema.name.endswith("_") and tensor is tensors[0]):
             sizes.append(math.prod(tensor.shape) * common.itemsize)
     for number in numbers:
-        own = torch.bool if isinstance(number, bool) else torch.int64 if isinstance(number, int) else torch.float64
+        own = (
+            torch.bool
+            if isinstance(number, bool)
+            else torch.int64
+            if isinstance(number, int)
+            else torch.float64
+        )
         if own != common:
             sizes.append(common.itemsize)
     return sizes, []
@@ -86,7 +110,7 @@ def _product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     dense neither by rows nor by columns, as an expanded weight is, gets copied first.
     """
     left, right = args[1:3] if func.overloadpacket in (aten.addmm, aten.baddbmm) else args[:2]
-    if left.dtype not in (torch.bfloat16, torch.float16):
+    if left.dtype not in _HALVES:
         return NONE
     if math.prod(left.shape) * right.shape[-1] <= 16**3:
         return NONE
@@ -101,7 +125,7 @@ def _is_dense(tensor: Tensor) -> bool:
 def _grouped_product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     """cpu/GroupedBlas.cpp: one product after another, so the scratch of the largest group."""
     left, right = args[:2]
-    if left.dtype not in (torch.bfloat16, torch.float16) or right.dim() != 3:
+    if left.dtype not in _HALVES or right.dim() != 3:
         return NONE
     rows = left.shape[0] if ROUTING.get() == "worst" else -(-left.shape[0] // right.shape[0])
     return [], [ask_product(left.narrow(0, 0, rows), right.select(0, 0))]

@@ -4,11 +4,12 @@ Legend: W windows, T time, N tokens in all, D width, V vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from memfit.errors import UsageError
 from memfit.source.source import Source
 
 from .statistics import Moments, Statistics, Sums
@@ -49,11 +50,11 @@ def collect(
     for start in range(0, windows_WT.shape[0], batch):
         ids_WT = windows_WT[start : start + batch]
         with torch.enable_grad():
-            out = streamed.model(ids_WT, **_no_cache(streamed.model))
+            out = streamed.model(ids_WT, **_arguments(streamed.model, ids_WT))
             hidden = _hidden(out)
-        gradient = _head_gradient(streamed, hidden.detach(), sums, generator)
-        hidden.backward(gradient)
-        del out, hidden, gradient
+        gradients = [_head_gradient(streamed, state.detach(), sums, generator) for state in hidden]
+        torch.autograd.backward(hidden, gradients)
+        del out, hidden, gradients
     statistics = Statistics(tokens=windows_WT.numel())
     for name in sums.modules():
         inputs, gradients = sums.mean(name, "inputs"), sums.mean(name, "gradients")
@@ -73,24 +74,35 @@ def _count(sums: Sums, name: str, ids: Tensor, *, rows: int) -> None:
     sums.add_summed(name, "counts", counts, flat.shape[0])
 
 
-def _no_cache(model: torch.nn.Module) -> dict[str, bool]:
-    return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
+def _arguments(model: torch.nn.Module, ids_WT: Tensor) -> dict[str, Any]:
+    """What a model takes beside the text: no cache; of an encoder-decoder, the same text to continue."""
+    config = getattr(model, "config", None)
+    arguments: dict[str, Any] = {}
+    if getattr(config, "use_cache", None) is not None:
+        arguments["use_cache"] = False
+    if getattr(config, "is_encoder_decoder", False):
+        arguments["decoder_input_ids"] = ids_WT
+    return arguments
 
 
-def _hidden(out: object) -> Tensor:
-    """What stands for the output: the hidden states that the head would read, or the last hidden states."""
-    for name in ("logits", "last_hidden_state"):
-        value = getattr(out, name, None)
-        if isinstance(value, Tensor):
-            return value
+def _hidden(out: object) -> list[Tensor]:
+    """What stands for the output: the hidden states that the head would read, or an encoder's last, and pooled."""
     if isinstance(out, Tensor):
-        return out
-    raise TypeError(f"{type(out).__name__} has neither logits nor hidden states")
+        return [out]
+    for names in (("logits",), ("last_hidden_state", "pooler_output")):
+        found = [value for name in names if isinstance(value := getattr(out, name, None), Tensor)]
+        if found:
+            return found
+    raise UsageError(
+        f"the model's output is a {type(out).__name__}, with neither logits nor hidden states: it cannot be "
+        "calibrated. Plan it without a text."
+    )
 
 
 def _head_gradient(streamed: Streamed, hidden: Tensor, sums: Sums, generator: torch.Generator) -> Tensor:
     """Gradient of the loss at the hidden states [W, T, D]; moments of the head are added on the way."""
-    states_ND = hidden.reshape(-1, hidden.shape[-1])
+    # Some models make their logits in float32 (Mamba); the head's rows come in the model's own type.
+    states_ND = hidden.reshape(-1, hidden.shape[-1]).to(streamed.dtype)
     if streamed.head is None:
         noise = torch.randn(states_ND.shape, generator=generator)
         return (noise / states_ND.float().std().clamp_min(1e-6)).to(hidden.dtype).view(hidden.shape)

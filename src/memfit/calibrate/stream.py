@@ -7,13 +7,14 @@ rows up, and heads multiply, in blocks of rows read from the file, so that no ta
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memfit.account.replay import stacked_blocks
+from memfit.packed.fake import blocks_to_run
 from memfit.source.source import Source
 
 ROWS_NBYTES: Final = 8 << 20
@@ -54,10 +55,10 @@ class Streamed:
 
     def _replace_tables(self) -> None:
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, nn.Embedding) and module.weight.device.type == "meta":
+            if _is_looked_up(module) and module.weight.device.type == "meta":
                 _put(self.model, name, _Table(self, name, module))
         if self.head is not None:
-            _put(self.model, self.head, _Through())
+            _put(self.model, self.head, _Through(self.model.get_submodule(self.head)))
 
     # -- blocks and what is outside of them ----------------------------------------------------------
 
@@ -92,7 +93,12 @@ class Streamed:
     def _leaf(self, name: str, module: nn.Module, own: list[str], forward: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             with self._read(name, module, own):
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
+            listener = self.listener
+            if listener is not None and torch.is_grad_enabled() and name in self.watched:
+                if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+                    listener(name, args[0], out)
+            return out
 
         return call
 
@@ -171,6 +177,15 @@ class _Recomputed(torch.autograd.Function):
 class _Through(nn.Module):
     """Stands for the head: hands the hidden states through, so that logits can be made block by block."""
 
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self._head = [head]  # in a list: it is no submodule
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's weight, on meta: Mamba asks for its dtype."""
+        return self._head[0].get_parameter("weight")
+
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
 
@@ -182,14 +197,15 @@ class _Table(nn.Module):
         super().__init__()
         self._streamed = [streamed]  # in a list: it is no submodule
         self.name, self.width = name, table.embedding_dim
-        self.scale = table._buffers.get("embed_scale")
+        self.scale = getattr(table, "embed_scale", None)
+        """A tensor (Gemma 3), a number (BART), or none."""
         self.padding_idx = table.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         streamed = self._streamed[0]
         out = look_up(streamed.rows(f"{self.name}.weight"), ids, width=self.width, dtype=streamed.dtype)
         if self.scale is not None:
-            out = out * self.scale.to(out.dtype)
+            out = out * (self.scale.to(out.dtype) if isinstance(self.scale, Tensor) else self.scale)
         if streamed.listener is not None and torch.is_grad_enabled():
             out.requires_grad_()
             streamed.listener(self.name, ids, out)
@@ -213,7 +229,7 @@ def rows_of(source: Source, parameter: str, *, dtype: torch.dtype) -> Iterator[t
     total, width = row_shape(source, parameter)
     step = max(1, ROWS_NBYTES // (width * dtype.itemsize))
     whole = None if _stored_whole(source, parameter) else source.read_parameter(parameter, dtype=dtype).view(total, width)
-    for start in range(0, total, step):
+    for start in blocks_to_run(range(0, total, step)):
         stop = min(total, start + step)
         if whole is not None:
             yield start, whole[start:stop]
@@ -251,6 +267,14 @@ def _head_name(model: nn.Module) -> str | None:
     if not isinstance(head, nn.Linear):
         return None
     return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _is_looked_up(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Whether a table does no more than look rows up and scale them; positions with an offset do more (OPT)."""
+    if not isinstance(module, nn.Embedding):
+        return False
+    kind = type(module)
+    return kind.forward is nn.Embedding.forward or kind.__name__.endswith("ScaledWordEmbedding")
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

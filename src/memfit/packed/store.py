@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from memfit.errors import BrokenInput, UsageError
 from memfit.packed import nibbles
 from memfit.packed.bits import PLANES, join_planes, split_planes, unpack_unsigned, unpack_zeros
+from memfit.packed.fake import blocks_to_run
 from memfit.packed.kernel import KERNEL_NAMES, Kernel, choose_kernel
 from memfit.packed.scheme import Scheme
 
@@ -124,7 +125,7 @@ class PackedWeight(nn.Module):
         name = f"{prefix}.weight_packed"
         by_rows = _takes_rows(read)
         whole = None if by_rows else _check(read(name), name, torch.int32, words_shape)
-        for start, stop in self._load_blocks():
+        for start, stop in blocks_to_run(self._load_blocks()):
             if whole is not None:
                 words = whole[start:stop]
             else:
@@ -149,7 +150,7 @@ class PackedWeight(nn.Module):
         if (zero is None) != self.scheme.symmetric:
             raise UsageError(f"{name}: zero points come with an asymmetric scheme, and only with one")
         self._make_buffers(q.device)
-        for start, stop in self._load_blocks():
+        for start, stop in blocks_to_run(self._load_blocks()):
             self._put(q[start:stop].view(torch.uint8) + (1 << (self.scheme.bits - 1)), start, stop)
         shape = (self.shape[0], self.groups)
         self._put_scales(
@@ -256,7 +257,7 @@ class PackedWeight(nn.Module):
         if self.kernel == "int8":
             return torch._weight_int8pack_mm(x, self.planes[0][start:stop], self.scale[start:stop, 0])
         out = x.new_empty(x.shape[0], stop - start)
-        for a, b in _blocks(stop - start, SPREAD_NBYTES // self.shape[1], 1):
+        for a, b in blocks_to_run(_blocks(stop - start, SPREAD_NBYTES // self.shape[1], 1)):
             q = self._join([plane[start + a : start + b] for plane in self.planes])
             out[:, a:b].copy_(torch._weight_int8pack_mm(x, q, self.scale[start + a : start + b, 0]))
             del q
@@ -269,7 +270,7 @@ class PackedWeight(nn.Module):
         spread = any(term.widths != (4,) for term in nibbles.TERMS[bits])
         row_nbytes = inputs // 2 if spread else self.groups * 4
         whole = stop + -stop % step
-        blocks = list(_blocks(whole - start, SPREAD_NBYTES // row_nbytes, step))
+        blocks = blocks_to_run(_blocks(whole - start, SPREAD_NBYTES // row_nbytes, step))
         if len(blocks) == 1 and whole == stop:
             return self._times_nibbles(x, start, stop)
         out = x.new_empty(x.shape[0], stop - start)
@@ -298,7 +299,7 @@ class PackedWeight(nn.Module):
     def _matmul_dense(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Any number of rows [M, K]: rows of the weight are unpacked, used and dropped, block by block."""
         inputs = self.shape[1]
-        blocks = list(_blocks(stop - start, WORKSPACE_NBYTES // (2 * inputs), self._multiple))
+        blocks = blocks_to_run(_blocks(stop - start, WORKSPACE_NBYTES // (2 * inputs), self._multiple))
         if len(blocks) == 1:
             return self._times_block(x, start, stop)
         out = x.new_empty(x.shape[0], stop - start)

@@ -48,17 +48,26 @@ class GgufCheckpoint:
         return out
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.read(name).view(-1, self.tensors[name].shape[-1])[start:stop].clone()
+        info = self.tensors[name]
+        if name in self.heads:  # their rows lie in another order
+            return self.read(name)[start:stop].clone()
+        out = torch.empty((stop - start, info.shape[-1]), dtype=info.dtype)
+        self._fill(name, out, start, stop)
+        return out
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
+        self._fill(name, out, 0, None)
+
+    def _fill(self, name: str, out: torch.Tensor, start: int, stop: int | None) -> None:
         if is_fake(out):
             return
         stored = self.stored[name]
+        first = start * stored.shape[-1]
         flat = out.view(-1)
         shift = np.float32(self.shift if name.endswith("norm.weight") else 0.0)
         heads = self.heads.get(name)
         head_dim = None if heads is None else stored.shape[0] // heads
-        for at, numbers in self._unpacked(stored, head_dim):
+        for at, numbers in self._unpacked(stored, head_dim, start, stop):
             if not finite(numbers.reshape(-1).view(np.uint8), torch.float32):
                 raise BrokenInput(
                     f"{self.file}: tensor {stored.name!r} holds NaN or infinity, so the model would answer "
@@ -68,9 +77,11 @@ class GgufCheckpoint:
                 numbers += shift
             if head_dim is not None:
                 numbers = _unpermuted(numbers, head_dim)
-            cast_into(flat[at : at + numbers.size], torch.from_numpy(numbers.reshape(-1)))
+            cast_into(flat[at - first : at - first + numbers.size], torch.from_numpy(numbers.reshape(-1)))
 
-    def _unpacked(self, stored: Stored, head_dim: int | None) -> Iterator[tuple[int, Numbers]]:
+    def _unpacked(
+        self, stored: Stored, head_dim: int | None, start: int, stop: int | None
+    ) -> Iterator[tuple[int, Numbers]]:
         """Pieces of whole rows, and of whole heads where there are any, with the position of their first
         number. All in numpy, since what torch allocates is predicted.
         """
@@ -80,7 +91,7 @@ class GgufCheckpoint:
             step = 1  # the one row that a vector is
         elif head_dim is not None:
             step = -(-step // head_dim) * head_dim
-        for row, data in read_rows(self.file, stored, step=step):
+        for row, data in read_rows(self.file, stored, step=step, start=start, stop=stop):
             # As one row: gguf unpacks sixteen rows at a time, and its blocks do not care where a row ends.
             packed = np.frombuffer(data, dtype=np.uint8).reshape(1, -1)
             numbers = gguf.quants.dequantize(packed, stored.kind).astype(np.float32, copy=False)

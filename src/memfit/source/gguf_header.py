@@ -240,12 +240,17 @@ def _check_apart(file: Path, tensors: list[Stored]) -> None:
         end, before = tensor.offset + tensor.nbytes, tensor.name
 
 
-def read_rows(file: Path, tensor: Stored, *, step: int) -> Iterator[tuple[int, bytes]]:
-    """The stored bytes of a tensor, `step` rows at a time, each with the number of its first row."""
+def read_rows(
+    file: Path, tensor: Stored, *, step: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """The stored bytes of a tensor's rows `start` to `stop`, `step` rows at a time, each with the number of its
+    first row.
+    """
+    end = tensor.rows if stop is None else stop
     descriptor = open_regular(file)
     try:
-        for row in range(0, tensor.rows, step):
-            nbytes = min(step, tensor.rows - row) * tensor.row_nbytes
+        for row in range(start, end, step):
+            nbytes = min(step, end - row) * tensor.row_nbytes
             data = os.pread(descriptor, nbytes, tensor.offset + row * tensor.row_nbytes)
             if len(data) != nbytes:
                 raise refuse(file, f"ends within tensor {tensor.name!r}")

@@ -23,7 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from memfit.packed.fake import is_fake
+from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.packed.scheme import Scheme
 
 WORKSPACE_NBYTES: Final = 8 * 2**20
@@ -143,7 +143,7 @@ def quantize(
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=weight.device)
     zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
     with _threads_that_pay():
-        for block in _blocks(rows, inputs):
+        for block in blocks_to_run(_blocks(rows, inputs)):
             _quantize_block(weight, q, scale, zero, block, scheme=scheme, a=a, search=search)
     return Quantized(scheme=scheme, q=q, scale=scale, zero=zero)
 
@@ -153,7 +153,7 @@ def dequantize(quantized: Quantized) -> Tensor:
     """ŵ [N, K] in bf16, bit for bit as compressed-tensors dequantises."""
     rows, inputs = quantized.q.shape
     weight = torch.empty(rows, inputs, dtype=torch.bfloat16, device=quantized.q.device)
-    for block in _blocks(rows, inputs):
+    for block in blocks_to_run(_blocks(rows, inputs)):
         weight[block] = _dequantize_rows(quantized, block)
     return weight
 
@@ -163,7 +163,7 @@ def quantize_error(weight: Tensor, quantized: Quantized, *, importance: Tensor |
     """Σ_k importance_k (w − ŵ)² of each row, float32 [N]; ŵ rounded to bf16, as it is read back."""
     rows, inputs = weight.shape
     errors = torch.empty(rows, dtype=torch.float32, device=weight.device)
-    for block in _blocks(rows, inputs):
+    for block in blocks_to_run(_blocks(rows, inputs)):
         difference = weight[block].to(torch.float32, copy=True)
         difference.sub_(_dequantize_rows(quantized, block)).square_()
         if importance is not None:

@@ -1,0 +1,60 @@
+"""Births and ends of storages, in order: what a dry run writes and an account is read from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .account import Kind
+
+
+@dataclass(slots=True)
+class Storage:
+    """One storage: how big, what for, who made it."""
+
+    nbytes: int
+    kind: Kind
+    module: str
+    operator: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
+class Ledger:
+    """Births and ends of storages, in order, and where the phases begin.
+
+    An event is (storage number, +1 or -1). Replaying a block writes the same events that tracing it would.
+    """
+
+    def __init__(self) -> None:
+        self.storages: list[Storage] = []
+        self.events: list[tuple[int, int]] = []
+        self.marks: list[tuple[int, str]] = []
+        self.gone: set[int] = set()
+        self.calls: dict[tuple[str, str], tuple[Any, ...]] = {}
+        """(phase, module) to the positional arguments of its first call, tensors as `Shape`s."""
+        self.kernels: set[tuple[Any, ...]] = set()
+        """Shapes of the products that oneDNN makes code for: a replayed block has none of its own."""
+
+    def born(self, storage: Storage) -> int:
+        """Write down a birth; returns the storage's number."""
+        self.storages.append(storage)
+        number = len(self.storages) - 1
+        self.events.append((number, 1))
+        return number
+
+    def ended(self, number: int) -> None:
+        """Write down an end, once."""
+        if number not in self.gone:
+            self.gone.add(number)
+            self.events.append((number, -1))

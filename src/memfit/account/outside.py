@@ -1,0 +1,120 @@
+"""What lies outside the allocator: what a process holds that no storage shows, from terms that each have a name.
+
+A process that runs a task is resident with
+
+    runtime    Python, torch and transformers, the thread pool, the buffers that MKL keeps for each thread:
+               measured once a machine, by type of weights
+    kernels    oneDNN generates code for each shape of a 16-bit product and keeps it: so many shapes, so many
+               bytes each, measured once a machine
+    heap       blocks under `MMAP_THRESHOLD` come from the C heap, which only shrinks from its end: its highest
+               level stays while larger blocks come and go; larger blocks are whole pages
+    allocated  what the account tells
+
+and no more; the worst moment of heap and allocated together is searched over all of the trace.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from .account import Account, Entry
+from .ledger import Ledger
+
+MMAP_THRESHOLD: Final = 1 << 20
+"""Blocks from here on are pages of their own (mallopt(3); the processes that memfit measures in set it so)."""
+_PAGE: Final = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What a machine's processes hold outside the allocator."""
+
+    runtime_nbytes: Mapping[str, int]
+    """By dtype of the weights."""
+    kernel_nbytes: int
+    """Of each 16-bit product's shape."""
+
+    def nbytes(self, account: Account) -> int:
+        """Bytes outside the allocator while the task of `account` runs."""
+        runtime = self.runtime_nbytes.get(main_dtype(account), max(self.runtime_nbytes.values()))
+        return runtime + self.kernel_nbytes * account.kernels + account.heap_nbytes
+
+
+def main_dtype(account: Account) -> str:
+    """The dtype of most parameter bytes."""
+    nbytes: dict[str, int] = {}
+    for entry in account.entries:
+        if entry.kind == "parameter":
+            nbytes[entry.dtype] = nbytes.get(entry.dtype, 0) + entry.nbytes
+    return max(nbytes, key=nbytes.__getitem__, default="float32")
+
+
+def predict_resident(account: Account, outside: Outside) -> Account:
+    """`account` with the resident peak of a fresh process, and what is outside the allocator as an entry."""
+    if account.device != "cpu":
+        return account
+    nbytes = outside.nbytes(account)
+    entry = Entry(
+        kind="outside", module="", device="cpu", dtype="", nbytes=nbytes,
+        phases=tuple(phase.name for phase in account.phases),
+    )  # fmt: skip
+    return replace(
+        account,
+        outside_nbytes=nbytes,
+        resident_nbytes=account.peak_nbytes + nbytes,
+        entries=(*account.entries, entry),
+    )
+
+
+def heap_nbytes(ledger: Ledger) -> int:
+    """What the C heap and whole pages add to the allocated peak at the worst moment."""
+    large = small = level = allocated = peak = worst = 0
+    for number, sign in ledger.events:
+        nbytes = ledger.storages[number].nbytes
+        allocated += sign * nbytes
+        if nbytes >= MMAP_THRESHOLD:
+            # The block's own header takes another page where it is full.
+            large += sign * (nbytes // _PAGE + 1) * _PAGE
+        else:
+            small += sign * nbytes
+        if sign > 0:
+            level = max(level, small)
+            peak = max(peak, allocated)
+            worst = max(worst, large + level)
+    return worst - peak
+
+
+def kernel_count(ledger: Ledger) -> int:
+    """Shapes of 16-bit products in the trace; of grouped ones as many as chance may well bring.
+
+    How many tokens an expert gets is up to the data, and each number is a shape. Of all distributions with the
+    known mean μ the one that presumes least is geometric: p(m) = (1/(1+μ))·(μ/(1+μ))^m, one draw for each
+    expert and call; a number is there with 1 − ∏(1 − p(m)).
+    """
+    plain = {kernel for kernel in ledger.kernels if kernel[0] != "grouped"}
+    by_matrix: dict[tuple[int, int], list[tuple[float, int]]] = {}
+    for kind, *sizes in ledger.kernels:
+        if kind == "grouped":
+            rows, inner, columns, experts = sizes
+            calls = sum(
+                storage.operator == "aten::_grouped_mm"
+                and storage.kind != "temporary"
+                and storage.nbytes == rows * columns * 2
+                for storage in ledger.storages
+            )
+            by_matrix.setdefault((inner, columns), []).append((rows / experts, calls * experts))
+    expected = 0.0
+    for draws in by_matrix.values():
+        most = math.ceil(20 * max(mean for mean, _ in draws)) + 1
+        for tokens in range(1, most):
+            missing = 0.0
+            for mean, count in draws:
+                chance = math.exp(tokens * math.log(mean / (1 + mean))) / (1 + mean)
+                missing += count * math.log1p(-chance)
+            expected += 1 - math.exp(missing)
+    return len(plain) + round(expected)
+
+
+def outside_to_json(outside: Outside) -> dict[str, Any]:
+    return {"runtime_nbytes": dict(outside.runtime_nbytes), "kernel_nbytes": outside.kernel_nbytes}

@@ -1,0 +1,104 @@
+"""From the events of a ledger to the account they amount to: each phase's worst moment, and who was alive at it."""
+
+import torch
+
+from .account import Account, Entry, Kind, Phase
+from .cuda import Segments
+from .ledger import Ledger
+from .outside import heap_nbytes, kernel_count
+
+
+def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
+    """The account that the ledger's events amount to: for each phase its worst moment and what was alive."""
+    spans = phase_spans(ledger)
+    worst = _worst_moments(ledger, spans, device)
+    phases: list[Phase] = []
+    entries: dict[tuple[Kind, str, str], dict[str, int]] = {}
+    for name in dict.fromkeys(name for name, _, _ in spans):
+        peak, index, end, reserved = worst[name]
+        alive = _alive_at(ledger, index)
+        by_kind: dict[str, int] = {}
+        for number in alive:
+            storage = ledger.storages[number]
+            nbytes = _held(storage.nbytes, device)
+            by_kind[storage.kind] = by_kind.get(storage.kind, 0) + nbytes
+            key = (storage.kind, storage.module, _short(storage.dtype))
+            entries.setdefault(key, {}).setdefault(name, 0)
+            entries[key][name] += nbytes
+        last = ledger.storages[ledger.events[index][0]] if ledger.events else None
+        at = " ".join(part for part in (last.module, last.operator) if part) if last else ""
+        phases.append(
+            Phase(name=name, peak_nbytes=peak, end_nbytes=end, at=at, alive=by_kind, reserved_nbytes=reserved)
+        )
+    return Account(
+        phases=tuple(phases),
+        entries=tuple(
+            Entry(
+                kind=kind, module=module, device=device, dtype=dtype,
+                nbytes=max(by_phase.values()), phases=tuple(by_phase),
+            )
+            for (kind, module, dtype), by_phase in sorted(entries.items())
+        ),
+        device=device,
+        heap_nbytes=heap_nbytes(ledger) if device == "cpu" else 0,
+        kernels=kernel_count(ledger),
+    )  # fmt: skip
+
+
+def phase_spans(ledger: Ledger) -> list[tuple[str, int, int]]:
+    """Phases as (name, first event, one past the last event)."""
+    spans = []
+    for (start, name), (end, closing) in zip(ledger.marks, ledger.marks[1:], strict=False):
+        if name:
+            assert closing == "" or closing != name
+            spans.append((name, start, end))
+    return spans
+
+
+def _worst_moments(
+    ledger: Ledger, spans: list[tuple[str, int, int]], device: str
+) -> dict[str, tuple[int, int, int, int | None]]:
+    """For each phase: bytes at the worst moment, its event, bytes at the end, reserved bytes (CUDA)."""
+    phase_of = {}
+    for name, start, end in spans:
+        for index in range(start, end):
+            phase_of[index] = name
+    worst: dict[str, tuple[int, int, int, int | None]] = {}
+    segments = Segments() if device == "cuda" else None
+    total = 0
+    for name, start, _ in spans:
+        worst.setdefault(name, (-1, max(start - 1, 0), 0, None))
+    for index, (number, sign) in enumerate(ledger.events):
+        nbytes = ledger.storages[number].nbytes
+        total += sign * _held(nbytes, device)
+        if segments is not None:
+            segments.step(number, nbytes, sign)
+        phase = phase_of.get(index)
+        if phase is None:
+            continue
+        peak, at, _, reserved = worst[phase]
+        if total > peak:
+            peak, at = total, index
+        if segments is not None:
+            reserved = max(reserved or 0, segments.reserved_nbytes)
+        worst[phase] = (peak, at, total, reserved)
+    return worst
+
+
+def _alive_at(ledger: Ledger, index: int) -> list[int]:
+    alive: dict[int, None] = {}
+    for number, sign in ledger.events[: index + 1]:
+        if sign > 0:
+            alive[number] = None
+        else:
+            del alive[number]
+    return [number for number in alive if ledger.storages[number].nbytes]
+
+
+def _held(nbytes: int, device: str) -> int:
+    """Bytes the allocator counts for a storage: as asked on the CPU, in blocks of 512 on CUDA."""
+    return nbytes if device == "cpu" else Segments.rounded(nbytes)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,89 @@
+"""Calibrate, once a machine, what a measured process holds outside the allocator (see `account.outside`)."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from memfit.account.account import Account
+from memfit.account.dry_run import dry_run
+from memfit.account.outside import Outside
+from memfit.models import load_model, loader_for
+from memfit.task.infer import Infer
+from memfit.worker import run_job
+
+_MODEL: Final[dict[str, Any]] = {
+    "config": {
+        "model_type": "llama", "vocab_size": 4096, "hidden_size": 768, "intermediate_size": 2048,
+        "num_hidden_layers": 3, "num_attention_heads": 12, "num_key_value_heads": 4, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 2048,
+    }
+}  # fmt: skip
+"""Wide and long enough for MKL to take the most it takes of packing buffers; small enough for seconds."""
+_TASK: Final = {"batch": 2, "prompt": 256, "new_tokens": 2}
+_FORMAT: Final = 1
+
+
+def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Outside:
+    """What processes on this machine hold outside the allocator; measured on the first call, then remembered.
+
+    Takes some ten seconds, in two fresh processes, for each number of threads and version of the libraries.
+
+    Args:
+        threads: of the measured processes; default: torch's own.
+        again: measure even if a file remembers.
+    """
+    file = _cache_file()
+    known: dict[str, Any] = {}
+    if file.exists():
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            known = {}
+    key = _machine_key(threads)
+    if again or key not in known:
+        kernel = int(run_job({"do": "kernel_nbytes", "threads": threads})["nbytes"])
+        runtime = {dtype: _runtime_nbytes(dtype, kernel, threads) for dtype in ("float32", "bfloat16")}
+        known[key] = {"runtime_nbytes": runtime, "kernel_nbytes": kernel}
+        _remember(file, known)
+    return Outside(**known[key])
+
+
+def _runtime_nbytes(dtype: str, kernel_nbytes: int, threads: int | None) -> int:
+    """Resident peak of a small model's run, less all that the other terms explain."""
+    found = run_job({"do": "measure", "model": _MODEL, "task": _TASK, "dtype": dtype, "threads": threads})
+    measured = Account.from_json(found["account"])
+    source = loader_for(_MODEL)
+    told = dry_run(lambda: load_model(source, dtype=dtype), Infer(**_TASK))
+    assert measured.resident_nbytes is not None
+    explained = measured.peak_nbytes + told.heap_nbytes + kernel_nbytes * told.kernels
+    return measured.resident_nbytes - explained
+
+
+def _machine_key(threads: int | None) -> str:
+    parts = (
+        _FORMAT, platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability(),
+        f"{threads or torch.get_num_threads()} threads", platform.python_version(),
+        *(f"{package} {version(package)}" for package in ("memfit", "torch", "transformers")),
+    )  # fmt: skip
+    return ", ".join(str(part) for part in parts)
+
+
+def _cache_file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "memfit" / "outside.json"
+
+
+def _remember(file: Path, known: dict[str, Any]) -> None:
+    """Whole or not at all; a cache directory that cannot be written costs the next call its seconds."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        part.replace(file)
+    except OSError:
+        return
