@@ -78,7 +78,9 @@ def fit_once(gguf: Path, budget: str, work: Path, text: str, threads: int) -> di
         text=memfit.Text.from_file(text, length=512, calibration_windows=8, evaluation_windows=8),
         allowed=memfit.Allowed(groups=GROUPS),
         threads=threads,
-        progress=lambda what: print(f"{time.perf_counter() - started:7.1f} s  {budget}  {what}", file=sys.stderr),
+        progress=lambda what: print(
+            f"{time.perf_counter() - started:7.1f} s  {budget}  {what}", file=sys.stderr
+        ),
     )
     seconds = time.perf_counter() - started
     agreement = stock_agreement(out, work)
@@ -136,7 +138,12 @@ def mib(nbytes: int) -> str:
 
 def save(rows: list[dict[str, Any]], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    data = {"machine": describe_machine(), "versions": describe_versions(), "groups": str(GROUPS), "rows": rows}
+    data = {
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "groups": str(GROUPS),
+        "rows": rows,
+    }
     file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 

@@ -32,21 +32,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 1024, "n_layer": 24, "n_head": 16},
     "gpt_neox": _decoder("gpt_neox", 512, 2048, 6, 8, 8, vocab_size=50304),
     "opt": {
-        "model_type": "opt", "vocab_size": 50272, "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "max_position_embeddings": 2048, "word_embed_proj_dim": 768,
+        "model_type": "opt", "vocab_size": 50272, "hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12,
+        "num_hidden_layers": 12, "max_position_embeddings": 2048, "word_embed_proj_dim": 768,
     },
     "falcon": {
         "model_type": "falcon", "vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 10,
         "num_attention_heads": 8, "bos_token_id": 1, "eos_token_id": 2,
     },
-    "mamba": {"model_type": "mamba", "vocab_size": 32000, "hidden_size": 256, "num_hidden_layers": 8, "state_size": 16},
+    "mamba": {
+        "model_type": "mamba", "vocab_size": 32000, "hidden_size": 256, "num_hidden_layers": 8, "state_size": 16,
+    },
     "bert": {
         "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522, "hidden_size": 768,
         "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
     },
     "t5": {
-        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 32128, "d_model": 512,
-        "d_ff": 2048, "num_layers": 6, "num_heads": 8, "d_kv": 64,
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 32128,
+        "d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "d_kv": 64,
     },
 }  # fmt: skip
 
@@ -56,6 +58,18 @@ FACTORIES: dict[str, dict[str, Any]] = {
         "settings": {"vocabulary": 20000, "width": 512, "modules": 3, "layers": 2},
     }
 }
+
+BIG: dict[str, dict[str, Any]] = {
+    "Llama-3-70B": _decoder(
+        "llama", 8192, 28672, 80, 64, 8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0
+    ),
+    "Mixtral-8x22B": _decoder(
+        "mixtral", 6144, 16384, 56, 48, 8, vocab_size=32768, max_position_embeddings=65536, num_local_experts=8,
+        num_experts_per_tok=2, sliding_window=None,
+    ),
+}  # fmt: skip
+BIG_TASK = {"batch": 1, "prompt": 2048, "new_tokens": 128}
+SCALED = ("llama", "gemma3", "t5", "mixtral", "mamba", "lstm")
 
 POINTS = (
     {"batch": 1, "prompt": 64, "new_tokens": 6},

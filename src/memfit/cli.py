@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,21 +18,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Give it a language model and a memory budget: it makes the model fit, and proves it.\n\n"
-    "Try [bold]memfit fit[/bold] without arguments: it fits the demo model into half of its bytes, offline.\n\n"
+    "Try [bold]memfit fit[/bold] without arguments: it fits the demo model into half of its bytes, offline."
+    "\n\n"
     "MODEL is a directory, a .gguf file or a hub id. Sizes: 400MiB, 0.5GB, 50% (of the original's peak).\n\n"
     "Exit codes: 0 done, 2 usage, 3 does not fit, 4 unsafe or broken input, 5 quality gate missed, "
     "6 measured over budget, 75 interrupted.",
 )
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     """Whose allocator is meant; what is installed does not matter."""
 
     cpu = "cpu"
     cuda = "cuda"
 
 
-class Routing(str, Enum):
+class Routing(StrEnum):
     """How tokens go to experts."""
 
     balanced = "balanced"
@@ -48,18 +49,24 @@ Prompt = Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)]
 NewTokens = Annotated[int, typer.Option(help="Tokens written after the prompt.", min=0)]
 TextFile = Annotated[
     Path | None,
-    typer.Option("--text", help="UTF-8 text: its first half prices choices, its second half judges the result."),
+    typer.Option(
+        "--text", help="UTF-8 text: its first half prices choices, its second half judges the result."
+    ),
 ]
 Bits = Annotated[
     str, typer.Option(help="Widths that may be chosen, of 8, 6, 5, 4, 3, 2 (16, as it is, always may).")
 ]
 GroupSizes = Annotated[
-    str | None, typer.Option("--groups", help="Group sizes that may be chosen, of 128, 64, 32. Default: by width.")
+    str | None,
+    typer.Option("--groups", help="Group sizes that may be chosen, of 128, 64, 32. Default: by width."),
 ]
 KvBits = Annotated[str, typer.Option(help="KV-cache widths that may be chosen, of 16, 8, 4, 2.")]
-Keep = Annotated[list[str] | None, typer.Option(help="Leave tensors of this name in 16 bits (a part is enough).")]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="Leave tensors of this name in 16 bits (a part is enough).")
+]
 Asymmetric = Annotated[
-    bool, typer.Option("--asymmetric", help="Use zero points (8 bits a value on disk for stock transformers).")
+    bool,
+    typer.Option("--asymmetric", help="Use zero points (8 bits a value on disk for stock transformers)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -140,7 +147,8 @@ def plan(
 @app.command()
 def fit(
     model: Annotated[
-        str | None, typer.Argument(help="As elsewhere; left out: the demo model, offline.", show_default=False)
+        str | None,
+        typer.Argument(help="As elsewhere; left out: the demo model, offline.", show_default=False),
     ] = None,
     budget: Budget = "50%",
     out: Annotated[
@@ -157,7 +165,8 @@ def fit(
     asymmetric: Asymmetric = False,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan, as it is.")] = None,
     enforce: Annotated[
-        bool, typer.Option("--enforce", help="Measure under a hard limit: more memory is refused by the system.")
+        bool,
+        typer.Option("--enforce", help="Measure under a hard limit: more memory is refused by the system."),
     ] = False,
     max_kl: Annotated[float | None, typer.Option(help="Exit with 5 if the KL divergence is larger.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model at --out.")] = False,
@@ -259,7 +268,8 @@ def report(
         found = Report.from_json(data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{directory}: no report can be read from report.json ({error}). Give a directory made by `memfit fit`."
+            f"{directory}: no report can be read from report.json ({error}). "
+            "Give a directory made by `memfit fit`."
         ) from error
     if as_json:
         _print_json(data)
@@ -281,7 +291,9 @@ def main() -> None:
 
 
 def _fail(error: MemfitError) -> None:
-    _stderr().print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _stderr().print(
+        f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
     if "--json" in sys.argv:
         extra: dict[str, Any] = {}
         if isinstance(error, DoesNotFit):

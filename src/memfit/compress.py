@@ -40,9 +40,7 @@ def calibrate(
     if windows_WT is not None:
         # From the third batch on, all that a batch needs was needed before.
         windows_WT = windows_WT[: 2 * batch] if dry else windows_WT
-        wanted = frozenset(
-            member for group in groups if group.kind != "experts" for member in group.members
-        )
+        wanted = frozenset(member for group in groups if group.kind != "experts" for member in group.members)
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
     schemes = {group.name: allowed.schemes(group) for group in groups}
@@ -59,7 +57,7 @@ def calibrate(
 
 
 def priced_by(source: Source, statistics: Statistics | None) -> PricedBy:
-    """What `calibrate` took prices from: the text where it says something of every group, else the weights."""
+    """What `calibrate` took prices from: the text if it says something of every group, else the weights."""
     groups = find_groups(source.build(dtype=torch.bfloat16))
     return "weights" if _complete(groups, statistics) is None else "text"
 
@@ -82,7 +80,13 @@ def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
 
 
 def compress(
-    source: Source, plan: Plan, statistics: Statistics | None, directory: Path, *, watch: Watch, dry: bool = False
+    source: Source,
+    plan: Plan,
+    statistics: Statistics | None,
+    directory: Path,
+    *,
+    watch: Watch,
+    dry: bool = False,
 ) -> dict[str, str]:
     """Quantize every weight as planned and write the model's files into `directory`.
 

@@ -48,7 +48,7 @@ _LOGITS_NBYTES: Final = 2 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The text that quality is priced and measured on: calibrate on its first half, evaluate on its second."""
+    """The text that quality is priced and measured on: one part to calibrate on, another to evaluate on."""
 
     calibration: str
     evaluation: str
@@ -56,7 +56,7 @@ class Text:
     """Tokens of a window."""
     calibration_windows: int = 16
     evaluation_windows: int | None = None
-    """None: up to 16, fewer where the vocabulary is so large that their logits would not fit 2 GiB of disk."""
+    """None: up to 16, fewer where the vocabulary is so large that their logits would not fit 2 GiB."""
 
     @classmethod
     def from_file(cls, file: str | Path, **options: Any) -> "Text":
@@ -68,12 +68,18 @@ class Text:
     def of_demo(cls, **options: Any) -> "Text":
         """The text shipped with the demo model; the part to evaluate on was never trained on."""
         return cls(
-            calibration=read_text(demo.calibration_text()), evaluation=read_text(demo.heldout_text()), **options
+            calibration=read_text(demo.calibration_text()),
+            evaluation=read_text(demo.heldout_text()),
+            **options,
         )
 
 
 def account(
-    model: str | Path | nn.Module, task: Infer | None = None, *, device: str = "cpu", routing: str = "balanced"
+    model: str | Path | nn.Module,
+    task: Infer | None = None,
+    *,
+    device: str = "cpu",
+    routing: str = "balanced",
 ) -> Account:
     """Who will hold which bytes, when, if `model` runs `task`. No weights are read.
 
@@ -113,7 +119,7 @@ def plan(
     """The plan of least expected loss whose traced peak is within `budget`.
 
     Args:
-        budget: bytes at the peak of the task, or a size as `400MiB`, or a share of the original's peak, `50%`.
+        budget: bytes at the peak of the task, a size as `400MiB`, or a share of the original's peak, `50%`.
         text: prices choices by what they do to this text; without one, weights are rounded and compared, and
             without weights, shapes alone decide.
 
@@ -128,7 +134,9 @@ def plan(
     if source.checkpoint is None:
         return make_plan(source, budget_nbytes=nbytes, task=task, allowed=allowed, device=device)
     with tempfile.TemporaryDirectory(prefix="memfit-") as work:
-        job = _calibration_job(source, task, _text_of(text), allowed or Allowed(), Path(work), reference=False)
+        job = _calibration_job(
+            source, task, _text_of(text), allowed or Allowed(), Path(work), reference=False
+        )
         progress("pricing choices")
         answer = run_job(job)
         return _planned(source, nbytes, task, allowed, device, answer)
@@ -171,7 +179,9 @@ def fit(
     source = open_source(model)
     check(source)
     if source.checkpoint is None:
-        raise UsageError(f"{source.name}: has a config and no weights. `plan` works on it; `fit` needs the weights.")
+        raise UsageError(
+            f"{source.name}: has a config and no weights. `plan` works on it; `fit` needs the weights."
+        )
     target = Path(out) if out is not None else Path(f"{_stem(source)}-fitted")
     original = account_of(source, task)
     nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
@@ -247,12 +257,19 @@ def evaluate(
     task = replace(task or Infer(), kv_bits=fitted.kv_bits)
     with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
         work = Path(directory)
-        job = _text_job(source, _text_of(text), work)
+        judged = text if isinstance(text, Text) else Text.from_file(text)
+        job = _text_job(source, judged, work)
         progress("asking the reference")
         run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16)), "threads": threads})
         progress("measuring the model")
         proof = run_job(
-            {"do": "prove", "model": str(model), "task": asdict(task), "work": job["work"], "threads": threads}
+            {
+                "do": "prove",
+                "model": str(model),
+                "task": asdict(task),
+                "work": job["work"],
+                "threads": threads,
+            }
         )
     return {
         "account": Account.from_json(proof["account"]),
@@ -271,7 +288,7 @@ def measure(model: str | Path, task: Infer | None = None, *, threads: int | None
 
 
 def load(directory: str | Path) -> nn.Module:
-    """A fitted model, running from its packed weights. Give its `forward` a cache of `make_cache` to save more."""
+    """A fitted model, running from its packed weights. Give `forward` a cache of `make_cache` to save more."""
     return load_model(loader_for(str(directory)))
 
 
@@ -343,7 +360,9 @@ def _predict_fit(source: Source, chosen: Plan, job: dict[str, Any]) -> Account:
     windows_WT = _windows(job)
     allowed = Allowed.from_json(job["allowed"])
     with FakeTensorMode(allow_non_fake_inputs=True), follow:
-        ids = None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
+        ids = (
+            None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
+        )
         statistics, _ = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
         compress(source, chosen, statistics, Path(job["work"]), watch=follow, dry=True)
     return settle(follow.ledger)

@@ -14,7 +14,7 @@ from memfit.source.load import load
 from memfit.source.source import Source, open_source, source_from_config
 
 ModelSpec = str | dict[str, Any]
-"""A path or hub id; `{"config": {...}}` for random weights; `{"factory": "module:function"}` for any module."""
+"""A path or hub id; `{"config": {...}}`: random weights; `{"factory": "module:function"}`: any module."""
 
 
 def loader_for(spec: ModelSpec) -> "Source | Callable[[], nn.Module]":
@@ -31,7 +31,9 @@ def loader_for(spec: ModelSpec) -> "Source | Callable[[], nn.Module]":
     raise UsageError(f"{spec!r} names no model: give a path, a hub id, a config or a factory.")
 
 
-def load_model(made: "Source | Callable[[], nn.Module]", *, dtype: str | torch.dtype | None = None) -> nn.Module:
+def load_model(
+    made: "Source | Callable[[], nn.Module]", *, dtype: str | torch.dtype | None = None
+) -> nn.Module:
     """The model with its weights, real or, under a fake mode, fake."""
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(made, Source):

@@ -26,9 +26,9 @@ from memfit.format.config import model_config
 from memfit.format.output import stored_tensors, weights_of
 from memfit.format.packed import packed_specs
 from memfit.packed.bits import pack_values
+from memfit.packed.kernel import runtime_nbytes
 from memfit.packed.modules import pack_module_skeleton
 from memfit.packed.scheme import BITS, Scheme
-from memfit.packed.kernel import runtime_nbytes
 from memfit.plan.groups import Group, candidates, find_groups
 from memfit.plan.plan import GroupChoice, Plan
 from memfit.plan.price import Prices, prices_without_weights
@@ -131,7 +131,9 @@ def predict(source: Source, plan: Plan, task: Infer, *, device: str = "cpu") -> 
     return settle(trace(lambda: load(planned, dtype=torch.bfloat16), ran, device=device), device=device)
 
 
-def account_of(source: Source, task: Infer, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Account:
+def account_of(
+    source: Source, task: Infer, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> Account:
     """The account of the model as it is."""
     made = source if source.checkpoint is not None else source_from_config(source.config)
     return settle(trace(lambda: load(made, dtype=dtype), task, device=device), device=device)
@@ -215,9 +217,7 @@ class Study:
         return (16, *sorted((bits for bits in self.allowed.kv_bits if bits != 16), reverse=True))
 
     def _options(self, group: Group, schemes: Sequence[Scheme], prices: Prices) -> list[Option]:
-        plain = Option(
-            price=0.0, persistent_nbytes=2 * group.weights, transient=self._transient(group, None)
-        )
+        plain = Option(price=0.0, persistent_nbytes=2 * group.weights, transient=self._transient(group, None))
         return [plain] + [
             Option(
                 price=prices[group.name, scheme],
@@ -264,7 +264,9 @@ class Study:
         specs = {
             spec.name: spec
             for name, weight in weights_of(self.skeleton, member).items()
-            for spec in packed_specs(name, (weight.shape.numel() // weight.shape[-1], weight.shape[-1]), scheme)
+            for spec in packed_specs(
+                name, (weight.shape.numel() // weight.shape[-1], weight.shape[-1]), scheme
+            )
         }
 
         def read(name: str, start: int | None = None, stop: int | None = None) -> Tensor:
@@ -276,9 +278,9 @@ class Study:
             return torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype)
 
         follow = Follow()
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), follow:
-            with follow.phase("load"):
-                holder["it"].load_from(read, member)  # type: ignore[operator]
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad(), follow, follow.phase("load"):
+            holder["it"].load_from(read, member)  # type: ignore[operator]
         account = settle(follow.ledger)
         return account.peak_nbytes - account.phases[0].end_nbytes
 
@@ -302,7 +304,9 @@ class Study:
                 inputs = [a.empty() if isinstance(a, Shape) else a for a in arguments]
                 module = holder["it"]
                 _fake_weights(module)
-                known = [t for t in (*inputs, *module.parameters(), *module.buffers()) if isinstance(t, Tensor)]
+                known = [
+                    t for t in (*inputs, *module.parameters(), *module.buffers()) if isinstance(t, Tensor)
+                ]
                 for tensor in known:
                     follow.number_of(tensor)
             start = len(follow.ledger.events)
@@ -370,14 +374,18 @@ class Study:
         least = smallest_budget(merge(dict(items)), bases=self.bases)
         smallest = self._traced_smallest(items, least.chosen, least.needed_nbytes)
         weights = sum(items[group.name][least.chosen[group.name]].persistent_nbytes for group in self.groups)
-        kv = items["kv_cache"][least.chosen["kv_cache"]].held.get(least.moment, 0) if "kv_cache" in items else 0
+        kv = (
+            items["kv_cache"][least.chosen["kv_cache"]].held.get(least.moment, 0)
+            if "kv_cache" in items
+            else 0
+        )
         rest = smallest - weights - kv - self.fixed
         levers = self._levers(items, least.needed_nbytes)
         helps = "".join(f" {what} frees {format_size(n)}." for what, n in levers.items() if n > 0)
         return DoesNotFit(
-            f"{format_size(budget_nbytes)} allowed, {format_size(smallest)} needed at the least, in {least.moment} "
-            f"(packed weights {format_size(weights)}, KV cache {format_size(kv)}, parts that stay in 16 bits "
-            f"{format_size(self.fixed)}, temporary {format_size(max(rest, 0))}). "
+            f"{format_size(budget_nbytes)} allowed, {format_size(smallest)} needed at the least, in "
+            f"{least.moment} (packed weights {format_size(weights)}, KV cache {format_size(kv)}, parts that stay "
+            f"in 16 bits {format_size(self.fixed)}, temporary {format_size(max(rest, 0))}). "
             f"The smallest budget that works is {smallest} bytes.{helps}",
             smallest_nbytes=smallest,
             levers=levers,
@@ -415,17 +423,13 @@ class Study:
             free = {(name, scheme): 0.0 for name, names in wider.items() for scheme in names}
             found["Weights of 2 bits"] = needed - _least(self.source, task, more, wider, free, self.device)
         biggest = max((group.nbytes(None) for group in self.groups), default=0)
-        held = sum(
-            min(option.persistent_nbytes for option in items[group.name]) for group in self.groups
-        )
+        held = sum(min(option.persistent_nbytes for option in items[group.name]) for group in self.groups)
         if held > biggest:
             found["Reading blocks from disk as they run (`memfit.calibrate.stream`, slow)"] = held - biggest
         return found
 
 
-def _least(
-    source: Source, task: Infer, allowed: Allowed, schemes: Any, prices: Prices, device: str
-) -> int:
+def _least(source: Source, task: Infer, allowed: Allowed, schemes: Any, prices: Prices, device: str) -> int:
     study = Study(source, task, allowed, device=device)
     items = study.items(schemes, prices, dict.fromkeys((16, 8, 4, 2), 0.0))
     return smallest_budget(merge(items), bases=study.bases).needed_nbytes
@@ -436,8 +440,9 @@ def _moments(
 ) -> tuple[int, dict[str, int], dict[tuple[str, str], int], dict[str, int]]:
     """What a trace says of each phase, weights of groups and the KV cache left out.
 
-    Returns: bytes of parameters and buffers that belong to no group; phase to the most other bytes alive while
-    no group's module runs; (phase, module) to the most while it runs; phase to the KV cache's bytes at its end.
+    Returns: bytes of parameters and buffers that belong to no group; phase to the most other bytes alive
+    while no group's module runs; (phase, module) to the most while it runs; phase to the KV cache's bytes at
+    its end.
     """
     storages = ledger.storages
     fixed = sum(
@@ -488,8 +493,9 @@ def _fake_weights(module: nn.Module) -> None:
     for part in module.modules():
         for name, tensor in list(part._parameters.items()):
             if tensor is not None:
-                part._parameters[name] = nn.Parameter(torch.empty_like(tensor, device="cpu"), requires_grad=False)
+                part._parameters[name] = nn.Parameter(
+                    torch.empty_like(tensor, device="cpu"), requires_grad=False
+                )
         for name, tensor in list(part._buffers.items()):
             if tensor is not None:
                 part._buffers[name] = torch.empty_like(tensor, device="cpu")
-

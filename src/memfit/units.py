@@ -26,10 +26,14 @@ def parse_size(text: str | int, *, whole_nbytes: int | None = None) -> int:
     number, unit = float(match[1]), match[2].lower()
     if unit == "%":
         if whole_nbytes is None:
-            raise ValueError(f"{text!r} is a share, and there is nothing here to take it of. Write a size, as 400MiB.")
+            raise ValueError(
+                f"{text!r} is a share, and there is nothing here to take it of. Write a size, as 400MiB."
+            )
         return int(whole_nbytes * number / 100)
     if unit not in _UNITS:
-        raise ValueError(f"{text!r}: unknown unit {match[2]!r}. Known: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, %.")
+        raise ValueError(
+            f"{text!r}: unknown unit {match[2]!r}. Known: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, %."
+        )
     return int(number * _UNITS[unit])
 
 

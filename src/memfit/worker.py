@@ -168,9 +168,10 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
 
     _prepare(job)
     source = open_source(job["model"])
-    text = _windows(job)
     meter = Meter()
     reset_resident_peak()
+    with meter.phase("calibrate"):
+        text = _windows(job)
     statistics, prices = calibrate(
         source,
         None if text is None else text["calibration"],

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -32,7 +33,7 @@ def trace(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", who
     follow = Follow(device=device)
     blocks = Blocks(follow)
     with FakeTensorMode(allow_non_fake_inputs=True), follow:
-        with follow.phase("load"):
+        with follow.phase("load"), nullcontext() if whole else blocks.on_loading():
             model = make()
             hold_model(model, follow)
         with follow.inside(model):

@@ -184,5 +184,7 @@ def _without_values(argument: Any) -> Any:
 
 @cache
 def _is_composite(func: Any) -> bool:
-    """Whether the operator is only a way of writing others, which are then what runs."""
+    """Whether the operator is only a way of writing others, which are then what runs; `silu_backward` has both."""
+    if func.has_kernel_for_dispatch_key(torch.DispatchKey.CPU):
+        return False
     return bool(func.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd))

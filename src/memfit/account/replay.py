@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from memfit.packed.store import PackedWeight
+
 from .fakes import make_fake, view_fake
 from .follow import Follow
 from .ledger import Storage
@@ -74,6 +76,33 @@ class Blocks:
         finally:
             for block in wrapped:
                 del block.forward
+
+    @contextmanager
+    def on_loading(self) -> Iterator[None]:
+        """Packed weights of one scheme and shape are loaded alike: the first is traced, the others replayed."""
+        plain = PackedWeight.load_from
+
+        def load_from(store: PackedWeight, read: Any, prefix: str, **options: Any) -> None:
+            key = ("load", store.scheme, store.shape, store.kernel, prefix.rpartition(".")[2])
+            recording = self._known.get(key, _UNSEEN)
+            if isinstance(recording, _Recording):
+                store._buffers.update(self._replay(recording, prefix, {}, []))
+                return
+
+            def call() -> dict[str, Any]:
+                plain(store, read, prefix, **options)
+                return dict(store._buffers)
+
+            if recording is None:
+                call()
+            else:
+                self._record(key, prefix, [], [], call)
+
+        PackedWeight.load_from = load_from  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            PackedWeight.load_from = plain  # type: ignore[method-assign]
 
     def _wrap(self, name: str, block: nn.Module, structure: Any, forward: Any) -> Any:
         layer_number = _layer_number(block)

@@ -4,12 +4,15 @@ Legend: W windows, T time, N tokens in all, D width, V vocabulary.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from memfit.errors import UsageError
+from memfit.packed.fake import is_fake
 from memfit.source.source import Source
 
 from .statistics import Moments, Statistics, Sums
@@ -20,7 +23,13 @@ _LOGITS_NBYTES: Final = 32 << 20
 
 
 def collect(
-    source: Source, windows_WT: Tensor, modules: frozenset[str], *, batch: int = 4, seed: int = 0
+    source: Source,
+    windows_WT: Tensor,
+    modules: frozenset[str],
+    *,
+    batch: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Statistics:
     """Moments of every module in `modules` over the windows, the model read block by block.
 
@@ -32,8 +41,10 @@ def collect(
         windows_WT: token ids.
         modules: names of the linear layers and embeddings to listen to.
         batch: windows run at once; memory grows with it.
+        seed: of the labels.
+        dtype: that the model runs in.
     """
-    streamed = Streamed(source)
+    streamed = Streamed(source, dtype=dtype)
     streamed.watched = modules
     sums = Sums()
     generator = torch.Generator().manual_seed(seed)
@@ -49,12 +60,13 @@ def collect(
     streamed.listener = hear
     for start in range(0, windows_WT.shape[0], batch):
         ids_WT = windows_WT[start : start + batch]
-        with torch.enable_grad():
+        with torch.enable_grad(), _one_text_a_row(dry=is_fake(ids_WT)):
             out = streamed.model(ids_WT, **_arguments(streamed.model, ids_WT))
             hidden = _hidden(out)
         gradients = [_head_gradient(streamed, state.detach(), sums, generator) for state in hidden]
         torch.autograd.backward(hidden, gradients)
         del out, hidden, gradients
+    streamed.listener = None  # else the sums would live on in a ring with the model until it is collected
     statistics = Statistics(tokens=windows_WT.numel())
     for name in sums.modules():
         inputs, gradients = sums.mean(name, "inputs"), sums.mean(name, "gradients")
@@ -72,6 +84,23 @@ def _count(sums: Sums, name: str, ids: Tensor, *, rows: int) -> None:
     flat = ids.reshape(-1)
     counts.index_add_(0, flat, torch.ones(flat.shape[0], dtype=torch.float32))
     sums.add_summed(name, "counts", counts, flat.shape[0])
+
+
+@contextmanager
+def _one_text_a_row(*, dry: bool) -> Iterator[None]:
+    """Where there is no cache, transformers looks at positions for several texts in a row, and builds a mask unless
+    it can see that there is one. Fake positions show nothing: in a dry run the answer is given here."""
+    look = masking_utils.find_packed_sequence_indices
+
+    def answer(positions: Tensor) -> None:
+        look(positions)
+
+    if dry:
+        masking_utils.find_packed_sequence_indices = answer
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def _arguments(model: torch.nn.Module, ids_WT: Tensor) -> dict[str, Any]:

@@ -86,8 +86,9 @@ class Sums:
         self._counts[key] = self._counts.get(key, 0) + count
 
     def mean(self, module: str, part: str) -> Tensor | None:
-        total = self._sums.get((module, part))
-        return None if total is None else total / self._counts[(module, part)]
+        """The mean; taken once, in the place of its sum."""
+        total = self._sums.pop((module, part), None)
+        return None if total is None else total.div_(self._counts[module, part])
 
     def modules(self) -> list[str]:
         return list(dict.fromkeys(module for module, _ in self._sums))
@@ -100,5 +101,5 @@ def _squares(rows: Tensor) -> Tensor:
     """Σ over rows of squares, float32 [width]; in blocks, so that no float32 copy of all rows exists."""
     total = torch.zeros(rows.shape[1], dtype=torch.float32)
     for start in range(0, rows.shape[0], _ROWS):
-        total += rows[start : start + _ROWS].float().square_().sum(0)
+        total += rows[start : start + _ROWS].to(torch.float32, copy=True).square_().sum(0)
     return total

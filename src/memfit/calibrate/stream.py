@@ -204,11 +204,13 @@ class _Table(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         streamed = self._streamed[0]
         out = look_up(streamed.rows(f"{self.name}.weight"), ids, width=self.width, dtype=streamed.dtype)
+        if streamed.listener is not None and torch.is_grad_enabled():
+            # Before it is scaled: an error of the table's is scaled too.
+            out.requires_grad_()
+            if self.name in streamed.watched:
+                streamed.listener(self.name, ids, out)
         if self.scale is not None:
             out = out * (self.scale.to(out.dtype) if isinstance(self.scale, Tensor) else self.scale)
-        if streamed.listener is not None and torch.is_grad_enabled():
-            out.requires_grad_()
-            streamed.listener(self.name, ids, out)
         return out
 
 

@@ -145,8 +145,8 @@ def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str]
         if form not in ("pack-quantized", "int-quantized"):
             raise _refuse(
                 file,
-                f"config group {name!r} has the format {form!r}; memfit runs 'pack-quantized' and, of weights "
-                "alone, 'int-quantized'",
+                f"config group {name!r} has the format {form!r}; memfit runs 'pack-quantized' and, of "
+                "weights alone, 'int-quantized'",
             )
         for key in ("input_activations", "output_activations"):
             if group.get(key) is not None:

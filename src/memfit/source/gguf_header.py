@@ -243,8 +243,8 @@ def _check_apart(file: Path, tensors: list[Stored]) -> None:
 def read_rows(
     file: Path, tensor: Stored, *, step: int, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """The stored bytes of a tensor's rows `start` to `stop`, `step` rows at a time, each with the number of its
-    first row.
+    """The stored bytes of a tensor's rows `start` to `stop`, `step` rows at a time, each with the number of
+    its first row.
     """
     end = tensor.rows if stop is None else stop
     descriptor = open_regular(file)

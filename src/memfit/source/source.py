@@ -197,7 +197,7 @@ class Source:
         return self.checkpoint.read_rows(info.name, start, stop)
 
     def holds(self, name: str) -> bool:
-        """Whether the checkpoint has the parameter or buffer `name`; without a checkpoint, whether the model has."""
+        """Whether the checkpoint has the parameter or buffer `name`; without one, whether the model has."""
         canonical = self.parameters[name][2]
         return name not in self.buffers if self.checkpoint is None else canonical in self.layout.pieces
 

@@ -50,7 +50,7 @@ class Infer:
                 self._decode(runner, watch)
 
     def _decode(self, runner: "_Runner", watch: Watch) -> None:
-        """All steps; a dry run jumps from the second to the last but one, between which only the cache grows."""
+        """All steps; a dry run jumps from the second to the last but one: between them only the cache grows."""
         jump = self.new_tokens - 4
         first = 2 if watch.may_skip and jump > 0 else self.new_tokens
         self._steps(runner, watch, first)
@@ -144,9 +144,16 @@ def vocabulary(model: nn.Module) -> int:
     if size is None:
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         if not tables:
-            raise ValueError(f"{type(model).__name__} has no embedding and no config: its inputs cannot be made up")
+            raise ValueError(
+                f"{type(model).__name__} has no embedding and no config: its inputs cannot be made up"
+            )
         size = tables[0].num_embeddings
     return int(size)
+
+
+def _likeliest(logits_BTV: Tensor) -> Tensor:
+    """The likeliest next token of each text, [B, 1]."""
+    return logits_BTV[:, -1:].argmax(-1)
 
 
 class _Decoder(_Runner):
@@ -169,7 +176,7 @@ class _Decoder(_Runner):
     def _next(self, ids_BT: Tensor) -> Tensor:
         assert self.argument is not None
         out = self.model(input_ids=ids_BT, **{self.argument: self.cache}, **self.options)
-        return out.logits[:, -1:].argmax(-1)
+        return _likeliest(out.logits)
 
 
 class _EncoderDecoder(_Runner):
@@ -186,7 +193,7 @@ class _EncoderDecoder(_Runner):
             past_key_values=self.cache,
             use_cache=True,
         )
-        return out.logits[:, -1:].argmax(-1)
+        return _likeliest(out.logits)
 
 
 class _Encoder(_Runner):
@@ -211,7 +218,7 @@ class _Recurrent(_Runner):
 
     def _next(self, *inputs: Any) -> Tensor:
         logits_BTV, self.state = self.model(*inputs)
-        return logits_BTV[:, -1:].argmax(-1)
+        return _likeliest(logits_BTV)
 
 
 def _runner_for(model: nn.Module, task: Infer) -> _Runner:

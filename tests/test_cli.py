@@ -1,0 +1,161 @@
+"""The commands: one object on stdout, messages on stderr, exit codes as promised."""
+
+import json
+
+import pytest
+import transformers as hf
+
+
+from memfit.cli import main
+
+DECODER = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "architectures": ["LlamaForCausalLM"],
+}  # fmt: skip
+SMALL = ("--prompt", "16", "--new-tokens", "5")
+FEW = ("--bits", "8,4", "--groups", "64", "--kv-bits", "16")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A config without weights."""
+    directory = tmp_path_factory.mktemp("model")
+    hf.LlamaConfig(**DECODER).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def memfit(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Wide enough that no word is broken.
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["memfit", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("account", ["--batch", "--prompt", "--new-tokens", "--kv-bits", "--device", "--routing", "--json"]),
+        ("plan", ["--budget", "--text", "--bits", "--groups", "--kv-bits", "--keep", "--asymmetric", "--output"]),
+        ("fit", ["--budget", "--out", "--plan", "--enforce", "--max-kl", "--overwrite", "--dry-run", "--quiet"]),
+        ("eval", ["--reference", "--text", "--threads", "--json", "--quiet"]),
+        ("report", ["--json"]),
+    ],
+)
+def test_help_names_every_option(memfit, command, options):
+    code, out, err = memfit(command, "--help")
+    assert code == 0 and not err
+    assert all(option in out for option in options)
+
+
+def test_help_tells_commands_sizes_and_exit_codes(memfit):
+    code, out, _ = memfit("--help")
+    assert code == 0
+    assert all(word in out for word in ("account", "plan", "fit", "eval", "report", "400MiB", "50%", "75"))
+
+
+def test_account_prints_one_object(memfit, model):
+    code, out, err = memfit("account", model, *SMALL, "--json")
+    told = json.loads(out)
+    assert code == 0 and not err and out.count("\n") == 1
+    assert told["phases"][told["peak_phase"]] == told["peak_nbytes"] == max(told["phases"].values())
+    assert {"kind", "module", "dtype", "nbytes", "phases"} <= told["entries"][0].keys()
+
+
+def test_account_for_people_is_a_table(memfit, model):
+    code, out, err = memfit("account", model, *SMALL)
+    assert code == 0 and not err
+    assert "prefill" in out and "KiB" in out
+
+
+def test_plan_prints_one_object_and_its_file_can_be_read(memfit, model, tmp_path):
+    code, out, err = memfit("plan", model, "-b", "75%", *SMALL, *FEW, "--json", "-q", "-o", "plan.json")
+    told = json.loads(out)
+    assert code == 0 and not err
+    assert told["fits"] is True and told["peak_nbytes"] <= told["budget_nbytes"]
+    assert told["choices"] and {"members", "scheme"} <= told["choices"][0].keys()
+    assert json.loads((tmp_path / "plan.json").read_text())["choices"] == told["choices"]
+
+
+def test_what_does_not_fit_exits_with_3_and_says_what_would(memfit, model):
+    code, out, err = memfit("plan", model, "-b", "10KiB", *SMALL, *FEW, "--json", "--quiet")
+    told = json.loads(out)
+    assert code == 3 and err.startswith("DoesNotFit: 10.00 KiB allowed")
+    assert told["fits"] is False and told["smallest_nbytes"] > 10 << 10 and told["levers"]
+    assert str(told["smallest_nbytes"]) in err
+
+
+def test_progress_goes_to_stderr(memfit, model, monkeypatch):
+    monkeypatch.setattr("memfit.fit", lambda *args, progress, **more: progress("counting beans") or 1 / 0)
+    monkeypatch.setattr("sys.argv", ["memfit", "fit", model])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("account", "no-such-directory/of/models"),
+        ("plan", "{model}", "--budget", "much"),
+        ("plan", "{model}", "--bits", "9"),
+        ("plan", "{model}", "--bits", "eight"),
+        ("plan", "{model}", "--kv-bits", "3"),
+        ("account", "{model}", "--kv-bits", "5"),
+        ("account", "{model}", "--prompt", "0"),
+        ("fit", "{model}", "--budget", "50%"),
+        ("report", "{model}"),
+        ("frobnicate",),
+    ],
+)
+def test_a_call_that_is_off_exits_with_2_and_a_message(memfit, model, words, tmp_path):
+    code, out, err = memfit(*(word.format(model=model) for word in words))
+    assert code == 2 and not out and err.strip()
+    assert "Traceback" not in err and not any(tmp_path.iterdir())
+
+
+def test_broken_input_exits_with_4(memfit, tmp_path):
+    bad = tmp_path / "bad"
+    hf.LlamaConfig(**DECODER).save_pretrained(bad)
+    (bad / "pytorch_model.bin").write_bytes(b"pickle")
+    code, out, err = memfit("account", str(bad), "--json")
+    assert code == 4 and err.startswith("BrokenInput") and "pytorch_model.bin" in err
+    assert json.loads(out)["error"] == "BrokenInput"
+
+
+def test_an_interrupt_exits_with_75(memfit, model, monkeypatch):
+    def stop(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memfit.account", stop)
+    code, out, err = memfit("account", model)
+    assert code == 75 and not out and "Interrupted" in err
+
+
+@pytest.mark.parametrize(("name", "code"), [("OverBudget", 6), ("QualityMissed", 5)])
+def test_a_missed_promise_has_its_own_code_and_the_output_is_kept(memfit, model, monkeypatch, name, code):
+    import memfit.errors as errors
+
+    def miss(*args, **more):
+        raise getattr(errors, name)("missed it")
+
+    monkeypatch.setattr("memfit.fit", miss)
+    found, out, err = memfit("fit", model, "--json")
+    assert found == code and f"{name}: missed it" in err
+    assert json.loads(out) == {"error": name, "message": "missed it", "kept": True}
+
+
+def test_a_dry_run_writes_nothing_and_prints_the_plan(memfit, model, tmp_path):
+    code, out, _ = memfit("fit", model, "-b", "80%", "-o", "out", *SMALL, *FEW, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["fits"] is True
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,126 @@
+"""Plans keep their promises: within the budget, never worse for more of it, the same when read back."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit.errors import DoesNotFit
+from memfit.packed.scheme import BITS
+from memfit.plan.plan import Plan, dumps, loads
+from memfit.planning import Allowed, account_of, make_plan, predict
+from memfit.source.source import Source, source_from_config
+from memfit.task.infer import Infer
+
+DECODER = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+TASK = Infer(prompt=32, new_tokens=5)
+FEW = Allowed(bits=(8, 4), groups={8: (None,), 4: (64,)}, kv_bits=(16, 8))
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return source_from_config(hf.LlamaConfig(**DECODER, tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="module")
+def whole_nbytes(source) -> int:
+    return account_of(source, TASK).peak_nbytes
+
+
+@pytest.fixture(scope="module")
+def plans(source, whole_nbytes) -> list[Plan]:
+    """From less to more budget."""
+    budgets = [whole_nbytes * share // 100 for share in (55, 70, 85, 300)]
+    return [make_plan(source, budget_nbytes=nbytes, task=TASK, allowed=FEW) for nbytes in budgets]
+
+
+@pytest.fixture(scope="module")
+def refusal(source) -> DoesNotFit:
+    with pytest.raises(DoesNotFit) as caught:
+        make_plan(source, budget_nbytes=1000, task=TASK, allowed=FEW)
+    return caught.value
+
+
+def test_more_budget_never_makes_a_worse_plan(plans):
+    expected = [plan.expected_kl for plan in plans]
+    assert expected == sorted(expected, reverse=True)
+    assert expected[0] > expected[-2] > 0 == expected[-1]
+    assert not plans[-1].schemes() and plans[-1].kv_bits == 16
+
+
+def test_the_traced_peak_of_every_plan_is_within_its_budget_and_the_one_it_tells(source, plans):
+    for plan in plans:
+        traced = predict(source, plan, TASK).peak_nbytes
+        assert traced == plan.predicted["peak_nbytes"] <= plan.budget_nbytes
+
+
+def test_a_plan_read_back_is_equal_and_predicts_the_same_bytes(source, plans):
+    again = loads(dumps(plans[0]))
+    assert again == loads(dumps(again)) and dumps(again) == dumps(plans[0])
+    assert predict(source, again, TASK).phases == predict(source, plans[0], TASK).phases
+
+
+def test_the_same_question_has_the_same_plan(source, plans):
+    again = make_plan(source, budget_nbytes=plans[1].budget_nbytes, task=TASK, allowed=FEW)
+    assert again.choices == plans[1].choices and again.kv_bits == plans[1].kv_bits
+
+
+def test_fused_and_tied_tensors_share_a_choice(plans):
+    for plan in plans:
+        members = [choice.members for choice in plan.choices]
+        for layer in ("model.layers.0", "model.layers.1"):
+            assert tuple(f"{layer}.self_attn.{p}_proj" for p in "qkv") in members
+            assert (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj") in members
+        assert ("model.embed_tokens", "lm_head") in members
+
+
+def test_what_does_not_fit_is_refused_with_the_smallest_budget_that_works(source, refusal):
+    made = make_plan(source, budget_nbytes=refusal.smallest_nbytes, task=TASK, allowed=FEW)
+    assert made.predicted["peak_nbytes"] <= refusal.smallest_nbytes
+    with pytest.raises(DoesNotFit) as caught:
+        make_plan(source, budget_nbytes=refusal.smallest_nbytes - 1, task=TASK, allowed=FEW)
+    assert caught.value.smallest_nbytes == refusal.smallest_nbytes
+
+
+def test_a_refusal_names_levers_and_what_each_would_free(refusal):
+    assert any("prompt of 16" in lever for lever in refusal.levers)
+    assert any("KV cache of 4 bits" in lever for lever in refusal.levers)
+    assert any("Weights of 2 bits" in lever for lever in refusal.levers)
+    assert all(nbytes > 0 for lever, nbytes in refusal.levers.items() if "frees" in str(refusal) and lever in str(refusal))
+    assert str(refusal.smallest_nbytes) in str(refusal)
+
+
+def test_experts_are_packed_and_what_is_kept_is_kept():
+    source = source_from_config(hf.MixtralConfig(**DECODER, num_local_experts=4))
+    nbytes = account_of(source, TASK).peak_nbytes * 6 // 10
+    allowed = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("lm_head", "layers.0.self_attn"))
+    plan = make_plan(source, budget_nbytes=nbytes, task=TASK, allowed=allowed)
+    schemes = plan.schemes()
+    assert {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"} <= schemes.keys()
+    assert not any(part in name for name in schemes for part in allowed.keep)
+    assert predict(source, plan, TASK).peak_nbytes <= nbytes
+
+
+@given(
+    bits=st.lists(st.sampled_from(BITS), unique=True),
+    groups=st.none() | st.dictionaries(st.sampled_from(BITS), st.lists(st.sampled_from([None, 128, 64, 32]), max_size=3)),
+    symmetric=st.booleans(),
+    kv_bits=st.lists(st.sampled_from([16, 8, 4, 2]), unique=True),
+    keep=st.lists(st.text(max_size=5), max_size=3),
+)
+def test_what_is_allowed_comes_back_from_json(bits, groups, symmetric, kv_bits, keep):
+    allowed = Allowed(
+        bits=tuple(bits),
+        groups=None if groups is None else {key: tuple(sizes) for key, sizes in groups.items()},
+        symmetric=symmetric,
+        kv_bits=tuple(kv_bits),
+        keep=tuple(keep),
+    )
+    assert Allowed.from_json(json.loads(json.dumps(asdict(allowed)))) == allowed
