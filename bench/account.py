@@ -26,9 +26,8 @@ sys.path.insert(0, str(HERE))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
 
 import torch  # noqa: E402
-from _common import verdict, write_result  # noqa: E402
-from models_to_account import BIG, BIG_TASK, DTYPES, POINTS, SCALED, specs  # noqa: E402
 
+from _common import verdict, write_result  # noqa: E402
 from memfit.account.account import Account  # noqa: E402
 from memfit.account.dry_run import dry_run  # noqa: E402
 from memfit.account.outside import predict_resident  # noqa: E402
@@ -37,6 +36,7 @@ from memfit.outside import outside_of_machine  # noqa: E402
 from memfit.source.source import Source  # noqa: E402
 from memfit.task.infer import Infer  # noqa: E402
 from memfit.worker import run_job  # noqa: E402
+from models_to_account import BIG, BIG_TASK, DTYPES, POINTS, SCALED, specs  # noqa: E402
 
 
 def estimate_of_accelerate(spec: dict[str, Any], dtype: str) -> int:

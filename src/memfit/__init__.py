@@ -1,11 +1,11 @@
 """Give memfit a language model and a memory budget: it makes the model fit, and proves it.
 
-    account   who will hold which bytes, when; no weights read
-    plan      what to do to fit a budget, and what it will cost
-    fit       do it, measure it, report it
-    evaluate  quality and speed of a fitted model beside the original
-    measure   the task on the real model, in a fresh process
-    load      a fitted model, running from its packed weights
+account   who will hold which bytes, when; no weights read
+plan      what to do to fit a budget, and what it will cost
+fit       do it, measure it, report it
+evaluate  quality and speed of a fitted model beside the original
+measure   the task on the real model, in a fresh process
+load      a fitted model, running from its packed weights
 """
 
 __version__ = "0.1.0"

@@ -288,7 +288,7 @@ def measure(model: str | Path, task: Infer | None = None, *, threads: int | None
 
 
 def load(directory: str | Path) -> nn.Module:
-    """A fitted model, running from its packed weights. Give `forward` a cache of `make_cache` to save more."""
+    """A fitted model, running from its packed weights. Give `forward` a cache of `make_cache`, too."""
     return load_model(loader_for(str(directory)))
 
 

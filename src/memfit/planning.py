@@ -384,8 +384,8 @@ class Study:
         helps = "".join(f" {what} frees {format_size(n)}." for what, n in levers.items() if n > 0)
         return DoesNotFit(
             f"{format_size(budget_nbytes)} allowed, {format_size(smallest)} needed at the least, in "
-            f"{least.moment} (packed weights {format_size(weights)}, KV cache {format_size(kv)}, parts that stay "
-            f"in 16 bits {format_size(self.fixed)}, temporary {format_size(max(rest, 0))}). "
+            f"{least.moment} (packed weights {format_size(weights)}, KV cache {format_size(kv)}, "
+            f"parts that stay in 16 bits {format_size(self.fixed)}, temporary {format_size(max(rest, 0))}). "
             f"The smallest budget that works is {smallest} bytes.{helps}",
             smallest_nbytes=smallest,
             levers=levers,
@@ -496,6 +496,6 @@ def _fake_weights(module: nn.Module) -> None:
                 part._parameters[name] = nn.Parameter(
                     torch.empty_like(tensor, device="cpu"), requires_grad=False
                 )
-        for name, tensor in list(part._buffers.items()):
-            if tensor is not None:
-                part._buffers[name] = torch.empty_like(tensor, device="cpu")
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = torch.empty_like(buffer, device="cpu")

@@ -50,8 +50,7 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None) -> dict[s
         [sys.executable, "-m", "memfit.worker"],
         input=json.dumps(job),
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         env=os.environ | _QUIET,
         check=False,
     )
@@ -97,8 +96,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def limited(nbytes: int | None) -> Iterator[None]:
-    """Inside, this process may take at most `nbytes` of private memory more than it has, and the runtime's own
-    growth (setrlimit(2), RLIMIT_DATA); None: as much as it likes."""
+    """Inside, this process may take at most `nbytes` of private memory more than it has, and the runtime's
+    own growth (setrlimit(2), RLIMIT_DATA); None: as much as it likes."""
     if nbytes is None:
         yield
         return
@@ -160,7 +159,7 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
-    """Statistics into the work directory, prices into the answer; then, if asked, the original's own answers."""
+    """Statistics into the work directory, prices into the answer; if asked, the original's own answers."""
     from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
     from memfit.compress import calibrate, priced_by
     from memfit.planning import Allowed
@@ -243,9 +242,7 @@ def _prove(job: dict[str, Any]) -> dict[str, Any]:
     if text is not None:
         kv_bits = job["task"].get("kv_bits", 16)
         caches = maker_of_caches(model, kv_bits=kv_bits) if kv_bits < 16 else None
-        quality = compare_logits(
-            Path(job["work"]) / "logits", model, text["evaluation"], make_cache=caches
-        )
+        quality = compare_logits(Path(job["work"]) / "logits", model, text["evaluation"], make_cache=caches)
         answer["quality"] = quality.to_json()
     answer["speed"] = measure_speed(model, **job["task"]).to_json()
     kernels = Counter(

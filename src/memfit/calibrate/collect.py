@@ -72,7 +72,9 @@ def collect(
         inputs, gradients = sums.mean(name, "inputs"), sums.mean(name, "gradients")
         counts = sums.mean(name, "counts")
         if counts is not None and gradients is not None:
-            inputs = counts  # a table is a linear layer whose inputs are one-hot: their mean squares are shares
+            inputs = (
+                counts  # a table is a linear layer whose inputs are one-hot: their mean squares are shares
+            )
         if inputs is not None:
             statistics.moments[name] = Moments(inputs=inputs, gradients=gradients)
     return statistics

@@ -106,9 +106,11 @@ class Streamed:
     def _read(self, name: str, module: nn.Module, own: list[str] | None = None) -> Iterator[None]:
         """The module's parameters are real inside, and on meta again after."""
         put_back: list[tuple[nn.Module, str, nn.Parameter]] = []
-        for full, parameter in list(module.named_parameters()) if own is None else [
-            (leaf, getattr(module, leaf)) for leaf in own
-        ]:
+        for full, parameter in (
+            list(module.named_parameters())
+            if own is None
+            else [(leaf, getattr(module, leaf)) for leaf in own]
+        ):
             owner_name, _, leaf = full.rpartition(".")
             owner = module.get_submodule(owner_name)
             value = self.source.read_parameter(f"{name}.{full}" if name else full, dtype=parameter.dtype)
@@ -230,7 +232,11 @@ def rows_of(source: Source, parameter: str, *, dtype: torch.dtype) -> Iterator[t
     """(first row, rows [R, K] in `dtype`) of a parameter [N, K], all dimensions but the last taken as one."""
     total, width = row_shape(source, parameter)
     step = max(1, ROWS_NBYTES // (width * dtype.itemsize))
-    whole = None if _stored_whole(source, parameter) else source.read_parameter(parameter, dtype=dtype).view(total, width)
+    whole = (
+        None
+        if _stored_whole(source, parameter)
+        else source.read_parameter(parameter, dtype=dtype).view(total, width)
+    )
     for start in blocks_to_run(range(0, total, step)):
         stop = min(total, start + step)
         if whole is not None:

@@ -50,7 +50,7 @@ class Infer:
                 self._decode(runner, watch)
 
     def _decode(self, runner: "_Runner", watch: Watch) -> None:
-        """All steps; a dry run jumps from the second to the last but one: between them only the cache grows."""
+        """All steps; a dry run jumps from the second to the last but one; between, only the cache grows."""
         jump = self.new_tokens - 4
         first = 2 if watch.may_skip and jump > 0 else self.new_tokens
         self._steps(runner, watch, first)

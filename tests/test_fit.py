@@ -1,0 +1,225 @@
+"""The whole job on a tiny model: what is promised is in the report, and OUT is whole or not there."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import memfit
+from memfit import demo
+from memfit.account.account import Account
+from memfit.errors import MemfitError, OverBudget, QualityMissed, UsageError
+from memfit.plan.plan import Plan, read_plan
+from memfit.report.report import Report
+from memfit.source.source import open_source, source_from_config
+
+room = importlib.import_module("memfit.fit")  # the attribute of the package is the function
+
+TASK = memfit.Infer(prompt=32, new_tokens=5)
+ALLOWED = memfit.Allowed(bits=(8, 4), groups={8: (None,), 4: (64,)}, kv_bits=(16, 8))
+LOGITS = textwrap.dedent("""
+    import sys, torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = sys.argv[1]
+    model, told = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype="auto")
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"], told
+    ids = AutoTokenizer.from_pretrained(path)("def main(argv):\\n    return 0", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, use_cache=False).logits
+    torch.save({"ids": ids, "logits": logits}, sys.argv[2])
+    assert "memfit" not in sys.modules
+""")
+
+
+def text(**options: Any) -> memfit.Text:
+    words = demo.heldout_text().read_text(encoding="utf-8")
+    return memfit.Text(
+        calibration=words[:8000], evaluation=words[8000:16000], length=64, calibration_windows=4,
+        evaluation_windows=4, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny Llama by chance, with the demo's tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    config = hf.LlamaConfig(
+        vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    hf.AutoTokenizer.from_pretrained(demo.model_directory()).save_pretrained(directory)
+    return directory
+
+
+class Jobs:
+    """Runs jobs and keeps their answers, or gives the answers kept."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Any] = {}
+        self.asked: list[dict[str, Any]] = []
+        self.limits: list[int | None] = []
+
+    def run(self, job: dict[str, Any], *, enforce_nbytes: int | None = None) -> dict[str, Any]:
+        self.asked.append(job)
+        self.limits.append(enforce_nbytes)
+        self.answers[job["do"]] = worker.run_job(job, enforce_nbytes=enforce_nbytes)
+        return self.answers[job["do"]]
+
+    def again(self, made: Path, **changes: Any) -> Any:
+        def answer(job: dict[str, Any], *, enforce_nbytes: int | None = None) -> dict[str, Any]:
+            if job["do"] == "compress":
+                shutil.copy(made / "model.safetensors", job["output"])
+            return self.answers[job["do"]] | changes.get(job["do"], {})
+
+        return answer
+
+
+worker = importlib.import_module("memfit.worker")
+
+
+@pytest.fixture(scope="module")
+def fitted(model, tmp_path_factory) -> tuple[Report, Path, Jobs]:
+    out, jobs = tmp_path_factory.mktemp("fitted") / "out", Jobs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "run_job", jobs.run)
+        report = memfit.fit(
+            model, "60%", out, task=TASK, text=text(), allowed=ALLOWED, enforce=True, threads=1
+        )
+    return report, out, jobs
+
+
+@pytest.fixture
+def plan(fitted) -> Plan:
+    return read_plan(fitted[1] / "plan.json")
+
+
+def test_the_measured_peak_is_the_predicted_one_and_within_the_budget(fitted):
+    report = fitted[0]
+    assert report.fits and report.measured.peak_nbytes <= report.budget_nbytes
+    for phase in report.measured.phases:
+        told = report.predicted.phase(phase.name).peak_nbytes
+        assert told == pytest.approx(phase.peak_nbytes, rel=0.005), phase.name
+
+
+def test_fitting_itself_is_predicted(fitted):
+    report = fitted[0]
+    assert report.predicted_fit.peak_nbytes == pytest.approx(report.measured_fit.peak_nbytes, rel=0.03)
+    assert {phase.name for phase in report.measured_fit.phases} == {"calibrate", "price", "compress"}
+
+
+def test_the_report_has_the_promised_keys(fitted):
+    report, out, _ = fitted
+    told = json.loads((out / "report.json").read_text())
+    account = {"peak_nbytes", "peak_phase", "phases", "entries"}
+    assert account | {"budget_nbytes", "fits", "measured", "resident_nbytes", "quality", "speed"} <= told.keys()
+    assert account <= told["measured"].keys()
+    assert {"kl", "kl_interval", "perplexity", "perplexity_reference", "top1"} <= told["quality"].keys()
+    low, high = told["quality"]["kl_interval"]
+    assert 0 <= low <= told["quality"]["kl"] <= high
+    assert told["resident_nbytes"] > told["measured"]["peak_nbytes"]
+    assert Report.from_json(told).to_json() == told == json.loads(json.dumps(report.to_json()))
+
+
+def test_out_is_a_model_directory_and_nothing_else_is_left(fitted):
+    _, out, _ = fitted
+    names = {path.name for path in out.iterdir()}
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    assert wanted | {"plan.json", "report.json", "report.html"} <= names
+    assert not any(path.is_dir() for path in out.iterdir())
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert "base_model" in (out / "README.md").read_text()
+
+
+def test_the_measured_process_ran_under_the_budget_as_its_limit(fitted):
+    report, _, jobs = fitted
+    assert [job["do"] for job in jobs.asked] == ["calibrate", "compress", "prove"]
+    assert jobs.limits == [None, None, report.budget_nbytes]
+
+
+def test_stock_transformers_loads_it_and_agrees(fitted, tmp_path):
+    out = fitted[1]
+    done = subprocess.run(
+        [sys.executable, "-c", LOGITS, str(out), str(tmp_path / "stock.pt")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stock = torch.load(tmp_path / "stock.pt")
+    with torch.no_grad():
+        ours = memfit.load(out)(input_ids=stock["ids"], use_cache=False).logits
+    difference = (ours.float() - stock["logits"].float()).norm()
+    assert difference <= 1e-2 * stock["logits"].float().norm()
+
+
+def test_a_job_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
+    def fail(job: Any, **more: Any) -> Any:
+        raise MemfitError("the job ended with signal 9")
+
+    monkeypatch.setattr(room, "run_job", fail)
+    with pytest.raises(MemfitError, match="signal 9"):
+        memfit.fit(model, "60%", tmp_path / "out", task=TASK, text=text())
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_out_that_exists_is_refused_and_kept(fitted, model):
+    out = fitted[1]
+    before = (out / "report.json").read_bytes()
+    with pytest.raises(UsageError, match="exists"):
+        memfit.fit(model, "60%", out, task=TASK, text=text())
+    assert (out / "report.json").read_bytes() == before
+
+
+def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, plan, tmp_path, monkeypatch):
+    report, made, jobs = fitted
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "old").write_text("old")
+    monkeypatch.setattr(room, "run_job", jobs.again(made))
+    again = memfit.fit(model, out=out, task=TASK, text=text(), given=plan, overwrite=True)
+    assert not (out / "old").exists() and again.budget_nbytes == report.budget_nbytes
+    assert read_plan(out / "plan.json").choices == plan.choices
+    assert (out / "config.json").read_bytes() == (made / "config.json").read_bytes()
+
+
+def test_a_quality_that_is_missed_is_an_error_and_the_output_is_kept(fitted, model, plan, tmp_path, monkeypatch):
+    _, made, jobs = fitted
+    monkeypatch.setattr(room, "run_job", jobs.again(made))
+    with pytest.raises(QualityMissed, match="at most 1e-09 allowed"):
+        memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan, max_kl=1e-9)
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_a_peak_measured_over_the_budget_is_an_error_and_the_output_is_kept(
+    fitted, model, plan, tmp_path, monkeypatch
+):
+    report, made, jobs = fitted
+    monkeypatch.setattr(room, "run_job", jobs.again(made, prove={"account": report.original.to_json()}))
+    with pytest.raises(OverBudget, match=str(report.original.peak_nbytes)):
+        memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan)
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_a_config_without_weights_cannot_be_fitted(tmp_path):
+    source_from_config(hf.LlamaConfig(num_hidden_layers=1)).config.save_pretrained(tmp_path / "m")
+    with pytest.raises(UsageError, match="no weights"):
+        memfit.fit(tmp_path / "m", "1GiB", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fitted_model_is_accounted_with_its_own_cache(fitted):
+    report, out, _ = fitted
+    found = memfit.account(out, TASK)
+    assert isinstance(found, Account)
+    assert found.peak_nbytes == report.predicted.peak_nbytes
+    assert open_source(out).kv_bits == read_plan(out / "plan.json").kv_bits
