@@ -2,10 +2,10 @@
 
     python bench/account.py [--only llama,t5] [--output bench/results/account.json]
 
-Every measurement is a fresh process. The allocated peak must be right to the byte in the median case and within
-0.5 % in all; the resident peak within 3 % or 16 MiB, and never more than 1 % under. Beside it stands what
-`accelerate estimate-memory` says of the same model. Measure on a quiet machine: the bytes are the same on a busy
-one, the time is not.
+Every measurement is a fresh process. The allocated peak must be right to the byte in the median case and
+within 0.5 % in all; the resident peak within 3 % or 16 MiB, and never more than 1 % under. Beside it stands
+what `accelerate estimate-memory` says of the same model. On a busy machine the bytes are the same, and the
+times are not.
 """
 
 import argparse
@@ -59,9 +59,7 @@ def parameters(spec: dict[str, Any]) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def compare_case(
-    name: str, spec: dict[str, Any], dtype: str, point: dict[str, int], outside: Any
-) -> dict[str, Any]:
+def compare_case(name: str, spec: dict[str, Any], dtype: str, point: dict[str, int], outside: Any) -> dict[str, Any]:
     """One row: what is predicted, what is measured in a fresh process."""
     made = loader_for(spec)
     told = predict_resident(dry_run(lambda: load_model(made, dtype=dtype), Infer(**point)), outside)
@@ -74,9 +72,7 @@ def compare_case(
         **point,
         "predicted_nbytes": told.peak_nbytes,
         "measured_nbytes": found.peak_nbytes,
-        "phases": {
-            phase.name: [phase.peak_nbytes, found.phase(phase.name).peak_nbytes] for phase in told.phases
-        },
+        "phases": {phase.name: [phase.peak_nbytes, found.phase(phase.name).peak_nbytes] for phase in told.phases},
         "predicted_resident_nbytes": told.resident_nbytes,
         "measured_resident_nbytes": found.resident_nbytes,
         "outside_nbytes": told.outside_nbytes,
@@ -174,9 +170,7 @@ def compare_big() -> list[dict[str, Any]]:
     rows = []
     print("\nshape without weights    peak GiB   s first    s next  s three and config  resident MiB")
     for name in BIG:
-        done = subprocess.run(
-            [sys.executable, __file__, "--big", name], stdout=subprocess.PIPE, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, __file__, "--big", name], stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         print(
             f"{name:20} {row['peak_nbytes'] / 2**30:12.2f} {row['first_seconds']:9.2f} "
@@ -188,9 +182,7 @@ def compare_big() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of models, with commas between")
     parser.add_argument("--big", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
@@ -200,9 +192,7 @@ def main() -> None:
         return
     torch.set_num_threads(THREADS)
     outside = outside_of_machine(threads=THREADS)
-    chosen = {
-        name: spec for name, spec in specs().items() if not options.only or name in options.only.split(",")
-    }
+    chosen = {name: spec for name, spec in specs().items() if not options.only or name in options.only.split(",")}
     print("model      dtype     texts     predicted  measured  error B              ", end="")
     print("resident: predicted, measured, error      accelerate, error     s")
     rows = []
@@ -215,9 +205,7 @@ def main() -> None:
     criteria = judge(rows)
     scaled = compare_scaled()
     criteria.append(
-        verdict(
-            "scaled equals whole to the byte", all(row["equal"] for row in scaled), f"{len(scaled)} models"
-        )
+        verdict("scaled equals whole to the byte", all(row["equal"] for row in scaled), f"{len(scaled)} models")
     )
     big = compare_big()
     criteria.append(

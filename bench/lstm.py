@@ -13,9 +13,7 @@ class LstmLanguageModel(nn.Module):
     def __init__(self, *, vocabulary: int, width: int, modules: int, layers: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.stack = nn.ModuleList(
-            nn.LSTM(width, width, num_layers=layers, batch_first=True) for _ in range(modules)
-        )
+        self.stack = nn.ModuleList(nn.LSTM(width, width, num_layers=layers, batch_first=True) for _ in range(modules))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
 

@@ -6,9 +6,7 @@ DENSE = {"vocab_size": 32000, "max_position_embeddings": 2048}
 ROOMY = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def _decoder(
-    kind: str, width: int, inner: int, layers: int, heads: int, kv: int, **more: Any
-) -> dict[str, Any]:
+def _decoder(kind: str, width: int, inner: int, layers: int, heads: int, kv: int, **more: Any) -> dict[str, Any]:
     return {
         "model_type": kind, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv,

@@ -94,7 +94,7 @@ def fitted(model, tmp_path_factory) -> tuple[Report, Path, Jobs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "run_job", jobs.run)
         report = memfit.fit(
-            model, "60%", out, task=TASK, text=text(), allowed=ALLOWED, enforce=True, threads=1
+            model, "75%", out, task=TASK, text=text(), allowed=ALLOWED, enforce=True, threads=1
         )
     return report, out, jobs
 
@@ -138,7 +138,7 @@ def test_out_is_a_model_directory_and_nothing_else_is_left(fitted):
     assert wanted | {"plan.json", "report.json", "report.html"} <= names
     assert not any(path.is_dir() for path in out.iterdir())
     assert [path.name for path in out.parent.iterdir()] == [out.name]
-    assert "base_model" in (out / "README.md").read_text()
+    assert "# tiny, made to fit by memfit" in (out / "README.md").read_text()
 
 
 def test_the_measured_process_ran_under_the_budget_as_its_limit(fitted):
@@ -185,6 +185,7 @@ def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, 
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "old").write_text("old")
+    monkeypatch.setattr(room, "_predict_fit", lambda *_: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made))
     again = memfit.fit(model, out=out, task=TASK, text=text(), given=plan, overwrite=True)
     assert not (out / "old").exists() and again.budget_nbytes == report.budget_nbytes
@@ -194,6 +195,7 @@ def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, 
 
 def test_a_quality_that_is_missed_is_an_error_and_the_output_is_kept(fitted, model, plan, tmp_path, monkeypatch):
     _, made, jobs = fitted
+    monkeypatch.setattr(room, "_predict_fit", lambda *_: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made))
     with pytest.raises(QualityMissed, match="at most 1e-09 allowed"):
         memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan, max_kl=1e-9)
@@ -204,6 +206,7 @@ def test_a_peak_measured_over_the_budget_is_an_error_and_the_output_is_kept(
     fitted, model, plan, tmp_path, monkeypatch
 ):
     report, made, jobs = fitted
+    monkeypatch.setattr(room, "_predict_fit", lambda *_: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made, prove={"account": report.original.to_json()}))
     with pytest.raises(OverBudget, match=str(report.original.peak_nbytes)):
         memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan)

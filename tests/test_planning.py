@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,13 +32,14 @@ def source() -> Source:
 
 @pytest.fixture(scope="module")
 def whole_nbytes(source) -> int:
-    return account_of(source, TASK).peak_nbytes
+    return account_of(source, TASK, dtype=torch.bfloat16).peak_nbytes
 
 
 @pytest.fixture(scope="module")
-def plans(source, whole_nbytes) -> list[Plan]:
+def plans(source, whole_nbytes, refusal) -> list[Plan]:
     """From less to more budget."""
-    budgets = [whole_nbytes * share // 100 for share in (55, 70, 85, 300)]
+    least = refusal.smallest_nbytes
+    budgets = [least + (whole_nbytes - least) * share // 100 for share in (5, 40, 90, 101)]
     return [make_plan(source, budget_nbytes=nbytes, task=TASK, allowed=FEW) for nbytes in budgets]
 
 
@@ -99,7 +101,7 @@ def test_a_refusal_names_levers_and_what_each_would_free(refusal):
 
 def test_experts_are_packed_and_what_is_kept_is_kept():
     source = source_from_config(hf.MixtralConfig(**DECODER, num_local_experts=4))
-    nbytes = account_of(source, TASK).peak_nbytes * 6 // 10
+    nbytes = account_of(source, TASK, dtype=torch.bfloat16).peak_nbytes * 55 // 100
     allowed = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("lm_head", "layers.0.self_attn"))
     plan = make_plan(source, budget_nbytes=nbytes, task=TASK, allowed=allowed)
     schemes = plan.schemes()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from memfit.errors import DoesNotFit, MemfitError, OverBudget, QualityMissed, UsageError
+from memfit.errors import DoesNotFit, Interrupted, MemfitError, OverBudget, QualityMissed, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,10 @@ app = typer.Typer(
     "Exit codes: 0 done, 2 usage, 3 does not fit, 4 unsafe or broken input, 5 quality gate missed, "
     "6 measured over budget, 75 interrupted.",
 )
+
+
+_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
 
 
 class Device(StrEnum):
@@ -283,9 +287,11 @@ def main() -> None:
         app()
     except MemfitError as error:
         _fail(error)
-    except KeyboardInterrupt:
+    except SystemExit as done:
+        if done.code != _INTERRUPTED:
+            raise
         _stderr().print("Interrupted; nothing was left half-written.")
-        sys.exit(75)
+        sys.exit(Interrupted.exit_code)
     except ValueError as error:
         _fail(UsageError(str(error)))
 

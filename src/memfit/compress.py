@@ -46,13 +46,17 @@ def calibrate(
     schemes = {group.name: allowed.schemes(group) for group in groups}
     # One of each kind is enough to know what pricing takes.
     priced = {group.shapes: group for group in groups}.values() if dry else groups
-    with watch.phase("price"):
-        found = prices(
-            [group for group in priced if schemes[group.name]],
-            schemes,
-            lambda name: source.read_parameter(name, dtype=torch.bfloat16),
-            _complete(groups, statistics),
-        )
+    pairs = _complete(groups, statistics)
+    found: Prices = {}
+    for group in priced:
+        # A phase for each group: an allocator's events are kept until their phase ends.
+        with watch.phase("price"):
+            found |= prices(
+                groups,
+                {group.name: schemes[group.name]},
+                lambda name: source.read_parameter(name, dtype=torch.bfloat16),
+                pairs,
+            )
     return statistics, found
 
 

@@ -39,7 +39,8 @@ from memfit.source.source import Source, source_from_config
 from memfit.task.infer import Infer
 from memfit.units import format_size
 
-PHASES: Final = ("load", "prefill", "decode")
+_WORKSPACES_NBYTES: Final = 64 << 20
+"""More than any packed module takes beside its inputs and outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,11 @@ class Study:
         }
         self._alone: dict[Any, int] = {}
         self._later = self._loaded_later()
+        full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
+        for (phase, _), nbytes in self.running.items():
+            full[phase] = max(full[phase], nbytes + self.kv_nbytes.get(phase, 0))
+        # Where a phase is so far below another that no workspace makes up for it, what runs in it matters not.
+        self._binding = [phase for phase in full if full[phase] + _WORKSPACES_NBYTES >= max(full.values())]
 
     def _make(self) -> nn.Module:
         return load(self.made, dtype=torch.bfloat16)
@@ -231,6 +237,9 @@ class Study:
         """Bytes over the phase's base that are alive while the group's modules run."""
         over = {}
         for phase, rest in self.rest.items():
+            if phase not in self._binding:
+                over[phase] = 0
+                continue
             if phase == "load":
                 over[phase] = max(0, self._loading(group, scheme) - rest - self._later[group.name])
                 continue
@@ -251,8 +260,7 @@ class Study:
             return 0
         found = 0
         for member in group.members:
-            kind = _kind(member)
-            key = ("load", kind, scheme, group.shapes)
+            key = ("load", self._build_of(member), scheme)
             if key not in self._alone:
                 self._alone[key] = self._load_alone(member, scheme, table=group.kind == "embedding")
             found = max(found, self._alone[key])
@@ -289,10 +297,15 @@ class Study:
         arguments = self._calls.get((phase, _kind(member)))
         if arguments is None:
             return 0
-        key = (_kind(member), arguments, scheme)
+        key = (self._build_of(member), arguments, scheme)
         if key not in self._alone:
             self._alone[key] = self._run_alone(member, arguments, scheme)
         return self._alone[key]
+
+    def _build_of(self, member: str) -> Any:
+        """A module's class and shapes: equal for modules that take the same bytes on the same inputs."""
+        module = self.skeleton.get_submodule(member)
+        return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
     def _run_alone(self, member: str, arguments: tuple[Any, ...], scheme: Scheme | None) -> int:
         holder = nn.ModuleDict({"it": copy.deepcopy(self.skeleton.get_submodule(member))})

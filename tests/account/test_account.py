@@ -9,7 +9,7 @@ def account(scale: int = 1) -> Account:
     return Account(
         phases=(
             Phase(name="load", peak_nbytes=100 * scale, end_nbytes=90, alive={"parameter": 100 * scale}),
-            Phase(name="decode", peak_nbytes=150, end_nbytes=90, at="head mm", alive={"parameter": 100, "kv_cache": 50}),
+            Phase(name="decode", peak_nbytes=150, end_nbytes=90, alive={"parameter": 100, "kv_cache": 50}),
         ),
         entries=(
             Entry(kind="parameter", module="a", device="cpu", dtype="bfloat16", nbytes=100, phases=("load", "decode")),

@@ -73,9 +73,7 @@ def test_more_of_anything_never_needs_less(maker_of: Any, predicted: Any) -> Non
     make = maker_of("llama", "float32")
     base = predicted(make, Infer(batch=1, prompt=16, new_tokens=4)).peak_nbytes
     for more in ({"batch": 3}, {"prompt": 64}, {"new_tokens": 40}):
-        assert (
-            predicted(make, Infer(**({"batch": 1, "prompt": 16, "new_tokens": 4} | more))).peak_nbytes >= base
-        )
+        assert predicted(make, Infer(**({"batch": 1, "prompt": 16, "new_tokens": 4} | more))).peak_nbytes >= base
 
 
 def test_parameters_are_entries_under_their_modules(maker_of: Any, predicted: Any) -> None:
@@ -85,3 +83,17 @@ def test_parameters_are_entries_under_their_modules(maker_of: Any, predicted: An
     assert found["parameter", "model.layers.3.mlp.down_proj"] == 64 * 128 * 2
     # Keys of 2 texts, 2 heads of 16 numbers in 2 bytes, 31 tokens.
     assert found["kv_cache", "layers.3.keys"] == 2 * 2 * 16 * 2 * (24 + 7)
+
+
+def test_routing_is_told_where_experts_are_chosen(maker_of: Any, predicted: Any) -> None:
+    from memfit.packed.routing import ROUTING
+
+    assert predicted(maker_of("llama", "bfloat16"), TASK).routing is None
+    balanced = predicted(maker_of("mixtral", "bfloat16"), TASK)
+    token = ROUTING.set("worst")
+    try:
+        worst = predicted(maker_of("mixtral", "bfloat16"), TASK)
+    finally:
+        ROUTING.reset(token)
+    assert (balanced.routing, worst.routing) == ("balanced", "worst")
+    assert worst.peak_nbytes >= balanced.peak_nbytes

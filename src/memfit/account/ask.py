@@ -41,14 +41,17 @@ def ask_call(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def ask_recurrent(func: Any, args: tuple[Any, ...]) -> int:
-    """Scratch of a recurrent layer on x [T, B, D]: affine in T, but for T modulo the 128 that page sizes divide."""
+    """Scratch of a recurrent layer on x [T, B, D]: affine in T, for each T modulo 128."""
+    # oneDNN pads its rows to pages: 128 steps fill whole ones, whatever a step takes.
     first, *rest = (_describe(arg) for arg in args)
     steps, least = first.shape[0], 128 + first.shape[0] % 128
     threads = torch.get_num_threads()
     if steps < 512:
         return _ask_call(func, (first, *rest), threads)
+    few: int
+    more: int
     few, more = (_ask_call(func, (_steps(first, n), *rest), threads) for n in (least, least + 128))
-    return few + (steps - least) // 128 * (more - few)
+    return few + int(steps - least) // 128 * (more - few)
 
 
 def _steps(like: "_Like", steps: int) -> "_Like":
@@ -78,7 +81,7 @@ def _ask_call(func: Any, described: tuple[Any, ...], threads: int) -> int:
 
 
 def ask_product(left: Tensor, right: Tensor) -> int:
-    """Scratch of `left @ right`, [.., M, K] by [.., K, N]; from smaller products where that one costs too much.
+    """Scratch of `left @ right`, [.., M, K] by [.., K, N]; from smaller ones where that costs too much.
 
     oneDNN blocks a product by its rows, by whether K is a large multiple of a page, and by what is left over
     in the last block, so the smaller product keeps those. What still grows with N is a copy of the right
@@ -115,9 +118,7 @@ class _Product(NamedTuple):
     def is_cheap(self) -> bool:
         batch = max(self.batch, 1)
         most = max(self.rows * self.inner, self.inner * self.columns, self.rows * self.columns)
-        return (
-            batch * most <= _MOST_ELEMENTS and batch * self.rows * self.inner * self.columns <= _MOST_PRODUCTS
-        )
+        return batch * most <= _MOST_ELEMENTS and batch * self.rows * self.inner * self.columns <= _MOST_PRODUCTS
 
 
 def _less_product(shape: _Product) -> int:
@@ -174,18 +175,16 @@ def ask_attention(args: tuple[Any, ...]) -> int:
 
     if batch * heads * tokens * seen * width <= _MOST_PRODUCTS:
         return question(batch, groups, tokens, seen)
-    # Blocks are of at most 256 queries and 512 keys. What still grows is a copy of keys and values, by the head.
+    # Blocks are of at most 256 queries and 512 keys. What still grows is a copy of keys and values, by head.
     seen, tokens = _remainder_kept(seen, 1024), _remainder_kept(tokens, 1024)
     if batch * groups <= 2:
         return question(batch, groups, tokens, seen)
     few, more = question(1, 1, tokens, seen), question(1, 2, tokens, seen)
-    return few + (batch * groups - 1) * (more - few)
+    return few + (int(batch * groups) - 1) * (more - few)
 
 
 @cache
-def _ask_attention(
-    shapes: tuple[tuple[int, ...], ...], causal: bool, dtype: torch.dtype, threads: int
-) -> int:
+def _ask_attention(shapes: tuple[tuple[int, ...], ...], causal: bool, dtype: torch.dtype, threads: int) -> int:
     with _disable_current_modes():
         query, key, value = (torch.empty(shape, dtype=dtype) for shape in shapes)
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

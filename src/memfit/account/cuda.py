@@ -6,9 +6,9 @@ blocks are rounded up to 512 bytes; requests up to 1 MiB are cut from segments o
 best fit, split when what is left is worth keeping (512 bytes in the small pool, over 1 MiB in the
 large), and joined with free neighbours when it is given back.
 
-Beside the allocator stand the context and the code of the kernels, which are outside. Inside it, but not told
-here: cuDNN's workspaces (recurrent layers, convolutions), the partial sums of attention split over few queries,
-and cub's scratch for sorting.
+Beside the allocator stand the context and the code of the kernels, which are outside. Inside it, but not
+told here: cuDNN's workspaces (recurrent layers, convolutions), the partial sums of attention split over few
+queries, and cub's scratch for sorting.
 """
 
 import bisect

@@ -36,6 +36,7 @@ def trace(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", who
         with follow.phase("load"), nullcontext() if whole else blocks.on_loading():
             model = make()
             hold_model(model, follow)
+        follow.ledger.routed = has_experts(model)
         with follow.inside(model):
             if whole:
                 task.run(model, follow)
@@ -45,9 +46,7 @@ def trace(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", who
     return follow.ledger
 
 
-def dry_run(
-    make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False
-) -> Account:
+def dry_run(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False) -> Account:
     """The account of making a model and running a task on it.
 
     Args:
@@ -59,6 +58,11 @@ def dry_run(
     started = time.perf_counter()
     account = settle(trace(make, task, device=device, whole=whole), device=device)
     return replace(account, seconds=time.perf_counter() - started)
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether tokens are sent to experts: transformers calls the modules that hold them so."""
+    return any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules())
 
 
 def hold_model(model: nn.Module, watch: Watch) -> None:

@@ -105,9 +105,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if number is not None:
             return number
         operator = func.name() if func is not None else ""
-        number = self.ledger.born(
-            Storage(storage.nbytes(), "activation", self.path[-1], operator, tensor.dtype)
-        )
+        number = self.ledger.born(Storage(storage.nbytes(), "activation", self.path[-1], operator, tensor.dtype))
         self.adopt(tensor, number)
         return number
 

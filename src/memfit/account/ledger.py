@@ -43,6 +43,8 @@ class Ledger:
         self.gone: set[int] = set()
         self.calls: dict[tuple[str, str], tuple[Any, ...]] = {}
         """(phase, module) to the positional arguments of its first call, tensors as `Shape`s."""
+        self.routed = False
+        """Whether the model has experts, chosen by the data."""
         self.kernels: set[tuple[Any, ...]] = set()
         """Shapes of the products that oneDNN makes code for: a replayed block has none of its own."""
 

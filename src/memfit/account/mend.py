@@ -15,34 +15,34 @@ aten = torch.ops.aten
 
 
 def _grouped_product(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Grouped products run in any dtype on the CPU, and their shape function knows bf16 alone (torch 2.13)."""
+    """Grouped products run in any dtype on the CPU; their shape function knows bf16 alone (torch 2.13)."""
     left, right = args[:2]
     return left.new_empty((left.shape[0], right.shape[-1]))  # type: ignore[no-any-return]
 
 
 def _attention(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The kernel's output has the query's strides also where a dimension is 1; the fake one's differ there."""
-    out, logsumexp = func(*args, **kwargs)
+    """The kernel's output has the query's strides even where a dimension is 1, and the fake one's differ."""
+    _, logsumexp = func(*args, **kwargs)
     query = args[0]
     return torch.empty_strided(query.shape, query.stride(), dtype=query.dtype), logsumexp
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """A view's strides over dimensions of size 1 are the kernel's; the fake ones differ, and products look at them."""
+    """A view's strides over dimensions of size 1 are the kernel's: products look at them."""
     out: Tensor = func(*args, **kwargs)
     tensor = args[0]
     if 1 in tensor.shape:
         with _disable_current_modes():
             true = torch.empty_strided(tensor.shape, tensor.stride(), device="meta").view(args[1]).stride()
         if true != out.stride():
-            return tensor.as_strided(out.shape, true, tensor.storage_offset())
+            out = tensor.as_strided(out.shape, true, tensor.storage_offset())
     return out
 
 
 def _attention_on_cuda(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
     """cuda/attention.cu: flash (16 bits, no mask) keeps a fp32 sum for each head and query; the other keeps
     none where nothing is derived. Both give the output in the layout of [B, T, H, D]."""
-    query, key, value = args[:3]
+    query, _, value = args[:3]
     batch, heads, tokens, _ = query.shape
     out = query.new_empty((batch, tokens, heads, value.shape[3])).transpose(1, 2)
     masked = kwargs.get("attn_mask") is not None
@@ -107,4 +107,4 @@ def _lstm(
 
 
 REWRITTEN: Final[dict[str, dict[Any, Callable[..., Any]]]] = {"cpu": {aten.lstm.input: _lstm}, "cuda": {}}
-"""By target: operators that are a way of writing others, and that it writes otherwise than the fake mode does."""
+"""By target: operators that are a way of writing others, and that it writes otherwise than the fake mode."""

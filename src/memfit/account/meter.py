@@ -36,11 +36,11 @@ class Meter:
     def phase(self, name: str) -> Iterator[None]:
         """Profile what runs inside; its allocations and frees are added when it closes."""
         session = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
-        session.__enter__()
+        session.__enter__()  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            session.__exit__(None, None, None)
+            session.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         peak = self._now
         for _, _, nbytes in allocations(session):
             self._now += nbytes

@@ -1,4 +1,4 @@
-"""What lies outside the allocator: what a process holds that no storage shows, from terms that each have a name.
+"""What lies outside the allocator: what a process holds that no storage shows, from terms that have names.
 
 A process that runs a task is resident with
 
@@ -6,8 +6,8 @@ A process that runs a task is resident with
                measured once a machine, by type of weights
     kernels    oneDNN generates code for each shape of a 16-bit product and keeps it: so many shapes, so many
                bytes each, measured once a machine
-    heap       blocks under `MMAP_THRESHOLD` come from the C heap, which only shrinks from its end: its highest
-               level stays while larger blocks come and go; larger blocks are whole pages
+    heap       blocks under `MMAP_THRESHOLD` come from the C heap, which only shrinks from its end: its
+               highest level stays while larger blocks come and go; larger blocks are whole pages
     allocated  what the account tells
 
 and no more; the worst moment of heap and allocated together is searched over all of the trace.
@@ -16,13 +16,13 @@ and no more; the worst moment of heap and allocated together is searched over al
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from .account import Account, Entry
 from .ledger import Ledger
 
 MMAP_THRESHOLD: Final = 1 << 20
-"""Blocks from here on are pages of their own (mallopt(3); the processes that memfit measures in set it so)."""
+"""Blocks from here on are pages of their own (mallopt(3); memfit's measured processes set it so)."""
 _PAGE: Final = 4096
 
 
@@ -88,8 +88,8 @@ def heap_nbytes(ledger: Ledger) -> int:
 def kernel_count(ledger: Ledger) -> int:
     """Shapes of 16-bit products in the trace; of grouped ones as many as chance may well bring.
 
-    How many tokens an expert gets is up to the data, and each number is a shape. Of all distributions with the
-    known mean μ the one that presumes least is geometric: p(m) = (1/(1+μ))·(μ/(1+μ))^m, one draw for each
+    How many tokens an expert gets is up to the data, and each number is a shape. Of all distributions with
+    the known mean μ the one that presumes least is geometric: p(m) = (1/(1+μ))·(μ/(1+μ))^m, one draw for each
     expert and call; a number is there with 1 − ∏(1 − p(m)).
     """
     plain = {kernel for kernel in ledger.kernels if kernel[0] != "grouped"}
@@ -114,7 +114,3 @@ def kernel_count(ledger: Ledger) -> int:
                 missing += count * math.log1p(-chance)
             expected += 1 - math.exp(missing)
     return len(plain) + round(expected)
-
-
-def outside_to_json(outside: Outside) -> dict[str, Any]:
-    return {"runtime_nbytes": dict(outside.runtime_nbytes), "kernel_nbytes": outside.kernel_nbytes}

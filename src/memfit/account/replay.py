@@ -69,7 +69,7 @@ class Blocks:
         for name, block in (*stacked_blocks(model), *_packed(model)):
             structure = _structure(block)
             if structure is not None:
-                block.forward = self._wrap(name, block, structure, block.forward)  # type: ignore[method-assign]
+                block.forward = self._wrap(name, block, structure, block.forward)
                 wrapped.append(block)
         try:
             yield
@@ -98,7 +98,7 @@ class Blocks:
             else:
                 self._record(key, prefix, [], [], call)
 
-        PackedWeight.load_from = load_from  # type: ignore[method-assign]
+        PackedWeight.load_from = load_from  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -158,16 +158,12 @@ class Blocks:
                     parts.append(attribute)
                 elif isinstance(value, _Plain):
                     parts.append((attribute, value))
-                elif isinstance(value, (list, tuple)) and all(
-                    isinstance(item, Tensor) or isinstance(item, _Plain) for item in value
-                ):
+                elif isinstance(value, (list, tuple)) and all(isinstance(item, (Tensor, *_Plain)) for item in value):
                     tensors += [item for item in value if isinstance(item, Tensor)]
                     parts.append(
                         (
                             attribute,
-                            tuple(
-                                type(item).__name__ if isinstance(item, Tensor) else item for item in value
-                            ),
+                            tuple(type(item).__name__ if isinstance(item, Tensor) else item for item in value),
                         )
                     )
                 elif isinstance(value, dict) and not any(isinstance(item, Tensor) for item in value.values()):
@@ -228,7 +224,7 @@ class Blocks:
                 raise _Unknown
             index = role_of[number] if known else number - first_birth
             return _View(
-                known, index, tuple(value.shape), tuple(value.stride()), value.storage_offset(), value.dtype
+                known, index, tuple(value.shape), tuple(value.stride()), int(value.storage_offset()), value.dtype
             )
 
         try:
@@ -364,7 +360,7 @@ def _cache_layers(cache: Any, number: int | None) -> tuple[list[Any], Any] | Non
         inner = (cache.self_attention_cache, cache.cross_attention_cache)
         if any(number >= len(part.layers) for part in inner):
             return None
-        # The flag that says the cross-attention is filled is set by the block itself, so tell such calls apart.
+        # The block itself sets the flag that says the cross-attention is filled: tell such calls apart.
         updated = cache.is_updated.get(number)
         return ([part.layers[number] for part in inner], ("cross", updated)) if updated else None
     if number >= len(cache.layers):

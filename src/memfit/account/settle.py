@@ -1,6 +1,8 @@
-"""From the events of a ledger to the account they amount to: each phase's worst moment, and who was alive at it."""
+"""From the events of a ledger to the account they amount to: each phase's worst moment, and who was alive."""
 
 import torch
+
+from memfit.packed.routing import ROUTING
 
 from .account import Account, Entry, Kind, Phase
 from .cuda import Segments
@@ -40,6 +42,7 @@ def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
             for (kind, module, dtype), by_phase in sorted(entries.items())
         ),
         device=device,
+        routing=ROUTING.get() if ledger.routed else None,
         heap_nbytes=heap_nbytes(ledger) if device == "cpu" else 0,
         kernels=kernel_count(ledger),
     )  # fmt: skip

@@ -73,13 +73,7 @@ def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
         if tensor.dtype != common and not (func._schema.name.endswith("_") and tensor is tensors[0]):
             sizes.append(math.prod(tensor.shape) * common.itemsize)
     for number in numbers:
-        own = (
-            torch.bool
-            if isinstance(number, bool)
-            else torch.int64
-            if isinstance(number, int)
-            else torch.float64
-        )
+        own = torch.bool if isinstance(number, bool) else torch.int64 if isinstance(number, int) else torch.float64
         if own != common:
             sizes.append(common.itemsize)
     return sizes, []
@@ -91,10 +85,7 @@ def _numbers_as_tensors(func: Any, args: tuple[Any, ...]) -> list[int | float]:
         arg
         for arg, declared in zip(args, func._schema.arguments, strict=False)
         if isinstance(arg, (int, float))
-        and (
-            declared.type.kind() == "TensorType"
-            or (func._overloadname == "Scalar" and declared.name == "other")
-        )
+        and (declared.type.kind() == "TensorType" or (func._overloadname == "Scalar" and declared.name == "other"))
     ]
 
 

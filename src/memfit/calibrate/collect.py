@@ -55,7 +55,7 @@ def collect(
         else:
             _count(sums, name, inputs, rows=source.parameters[f"{name}.weight"][0][0])
         if out.requires_grad:
-            out.register_hook(lambda gradient: sums.add(name, "gradients", gradient))
+            out.register_hook(lambda g: sums.add(name, "gradients", g))  # type: ignore[no-untyped-call]
 
     streamed.listener = hear
     for start in range(0, windows_WT.shape[0], batch):
@@ -63,18 +63,17 @@ def collect(
         with torch.enable_grad(), _one_text_a_row(dry=is_fake(ids_WT)):
             out = streamed.model(ids_WT, **_arguments(streamed.model, ids_WT))
             hidden = _hidden(out)
-        gradients = [_head_gradient(streamed, state.detach(), sums, generator) for state in hidden]
-        torch.autograd.backward(hidden, gradients)
-        del out, hidden, gradients
+        slopes = [_head_gradient(streamed, state.detach(), sums, generator) for state in hidden]
+        torch.autograd.backward(hidden, slopes)
+        del out, hidden, slopes
     streamed.listener = None  # else the sums would live on in a ring with the model until it is collected
     statistics = Statistics(tokens=windows_WT.numel())
     for name in sums.modules():
         inputs, gradients = sums.mean(name, "inputs"), sums.mean(name, "gradients")
         counts = sums.mean(name, "counts")
         if counts is not None and gradients is not None:
-            inputs = (
-                counts  # a table is a linear layer whose inputs are one-hot: their mean squares are shares
-            )
+            # A table is a linear layer whose inputs are one-hot: their mean squares are shares.
+            inputs = counts
         if inputs is not None:
             statistics.moments[name] = Moments(inputs=inputs, gradients=gradients)
     return statistics

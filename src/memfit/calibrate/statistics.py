@@ -19,7 +19,8 @@ class Moments:
     one-hot, each entry's share of the tokens [V]."""
     gradients: Tensor | None
     """Mean square of the loss's gradient at each output, float32 [N] (of an embedding [D]): the diagonal of
-    E[g gᵀ]. The labels are drawn from the model itself, so this is the true Fisher information (Martens 2020, section 9.2)."""
+    E[g gᵀ]. The labels are drawn from the model itself, so this is the true Fisher information (Martens
+    2020, section 9.2)."""
 
 
 @dataclass(kw_only=True)

@@ -41,11 +41,11 @@ class Streamed:
         self._replace_tables()
         blocks = dict(stacked_blocks(self.model))
         for name, block in blocks.items():
-            block.forward = self._block(name, block, block.forward)  # type: ignore[method-assign]
+            block.forward = self._block(name, block, block.forward)
         for name, module in list(self.model.named_modules()):
             own = [leaf for leaf, p in module.named_parameters(recurse=False) if p.device.type == "meta"]
             if own and not any(name == block or name.startswith(block + ".") for block in blocks):
-                module.forward = self._leaf(name, module, own, module.forward)  # type: ignore[method-assign]
+                module.forward = self._leaf(name, module, own, module.forward)
 
     def rows(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [R, K]) of a 2-dim parameter, from the first to the last, read one block at a time."""
@@ -81,7 +81,7 @@ class Streamed:
                 shape[:] = [out_spec, flat]
                 return tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
 
-            made = _Recomputed.apply(run, *tensors)
+            made = _Recomputed.apply(run, *tensors)  # type: ignore[no-untyped-call]
             out_spec, flat = shape
             values = iter(made if isinstance(made, tuple) else (made,))
             whole = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in flat]
@@ -95,9 +95,10 @@ class Streamed:
             with self._read(name, module, own):
                 out = forward(*args, **kwargs)
             listener = self.listener
-            if listener is not None and torch.is_grad_enabled() and name in self.watched:
-                if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
-                    listener(name, args[0], out)
+            wanted = listener is not None and torch.is_grad_enabled() and name in self.watched
+            if wanted and args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+                assert listener is not None
+                listener(name, args[0], out)
             return out
 
         return call
@@ -153,7 +154,7 @@ class _Recomputed(torch.autograd.Function):
     """Runs a function without remembering how; remembers its inputs, and runs it again to go backward."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, *tensors: Tensor) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, run: Any, *tensors: Tensor) -> Any:
         ctx.run, ctx.inputs = run, tensors
         ctx.wanted = [tensor.requires_grad for tensor in tensors]
         out = run(tensors)

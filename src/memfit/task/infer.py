@@ -138,15 +138,11 @@ class _Runner:
 def vocabulary(model: nn.Module) -> int:
     """How many token ids the model knows: its config's, else those of its first embedding."""
     config = getattr(model, "config", None)
-    size = getattr(config, "vocab_size", None) or getattr(
-        getattr(config, "text_config", None), "vocab_size", None
-    )
+    size = getattr(config, "vocab_size", None) or getattr(getattr(config, "text_config", None), "vocab_size", None)
     if size is None:
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         if not tables:
-            raise ValueError(
-                f"{type(model).__name__} has no embedding and no config: its inputs cannot be made up"
-            )
+            raise ValueError(f"{type(model).__name__} has no embedding and no config: its inputs cannot be made up")
         size = tables[0].num_embeddings
     return int(size)
 

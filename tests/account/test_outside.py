@@ -1,0 +1,57 @@
+import torch
+
+from memfit.account.account import Account, Entry, Phase
+from memfit.account.ledger import Ledger, Storage
+from memfit.account.outside import Outside, heap_nbytes, kernel_count, predict_resident
+
+MIB = 1 << 20
+
+
+def lived(*steps: tuple[str, int]) -> Ledger:
+    """A ledger of births (name, bytes) and ends (name, 0)."""
+    ledger, numbers = Ledger(), {}
+    for name, nbytes in steps:
+        if nbytes:
+            numbers[name] = ledger.born(Storage(nbytes, "activation", "", "", torch.uint8))
+        else:
+            ledger.ended(numbers[name])
+    return ledger
+
+
+def test_large_blocks_are_whole_pages_with_a_header() -> None:
+    assert heap_nbytes(lived(("a", 3 * MIB))) == 4096
+    assert heap_nbytes(lived(("a", 3 * MIB - 100))) == 100
+
+
+def test_the_heap_stays_at_its_highest_level() -> None:
+    # 0.75 MiB from the heap, given back; then 4 MiB of pages: resident with both, allocated 4 MiB.
+    ledger = lived(("small", 3 * MIB // 4), ("small", 0), ("large", 4 * MIB))
+    assert heap_nbytes(ledger) == 3 * MIB // 4 + 4096
+
+
+def test_kernels_are_counted_by_shape() -> None:
+    ledger = Ledger()
+    ledger.kernels |= {(2, 8, 64, 64, False), (2, 1, 64, 64, False)}
+    assert kernel_count(ledger) == 2
+
+
+def test_experts_bring_at_most_one_shape_a_draw() -> None:
+    ledger = Ledger()
+    ledger.kernels.add(("grouped", 512, 64, 128, 8))
+    for _ in range(5):
+        ledger.born(Storage(512 * 128 * 2, "activation", "", "aten::_grouped_mm", torch.bfloat16))
+    assert 20 < kernel_count(ledger) < 5 * 8
+
+
+def test_the_resident_peak_is_the_sum_of_named_terms() -> None:
+    account = Account(
+        phases=(Phase(name="load", peak_nbytes=1000, end_nbytes=1000, alive={"parameter": 1000}),),
+        entries=(Entry(kind="parameter", module="a", device="cpu", dtype="bfloat16", nbytes=1000),),
+        heap_nbytes=7,
+        kernels=3,
+    )
+    told = predict_resident(account, Outside(runtime_nbytes={"float32": 1, "bfloat16": 400}, kernel_nbytes=50))
+    assert told.outside_nbytes == 400 + 3 * 50 + 7
+    assert told.resident_nbytes == 1000 + 557
+    assert [entry.nbytes for entry in told.entries if entry.kind == "outside"] == [557]
+    assert told.peak_nbytes == 1000
