@@ -5,7 +5,6 @@ import json
 import pytest
 import transformers as hf
 
-
 from memfit.cli import main
 
 DECODER = {

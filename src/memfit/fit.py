@@ -5,7 +5,8 @@ What takes the model's bytes runs in processes of its own; this one holds plans 
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -183,10 +184,12 @@ def fit(
             f"{source.name}: has a config and no weights. `plan` works on it; `fit` needs the weights."
         )
     target = Path(out) if out is not None else Path(f"{_stem(source)}-fitted")
-    original = account_of(source, task)
+    threads = threads or torch.get_num_threads()
+    with _threads(threads):
+        original = account_of(source, task)
     nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
     texts = _text_of(text)
-    with OutputDirectory(target, overwrite=overwrite) as output:
+    with _threads(threads), OutputDirectory(target, overwrite=overwrite) as output:
         work = Path(tempfile.mkdtemp(prefix="memfit-", dir=output.path))
         job = _calibration_job(source, task, texts, allowed or Allowed(), work, reference=True)
         job["threads"] = threads
@@ -283,6 +286,8 @@ def measure(model: str | Path, task: Infer | None = None, *, threads: int | None
     """The task run on the real model in a fresh process: allocator's events, resident bytes."""
     source = open_source(model)
     task = task or Infer(kv_bits=source.kv_bits)
+    # As many as an account made here counts with: kernels take scratch for each thread.
+    threads = threads or torch.get_num_threads()
     answer = run_job({"do": "measure", "model": str(model), "task": asdict(task), "threads": threads})
     return Account.from_json(answer["account"])
 
@@ -293,6 +298,17 @@ def load(directory: str | Path) -> nn.Module:
 
 
 # -- parts --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Inside, torch runs on `count` threads, as what is measured will: kernels take scratch for each of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _stem(source: Source) -> str:

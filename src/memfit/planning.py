@@ -8,7 +8,6 @@ the difference is what the scheme changes. The plan that wins is traced whole, s
 
 import copy
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -20,11 +19,12 @@ from torch._subclasses import FakeTensorMode
 from memfit import __version__
 from memfit.account.account import Account
 from memfit.account.dry_run import trace
-from memfit.account.follow import Follow, Ledger, Shape, phase_spans, settle
+from memfit.account.follow import Follow, Shape, settle
 from memfit.errors import DoesNotFit
 from memfit.format.config import model_config
 from memfit.format.output import stored_tensors, weights_of
 from memfit.format.packed import packed_specs
+from memfit.moments import fake_weights, kind_of, moments
 from memfit.packed.bits import pack_values
 from memfit.packed.kernel import runtime_nbytes
 from memfit.packed.modules import pack_module_skeleton
@@ -181,10 +181,10 @@ class Study:
         self.ledger = trace(self._make, replace(task, kv_bits=16), device=device)
         self.account = settle(self.ledger, device=device)
         owner = {member: group.name for group in self.groups for member in group.members}
-        self.fixed, self.rest, self.running, self.kv_nbytes = _moments(self.ledger, owner)
+        self.fixed, self.rest, self.running, self.kv_nbytes = moments(self.ledger, owner)
         self.bases = {phase: self.fixed + self.rest[phase] for phase in self.rest}
         self._calls = {
-            (phase, _kind(module)): arguments for (phase, module), arguments in self.ledger.calls.items()
+            (phase, kind_of(module)): arguments for (phase, module), arguments in self.ledger.calls.items()
         }
         self._alone: dict[Any, int] = {}
         self._later = self._loaded_later()
@@ -294,7 +294,7 @@ class Study:
 
     def alone(self, member: str, phase: str, scheme: Scheme | None) -> int:
         """Peak bytes of one module run alone on the inputs it has in `phase`, weights and inputs left out."""
-        arguments = self._calls.get((phase, _kind(member)))
+        arguments = self._calls.get((phase, kind_of(member)))
         if arguments is None:
             return 0
         key = (self._build_of(member), arguments, scheme)
@@ -316,7 +316,7 @@ class Study:
             with follow.paused():
                 inputs = [a.empty() if isinstance(a, Shape) else a for a in arguments]
                 module = holder["it"]
-                _fake_weights(module)
+                fake_weights(module)
                 known = [
                     t for t in (*inputs, *module.parameters(), *module.buffers()) if isinstance(t, Tensor)
                 ]
@@ -336,7 +336,7 @@ class Study:
             return Option(price=price, held=dict(self.kv_nbytes))
         ledger = trace(self._make, replace(self.task, kv_bits=bits), device=self.device)
         owner = {member: group.name for group in self.groups for member in group.members}
-        _, rest, _, kv_nbytes = _moments(ledger, owner)
+        _, rest, _, kv_nbytes = moments(ledger, owner)
         return Option(
             price=price,
             held=kv_nbytes,
@@ -446,69 +446,3 @@ def _least(source: Source, task: Infer, allowed: Allowed, schemes: Any, prices: 
     study = Study(source, task, allowed, device=device)
     items = study.items(schemes, prices, dict.fromkeys((16, 8, 4, 2), 0.0))
     return smallest_budget(merge(items), bases=study.bases).needed_nbytes
-
-
-def _moments(
-    ledger: Ledger, owner: Mapping[str, str]
-) -> tuple[int, dict[str, int], dict[tuple[str, str], int], dict[str, int]]:
-    """What a trace says of each phase, weights of groups and the KV cache left out.
-
-    Returns: bytes of parameters and buffers that belong to no group; phase to the most other bytes alive
-    while no group's module runs; (phase, module) to the most while it runs; phase to the KV cache's bytes at
-    its end.
-    """
-    storages = ledger.storages
-    fixed = sum(
-        s.nbytes for s in storages if s.kind in ("parameter", "buffer") and not _member(s.module, owner)
-    )
-    rest: dict[str, int] = {}
-    running: dict[tuple[str, str], int] = {}
-    kv_nbytes: dict[str, int] = {}
-    phase_of = {index: name for name, start, end in phase_spans(ledger) for index in range(start, end)}
-    total = kv = 0
-    for index, (number, sign) in enumerate(ledger.events):
-        storage = storages[number]
-        if storage.kind == "kv_cache":
-            kv += sign * storage.nbytes
-        elif storage.kind not in ("parameter", "buffer"):
-            total += sign * storage.nbytes
-        phase = phase_of.get(index)
-        if phase is None:
-            continue
-        kv_nbytes[phase] = max(kv_nbytes.get(phase, 0), kv)
-        member = _member(storage.module, owner) if storage.kind != "kv_cache" and sign > 0 else None
-        if member is None:
-            rest[phase] = max(rest.get(phase, 0), total)
-        else:
-            running[phase, member] = max(running.get((phase, member), 0), total)
-    return fixed, {**dict.fromkeys(rest, 0), **rest}, running, {k: v for k, v in kv_nbytes.items() if v}
-
-
-def _member(module: str, owner: Mapping[str, str]) -> str | None:
-    """The group member that `module` is or lies in."""
-    while module:
-        if module in owner:
-            return module
-        module = module.rpartition(".")[0]
-    return None
-
-
-_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-def _kind(module: str) -> str:
-    """A module's name with the numbers of its layers left out: equal for equal modules of a stack."""
-    return _NUMBER.sub("#", module)
-
-
-def _fake_weights(module: nn.Module) -> None:
-    """Give every meta parameter and buffer a fake tensor of its shape."""
-    for part in module.modules():
-        for name, tensor in list(part._parameters.items()):
-            if tensor is not None:
-                part._parameters[name] = nn.Parameter(
-                    torch.empty_like(tensor, device="cpu"), requires_grad=False
-                )
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None:
-                part._buffers[name] = torch.empty_like(buffer, device="cpu")

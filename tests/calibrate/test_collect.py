@@ -91,7 +91,9 @@ def mean_square(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).square().mean(0)
 
 
-def assert_same_moments(found: Statistics, inputs: dict[str, Tensor], gradients: dict[str, Tensor], *, rtol: float) -> None:
+def assert_same_moments(
+    found: Statistics, inputs: dict[str, Tensor], gradients: dict[str, Tensor], *, rtol: float
+) -> None:
     assert set(found) == set(gradients)
     for name, moments in found.moments.items():
         assert moments.gradients is not None

@@ -153,32 +153,8 @@ class Blocks:
                 parts.append((type(leaf), id(leaf)))
         for layer in layers:
             for attribute, value in sorted(vars(layer).items()):
-                if isinstance(value, Tensor):
-                    tensors.append(value)
-                    parts.append(attribute)
-                elif isinstance(value, _Plain):
-                    parts.append((attribute, value))
-                elif isinstance(value, (list, tuple)) and all(isinstance(item, (Tensor, *_Plain)) for item in value):
-                    tensors += [item for item in value if isinstance(item, Tensor)]
-                    parts.append(
-                        (
-                            attribute,
-                            tuple(type(item).__name__ if isinstance(item, Tensor) else item for item in value),
-                        )
-                    )
-                elif isinstance(value, dict) and not any(isinstance(item, Tensor) for item in value.values()):
-                    parts.append((attribute, tuple(value.items())))
-                elif isinstance(value, dict):
-                    items = sorted(value.items())
-                    tensors += [item for _, item in items if isinstance(item, Tensor)]
-                    parts.append(
-                        (
-                            attribute,
-                            tuple((k, None if isinstance(item, Tensor) else item) for k, item in items),
-                        )
-                    )
-                else:
-                    parts.append((attribute, type(value), id(value)))
+                parts.append(attribute)
+                _take_apart(value, parts, tensors)
         roles: dict[int, Tensor] = {}
         order: dict[int, int] = {}
         for tensor in tensors:
@@ -368,11 +344,45 @@ def _cache_layers(cache: Any, number: int | None) -> tuple[list[Any], Any] | Non
     return [cache.layers[number]], type(cache)
 
 
+def _take_apart(value: Any, parts: list[Any], tensors: list[Tensor]) -> None:
+    """Add to `parts` all of an attribute that decides what is allocated, and to `tensors` those inside it."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        parts.append("tensor")
+    elif isinstance(value, _Plain):
+        parts.append(value)
+    elif isinstance(value, (list, tuple)):
+        parts.append((type(value), len(value)))
+        for item in value:
+            _take_apart(item, parts, tensors)
+    elif isinstance(value, dict):
+        parts.append((dict, tuple(value)))
+        for item in value.values():
+            _take_apart(item, parts, tensors)
+    elif _is_record(value):
+        parts.append((type(value), tuple(vars(value))))
+        for item in vars(value).values():
+            _take_apart(item, parts, tensors)
+    else:
+        parts.append((type(value), id(value)))
+
+
+def _is_record(value: Any) -> bool:
+    """Whether an object is tensors and settings under names, and no more."""
+    if isinstance(value, (nn.Module, type)) or not hasattr(value, "__dict__"):
+        return False
+    return all(isinstance(item, (Tensor, _View, *_Plain)) for item in vars(value).values())
+
+
 def _map(value: Any, change: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)(change(item) for item in value)
-    if isinstance(value, dict):
-        return {key: change(item) for key, item in value.items()}
     if isinstance(value, (Tensor, _View)):
         return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    if not isinstance(value, _Plain) and _is_record(value):
+        made = object.__new__(type(value))
+        vars(made).update({key: _map(item, change) for key, item in vars(value).items()})
+        return made
     return value

@@ -22,6 +22,7 @@ def blocks_to_run(blocks: Iterable[_Block]) -> list[_Block]:
     and so the third takes what the second took.
     """
     found = list(blocks)
-    if len(found) > 3 and any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
+    modes = _get_current_dispatch_mode_stack()
+    if len(found) > 3 and any(isinstance(mode, FakeTensorMode) for mode in modes):
         return [*found[:2], found[-1]]
     return found

@@ -72,6 +72,8 @@ class Report:
             # The account's own key: here it is what the process held, where it was measured.
             "resident_nbytes": self.best.resident_nbytes,
             "predicted_resident_nbytes": self.predicted.resident_nbytes,
+            # So is this, of which `kernels` below says something else.
+            "predicted_kernels": self.predicted.kernels,
             "fit": {"predicted": _json(self.predicted_fit), "measured": _json(self.measured_fit)},
             "original": _json(self.original),
             "quality": _json(self.quality),
@@ -87,7 +89,8 @@ class Report:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Report":
         """The report that `to_json` gave, as for `memfit report DIR`."""
-        predicted = dict(data) | {"resident_nbytes": data["predicted_resident_nbytes"]}
+        own = {"resident_nbytes": "predicted_resident_nbytes", "kernels": "predicted_kernels"}
+        predicted = dict(data) | {key: data[name] for key, name in own.items()}
         return cls(
             model=data["model"],
             budget_nbytes=data["budget_nbytes"],
