@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from memfit.account.account import Account
 from memfit.account.dry_run import dry_run
@@ -24,14 +25,26 @@ _MODEL: Final[dict[str, Any]] = {
     }
 }  # fmt: skip
 """Wide and long enough for MKL to take the most it takes of packing buffers; small enough for seconds."""
-_TASK: Final = {"batch": 2, "prompt": 256, "new_tokens": 2}
-_FORMAT: Final = 1
+_PLAIN: Final = {"factory": "memfit.outside:plain_model"}
+_CASES: Final = (
+    ("transformers", _MODEL, {"batch": 1, "prompt": 512, "new_tokens": 2}),
+    ("transformers", _MODEL, {"batch": 4, "prompt": 128, "new_tokens": 2}),
+    ("torch", _PLAIN, {"batch": 1, "prompt": 512}),
+)
+_FORMAT: Final = 2
+
+
+def plain_model() -> nn.Module:
+    """A model that needs torch alone."""
+    width, inner = 768, 2048
+    blocks = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))]
+    return nn.Sequential(nn.Embedding(4096, width), *blocks, *blocks)
 
 
 def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Outside:
     """What processes on this machine hold outside the allocator; measured on the first call, then remembered.
 
-    Takes some ten seconds, in two fresh processes, for each number of threads and version of the libraries.
+    Takes half a minute, in seven fresh processes, for each number of threads and version of the libraries.
 
     Args:
         threads: of the measured processes; default: torch's own.
@@ -47,18 +60,25 @@ def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Ou
     key = _machine_key(threads)
     if again or key not in known:
         kernel = int(run_job({"do": "kernel_nbytes", "threads": threads})["nbytes"])
-        runtime = {dtype: _runtime_nbytes(dtype, kernel, threads) for dtype in ("float32", "bfloat16")}
+        runtime: dict[str, int] = {}
+        for library, model, task in _CASES:
+            for dtype in ("float32", "bfloat16"):
+                found = _runtime_nbytes(model, task, dtype, kernel, threads)
+                name = f"{library} {dtype}"
+                runtime[name] = max(runtime.get(name, 0), found)
         known[key] = {"runtime_nbytes": runtime, "kernel_nbytes": kernel}
         _remember(file, known)
     return Outside(**known[key])
 
 
-def _runtime_nbytes(dtype: str, kernel_nbytes: int, threads: int | None) -> int:
+def _runtime_nbytes(
+    model: dict[str, Any], task: dict[str, int], dtype: str, kernel_nbytes: int, threads: int | None
+) -> int:
     """Resident peak of a small model's run, less all that the other terms explain."""
-    found = run_job({"do": "measure", "model": _MODEL, "task": _TASK, "dtype": dtype, "threads": threads})
+    found = run_job({"do": "measure", "model": model, "task": task, "dtype": dtype, "threads": threads})
     measured = Account.from_json(found["account"])
-    source = loader_for(_MODEL)
-    told = dry_run(lambda: load_model(source, dtype=dtype), Infer(**_TASK))
+    source = loader_for(model)
+    told = dry_run(lambda: load_model(source, dtype=dtype), Infer(**task))
     assert measured.resident_nbytes is not None
     explained = measured.peak_nbytes + told.heap_nbytes + kernel_nbytes * told.kernels
     return measured.resident_nbytes - explained

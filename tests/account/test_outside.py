@@ -49,8 +49,9 @@ def test_the_resident_peak_is_the_sum_of_named_terms() -> None:
         entries=(Entry(kind="parameter", module="a", device="cpu", dtype="bfloat16", nbytes=1000),),
         heap_nbytes=7,
         kernels=3,
+        runtime="transformers",
     )
-    told = predict_resident(account, Outside(runtime_nbytes={"float32": 1, "bfloat16": 400}, kernel_nbytes=50))
+    told = predict_resident(account, Outside(runtime_nbytes={"transformers float32": 1, "transformers bfloat16": 400}, kernel_nbytes=50))
     assert told.outside_nbytes == 400 + 3 * 50 + 7
     assert told.resident_nbytes == 1000 + 557
     assert [entry.nbytes for entry in told.entries if entry.kind == "outside"] == [557]

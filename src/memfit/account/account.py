@@ -68,6 +68,8 @@ class Account:
     """CPU, predicted: what the C heap keeps, and whole pages add, beyond the allocated peak."""
     kernels: int = 0
     """CPU, predicted: shapes of 16-bit products; the runtime keeps code for each."""
+    runtime: str = "torch"
+    """Predicted: `transformers` where the model is one of its classes, whose code then is in memory too."""
     seconds: float = 0.0
     """How long the account took to make."""
 
@@ -109,6 +111,7 @@ class Account:
             "routing": self.routing,
             "heap_nbytes": self.heap_nbytes,
             "kernels": self.kernels,
+            "runtime": self.runtime,
             "seconds": self.seconds,
         }
 
@@ -122,15 +125,9 @@ class Account:
 
 
 _PLAIN = (
-    "device",
-    "outside_nbytes",
-    "resident_nbytes",
-    "file_backed_nbytes",
-    "routing",
-    "heap_nbytes",
-    "kernels",
-    "seconds",
-)
+    "device", "outside_nbytes", "resident_nbytes", "file_backed_nbytes", "routing", "heap_nbytes", "kernels",
+    "runtime", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,8 @@ def trace(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", who
             model = make()
             hold_model(model, follow)
         follow.ledger.routed = has_experts(model)
+        if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+            follow.ledger.runtime = "transformers"
         with follow.inside(model):
             if whole:
                 task.run(model, follow)

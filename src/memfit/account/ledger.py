@@ -45,6 +45,8 @@ class Ledger:
         """(phase, module) to the positional arguments of its first call, tensors as `Shape`s."""
         self.routed = False
         """Whether the model has experts, chosen by the data."""
+        self.runtime = "torch"
+        """`transformers` where the model is one of its classes."""
         self.kernels: set[tuple[Any, ...]] = set()
         """Shapes of the products that oneDNN makes code for: a replayed block has none of its own."""
 

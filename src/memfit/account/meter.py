@@ -5,10 +5,12 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 from .account import Account, Entry, Kind, Phase
@@ -29,8 +31,8 @@ class Meter:
         self._now = 0
         self._peaks: dict[str, tuple[int, int]] = {}
         self._alive: dict[str, dict[str, int]] = {}
-        self._held: dict[int, tuple[Kind, str, torch.dtype, Any]] = {}
-        self._phases_of: dict[int, list[str]] = {}
+        self._entries: dict[tuple[Kind, str, str], dict[str, int]] = {}
+        self._held: dict[int, _Held] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -47,31 +49,57 @@ class Meter:
             peak = max(peak, self._now)
         before = self._peaks.get(name, (0, 0))[0]
         self._peaks[name] = (max(before, peak), self._now)
+        self._note(name)
 
     def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        self._held[storage.data_ptr()] = (kind, module, tensor.dtype, storage.nbytes())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._held[storage.data_ptr()] = _Held(
+            kind=kind, module=module, dtype=dtype, nbytes=storage.nbytes(), storage=weak
+        )
+
+    def _note(self, phase: str) -> None:
+        """Write down what of the named storages is still there at a phase's end."""
+        for key, held in list(self._held.items()):
+            if held.storage.expired():  # type: ignore[no-untyped-call]
+                del self._held[key]
+        alive: dict[str, int] = {}
+        now: dict[tuple[Kind, str, str], int] = {}
+        for held in self._held.values():
+            alive[held.kind] = alive.get(held.kind, 0) + held.nbytes
+            key = (held.kind, held.module, held.dtype)
+            now[key] = now.get(key, 0) + held.nbytes
+        self._alive[phase] = alive
+        for key, nbytes in now.items():
+            self._entries.setdefault(key, {})[phase] = nbytes
 
     def account(self) -> Account:
-        """The measurement so far. What no `holds` named is temporary: the rest of each peak."""
-        held: dict[str, int] = {}
-        entries: dict[tuple[Kind, str, str], int] = {}
-        for kind, module, dtype, nbytes in self._held.values():
-            held[kind] = held.get(kind, 0) + nbytes
-            key = (kind, module, str(dtype).removeprefix("torch."))
-            entries[key] = entries.get(key, 0) + nbytes
-        phases = tuple(
-            Phase(name=name, peak_nbytes=peak, end_nbytes=end, alive=_with_rest(held, peak))
-            for name, (peak, end) in self._peaks.items()
-        )
-        names = tuple(self._peaks)
+        """The measurement so far. What no `holds` named is activation: the rest of each peak."""
         return Account(
-            phases=phases,
-            entries=tuple(
-                Entry(kind=kind, module=module, device="cpu", dtype=dtype, nbytes=nbytes, phases=names)
-                for (kind, module, dtype), nbytes in sorted(entries.items())
+            phases=tuple(
+                Phase(name=name, peak_nbytes=peak, end_nbytes=end, alive=_with_rest(self._alive[name], peak))
+                for name, (peak, end) in self._peaks.items()
             ),
-        )
+            entries=tuple(
+                Entry(
+                    kind=kind, module=module, device="cpu", dtype=dtype,
+                    nbytes=max(by_phase.values()), phases=tuple(by_phase),
+                )
+                for (kind, module, dtype), by_phase in sorted(self._entries.items())
+            ),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """A storage that someone said the purpose of."""
+
+    kind: Kind
+    module: str
+    dtype: str
+    nbytes: int
+    storage: StorageWeakRef
 
 
 def _with_rest(held: dict[str, int], peak: int) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 A process that runs a task is resident with
 
-    runtime    Python, torch and transformers, the thread pool, the buffers that MKL keeps for each thread:
-               measured once a machine, by type of weights
+    runtime    Python, torch and, where the model is one of its, transformers; the thread pool; the buffers
+               that MKL keeps for each thread; holes in the heap. Measured once a machine, by library and type
+               of weights, and no constant: the largest of several runs, for a peak is what must not be passed
     kernels    oneDNN generates code for each shape of a 16-bit product and keeps it: so many shapes, so many
                bytes each, measured once a machine
     heap       blocks under `MMAP_THRESHOLD` come from the C heap, which only shrinks from its end: its
@@ -31,13 +32,14 @@ class Outside:
     """What a machine's processes hold outside the allocator."""
 
     runtime_nbytes: Mapping[str, int]
-    """By dtype of the weights."""
+    """By library and dtype of the weights: `transformers bfloat16`."""
     kernel_nbytes: int
     """Of each 16-bit product's shape."""
 
     def nbytes(self, account: Account) -> int:
         """Bytes outside the allocator while the task of `account` runs."""
-        runtime = self.runtime_nbytes.get(main_dtype(account), max(self.runtime_nbytes.values()))
+        key = f"{account.runtime} {main_dtype(account)}"
+        runtime = self.runtime_nbytes.get(key, max(self.runtime_nbytes.values()))
         return runtime + self.kernel_nbytes * account.kernels + account.heap_nbytes
 
 

@@ -45,6 +45,7 @@ def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
         routing=ROUTING.get() if ledger.routed else None,
         heap_nbytes=heap_nbytes(ledger) if device == "cpu" else 0,
         kernels=kernel_count(ledger),
+        runtime=ledger.runtime,
     )  # fmt: skip
 
 
