@@ -51,7 +51,9 @@ def test_the_resident_peak_is_the_sum_of_named_terms() -> None:
         kernels=3,
         runtime="transformers",
     )
-    told = predict_resident(account, Outside(runtime_nbytes={"transformers float32": 1, "transformers bfloat16": 400}, kernel_nbytes=50))
+    told = predict_resident(
+        account, Outside(runtime_nbytes={"transformers float32": 1, "transformers bfloat16": 400}, kernel_nbytes=50)
+    )
     assert told.outside_nbytes == 400 + 3 * 50 + 7
     assert told.resident_nbytes == 1000 + 557
     assert [entry.nbytes for entry in told.entries if entry.kind == "outside"] == [557]

@@ -61,9 +61,9 @@ class Meter:
 
     def _note(self, phase: str) -> None:
         """Write down what of the named storages is still there at a phase's end."""
-        for key, held in list(self._held.items()):
+        for address, held in list(self._held.items()):
             if held.storage.expired():  # type: ignore[no-untyped-call]
-                del self._held[key]
+                del self._held[address]
         alive: dict[str, int] = {}
         now: dict[tuple[Kind, str, str], int] = {}
         for held in self._held.values():
