@@ -25,13 +25,20 @@ _MODEL: Final[dict[str, Any]] = {
     }
 }  # fmt: skip
 """Wide and long enough for MKL to take the most it takes of packing buffers; small enough for seconds."""
+_LOOP: Final[dict[str, Any]] = {
+    "config": {
+        "model_type": "mamba", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "state_size": 16,
+    }
+}  # fmt: skip
+"""A loop over time, thousands of small blocks a layer: it leaves the most holes in the heap."""
 _PLAIN: Final = {"factory": "memfit.outside:plain_model"}
 _CASES: Final = (
     ("transformers", _MODEL, {"batch": 1, "prompt": 512, "new_tokens": 2}),
     ("transformers", _MODEL, {"batch": 4, "prompt": 128, "new_tokens": 2}),
+    ("transformers", _LOOP, {"batch": 1, "prompt": 512, "new_tokens": 2}),
     ("torch", _PLAIN, {"batch": 1, "prompt": 512}),
 )
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 
 
 def plain_model() -> nn.Module:
@@ -44,7 +51,7 @@ def plain_model() -> nn.Module:
 def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Outside:
     """What processes on this machine hold outside the allocator; measured on the first call, then remembered.
 
-    Takes half a minute, in seven fresh processes, for each number of threads and version of the libraries.
+    Takes up to a minute, in nine fresh processes, for each number of threads and version of the libraries.
 
     Args:
         threads: of the measured processes; default: torch's own.
