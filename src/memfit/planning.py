@@ -24,6 +24,7 @@ from memfit.errors import DoesNotFit
 from memfit.format.config import model_config
 from memfit.format.output import stored_tensors, weights_of
 from memfit.format.packed import packed_specs
+from memfit.models import load_model
 from memfit.moments import fake_weights, kind_of, moments
 from memfit.packed.bits import pack_values
 from memfit.packed.kernel import runtime_nbytes
@@ -35,7 +36,7 @@ from memfit.plan.price import Prices, prices_without_weights
 from memfit.plan.search import Option, merge, smallest_budget, solve
 from memfit.source.load import load
 from memfit.source.planned import planned_checkpoint
-from memfit.source.source import Source, source_from_config
+from memfit.source.source import Source
 from memfit.task.infer import Infer
 from memfit.units import format_size
 
@@ -136,8 +137,7 @@ def account_of(
     source: Source, task: Infer, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> Account:
     """The account of the model as it is."""
-    made = source if source.checkpoint is not None else source_from_config(source.config)
-    return settle(trace(lambda: load(made, dtype=dtype), task, device=device), device=device)
+    return settle(trace(lambda: load_model(source, dtype=dtype), task, device=device), device=device)
 
 
 def planned_source(source: Source, plan: Plan) -> Source:
@@ -175,11 +175,9 @@ class Study:
 
     def __init__(self, source: Source, task: Infer, allowed: Allowed, *, device: str = "cpu") -> None:
         self.source, self.task, self.allowed, self.device = source, task, allowed, device
-        self.made = source if source.checkpoint is not None else source_from_config(source.config)
         self.skeleton = source.build(dtype=torch.bfloat16)
         self.groups = find_groups(self.skeleton)
         self.ledger = trace(self._make, replace(task, kv_bits=16), device=device)
-        self.account = settle(self.ledger, device=device)
         owner = {member: group.name for group in self.groups for member in group.members}
         self.fixed, self.rest, self.running, self.kv_nbytes = moments(self.ledger, owner)
         self.bases = {phase: self.fixed + self.rest[phase] for phase in self.rest}
@@ -195,7 +193,7 @@ class Study:
         self._binding = [phase for phase in full if full[phase] + _WORKSPACES_NBYTES >= max(full.values())]
 
     def _make(self) -> nn.Module:
-        return load(self.made, dtype=torch.bfloat16)
+        return load_model(self.source, dtype=torch.bfloat16)
 
     def _loaded_later(self) -> dict[str, int]:
         """Group to the fewest bytes of those that are loaded after it: the largest are loaded first."""
