@@ -20,6 +20,7 @@ from memfit import __version__
 from memfit.account.account import Account
 from memfit.account.dry_run import trace
 from memfit.account.follow import Follow, Shape, settle
+from memfit.account.replay import Blocks, Products
 from memfit.errors import DoesNotFit
 from memfit.format.config import model_config
 from memfit.format.output import stored_tensors, weights_of
@@ -118,7 +119,7 @@ def make_plan(
         if solution is None:
             break
         plan = study.plan(solution.chosen, schemes, prices, budget_nbytes, kv_prices or KV_PRICES, priced_by)
-        predicted = predict(source, plan, task, device=device)
+        predicted = study.predict(plan)
         if predicted.peak_nbytes <= budget_nbytes:
             return replace(plan, predicted=predicted.to_json())
         # The rows of the search are bounds from parts; where the whole is a little over, ask for less.
@@ -126,11 +127,14 @@ def make_plan(
     raise study.does_not_fit(items, budget_nbytes)
 
 
-def predict(source: Source, plan: Plan, task: Infer, *, device: str = "cpu") -> Account:
+def predict(
+    source: Source, plan: Plan, task: Infer, *, device: str = "cpu", products: Products | None = None
+) -> Account:
     """The account of the fitted model loading from its files and running the task. Nothing is read."""
     planned = planned_source(source, plan)
     ran = replace(task, kv_bits=plan.kv_bits)
-    return settle(trace(lambda: load(planned, dtype=torch.bfloat16), ran, device=device), device=device)
+    ledger = trace(lambda: load(planned, dtype=torch.bfloat16), ran, device=device, products=products)
+    return settle(ledger, device=device)
 
 
 def account_of(
@@ -175,6 +179,7 @@ class Study:
 
     def __init__(self, source: Source, task: Infer, allowed: Allowed, *, device: str = "cpu") -> None:
         self.source, self.task, self.allowed, self.device = source, task, allowed, device
+        self.products: Products = {}
         self.skeleton = source.build(dtype=torch.bfloat16)
         self.groups = find_groups(self.skeleton)
         self.ledger = trace(self._make, replace(task, kv_bits=16), device=device)
@@ -321,7 +326,7 @@ class Study:
                 for tensor in known:
                     follow.number_of(tensor)
             start = len(follow.ledger.events)
-            with follow.phase("alone"):
+            with follow.phase("alone"), Blocks(follow, products=self.products).on_products():
                 module(*inputs)
         total = peak = 0
         for number, sign in follow.ledger.events[start:]:
@@ -332,7 +337,9 @@ class Study:
     def _kv_option(self, bits: int, price: float) -> Option:
         if bits == 16:
             return Option(price=price, held=dict(self.kv_nbytes))
-        ledger = trace(self._make, replace(self.task, kv_bits=bits), device=self.device)
+        ledger = trace(
+            self._make, replace(self.task, kv_bits=bits), device=self.device, products=self.products
+        )
         owner = {member: group.name for group in self.groups for member in group.members}
         _, rest, _, kv_nbytes = moments(ledger, owner)
         return Option(
@@ -380,6 +387,10 @@ class Study:
             expected_kl=expected,
         )
 
+    def predict(self, plan: Plan) -> Account:
+        """The plan, traced whole."""
+        return predict(self.source, plan, self.task, device=self.device, products=self.products)
+
     def does_not_fit(self, items: Mapping[str, Sequence[Option]], budget_nbytes: int) -> DoesNotFit:
         """The error: what binds, the smallest budget that works, and what each lever would free."""
         least = smallest_budget(merge(dict(items)), bases=self.bases)
@@ -406,7 +417,7 @@ class Study:
         schemes = {group.name: self.allowed.schemes(group) for group in self.groups}
         free: Prices = {(name, scheme): 0.0 for name, found in schemes.items() for scheme in found}
         plan = self.plan(chosen, schemes, free, 0, dict.fromkeys((16, 8, 4, 2), 0.0), "weights")
-        return max(needed, predict(self.source, plan, self.task, device=self.device).peak_nbytes)
+        return max(needed, self.predict(plan).peak_nbytes)
 
     def _levers(self, items: Mapping[str, Sequence[Option]], needed: int) -> dict[str, int]:
         """Lever to the bytes that it frees from the smallest budget."""

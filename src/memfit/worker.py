@@ -47,7 +47,7 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None) -> dict[s
     if enforce_nbytes is not None:
         job = job | {"enforce_nbytes": enforce_nbytes}
     done = subprocess.run(
-        [sys.executable, "-m", "memfit.worker"],
+        [sys.executable, "-c", "from memfit.worker import main; main()"],
         input=json.dumps(job),
         text=True,
         capture_output=True,
@@ -289,6 +289,3 @@ JOBS = {
     "kernel_nbytes": _kernel_nbytes,
 }
 """What a job's `do` may be."""
-
-if __name__ == "__main__":
-    main()

@@ -49,16 +49,66 @@ def _empty(mode: FakeTensorMode, args: Any, kwargs: Any) -> Any:
         return FakeTensor(mode, meta, _CPU)
 
 
-def _detach(mode: FakeTensorMode, args: Any, kwargs: Any) -> Any:
+def _new_empty(mode: FakeTensorMode, args: Any, kwargs: Any) -> Any:
     tensor = args[0]
-    # A parameter's data, with nothing to derive: a second tensor on the same storage.
-    if type(tensor) is not FakeTensor or tensor.requires_grad or tensor.device != _CPU:
+    if not _is_plain(tensor):
         return NotImplemented
-    return view_fake(tensor, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+    return _empty(mode, args[1:], {"dtype": tensor.dtype} | {k: v for k, v in kwargs.items() if v is not None})
 
 
+def _view(func: Any) -> Callable[[FakeTensorMode, Any, Any], Any]:
+    def quick(mode: FakeTensorMode, args: Any, kwargs: Any) -> Any:
+        if not _is_plain(args[0]):
+            return NotImplemented
+        with torch._C._DisableTorchDispatch():
+            meta = func(*args, **kwargs)
+            if isinstance(meta, Tensor):
+                return FakeTensor(mode, meta, _CPU)
+            return [FakeTensor(mode, part, _CPU) for part in meta]
+
+    return quick
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor is fake, on the CPU, and of unknown value."""
+    return type(tensor) is FakeTensor and tensor.fake_device == _CPU and tensor.constant is None
+
+
+def written(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """The output of an operator that writes elementwise into a tensor that is there; None if it is another."""
+    out = kwargs.get("out") if func in _INTO else args[0] if func.overloadpacket in _IN_PLACE else None
+    if not _is_plain(out) or not all(_is_plain(arg) for arg in args if isinstance(arg, Tensor)):
+        return None
+    assert isinstance(out, Tensor)
+    return out if out.numel() else None  # an empty one may be made larger
+
+
+aten = torch.ops.aten
+_VIEWS: Final = (
+    aten.alias.default,
+    aten.detach.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.squeeze.dim,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+    aten.view.dtype,
+)
+_IN_PLACE: Final = frozenset(
+    {
+        aten.add_, aten.bitwise_and_, aten.bitwise_left_shift_, aten.bitwise_or_, aten.bitwise_right_shift_,
+        aten.bitwise_xor_, aten.clamp_, aten.copy_, aten.div_, aten.fill_, aten.mul_, aten.sub_, aten.zero_,
+    }
+)  # fmt: skip
+_INTO: Final = frozenset({aten.bitwise_and.Scalar_out, aten.bitwise_right_shift.Tensor_Scalar_out})
 QUICK: Final[dict[Any, Callable[[FakeTensorMode, Any, Any], Any]]] = {
-    torch.ops.aten.empty.memory_format: _empty,
-    torch.ops.aten.detach.default: _detach,
-}
-"""Operators answered here: loading asks nothing else, and that thousands of times."""
+    aten.empty.memory_format: _empty,
+    aten.new_empty.default: _new_empty,
+} | {func: _view(func) for func in _VIEWS}
+"""Operators answered here that take no scratch. A view's strides are its kernel's, over dimensions of size 1 too:
+products look at them, and the fake mode's may differ."""

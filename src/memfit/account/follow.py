@@ -12,13 +12,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .account import Kind
 from .cuda import CUBLAS_WORKSPACE
-from .fakes import QUICK, fake_mode
+from .fakes import QUICK, fake_mode, written
 from .ledger import Ledger, Shape, Storage
 from .mend import MENDED, REWRITTEN
 from .settle import phase_spans, settle
@@ -61,7 +61,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if quick is not None and self.mode is not None:
             made = quick(self.mode, args, kwargs)
             if made is not NotImplemented:
-                self.number_of(made, func)
+                for tensor in made if isinstance(made, list) else (made,):
+                    self.number_of(tensor, func)
                 return made
         rewrite = REWRITTEN[self.device].get(func)
         if rewrite is not None:
@@ -76,7 +77,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return result
         mend = MENDED[self.device].get(func)
         if mend is None:
-            out = func(*args, **kwargs)
+            out = written(func, args, kwargs)
+            out = func(*args, **kwargs) if out is None else out
         else:
             with self.paused():
                 out = mend(func, args, kwargs)
@@ -87,7 +89,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.name() if before or after else ""
         scratch = [self._scratch(nbytes, name) for nbytes in before]
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+            if isinstance(leaf, torch.Tensor) and not _has_no_bytes(leaf):
                 self.number_of(leaf, func)
         scratch += [self._scratch(nbytes, name) for nbytes in after]
         for number in scratch:
@@ -140,7 +142,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger.marks.append((len(self.ledger.events), ""))
 
     def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
-        if tensor.device.type == "meta":
+        if _has_no_bytes(tensor):
             return
         storage = self.ledger.storages[self.number_of(tensor)]
         storage.kind, storage.module = kind, module
@@ -173,10 +175,16 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 hook.remove()
 
 
+def _has_no_bytes(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on meta. A fake tensor asked for its device would ask the modes, thousands of times."""
+    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return device.type == "meta"
+
+
 def _without_values(argument: Any) -> Any:
     """An argument to write down: nothing may be kept that would keep a tensor alive."""
     if isinstance(argument, torch.Tensor):
-        return Shape(tuple(argument.shape), argument.dtype)
+        return Shape(tuple(argument.shape), tuple(argument.stride()), argument.dtype)
     return argument if isinstance(argument, (int, float, bool, str, torch.dtype)) else None
 
 

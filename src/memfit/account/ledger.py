@@ -24,10 +24,12 @@ class Shape:
     """A tensor without its values."""
 
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    """A kernel may need scratch for a slice that it does not need for a tensor without gaps."""
     dtype: torch.dtype
 
     def empty(self) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=self.dtype)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
 
 
 class Ledger:

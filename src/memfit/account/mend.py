@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 
@@ -27,18 +26,6 @@ def _attention(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_strided(query.shape, query.stride(), dtype=query.dtype), logsumexp
 
 
-def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """A view's strides over dimensions of size 1 are the kernel's: products look at them."""
-    out: Tensor = func(*args, **kwargs)
-    tensor = args[0]
-    if 1 in tensor.shape:
-        with _disable_current_modes():
-            true = torch.empty_strided(tensor.shape, tensor.stride(), device="meta").view(args[1]).stride()
-        if true != out.stride():
-            out = tensor.as_strided(out.shape, true, tensor.storage_offset())
-    return out
-
-
 def _attention_on_cuda(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
     """cuda/attention.cu: flash (16 bits, no mask) keeps a fp32 sum for each head and query; the other keeps
     none where nothing is derived. Both give the output in the layout of [B, T, H, D]."""
@@ -51,7 +38,7 @@ def _attention_on_cuda(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tenso
 
 
 Mends = dict[Any, Callable[[Any, Any, Any], Any]]
-_ANYWHERE: Final[Mends] = {aten._grouped_mm.default: _grouped_product, aten.view.default: _view}
+_ANYWHERE: Final[Mends] = {aten._grouped_mm.default: _grouped_product}
 MENDED: Final[dict[str, Mends]] = {
     "cpu": _ANYWHERE | {aten._scaled_dot_product_flash_attention_for_cpu.default: _attention},
     "cuda": _ANYWHERE | {aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_on_cuda},

@@ -12,6 +12,7 @@ So the account of a whole model is exact at every moment, and costs one block of
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,13 +55,16 @@ class _Recording:
 
 
 class Blocks:
-    """Replays calls of equal blocks while it is `on` a model."""
+    """Replays calls of equal blocks while it is `on` a model.
 
-    def __init__(self, follow: Follow) -> None:
+    Args:
+        products: recordings of products with packed weights; given to several, each is traced once for all.
+    """
+
+    def __init__(self, follow: Follow, *, products: "Products | None" = None) -> None:
         self.follow = follow
-        self.traced = 0
-        self.replayed = 0
         self._known: dict[Any, _Recording | None] = {}
+        self._products = {} if products is None else products
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
@@ -72,10 +76,33 @@ class Blocks:
                 block.forward = self._wrap(name, block, structure, block.forward)
                 wrapped.append(block)
         try:
-            yield
+            with self.on_products():
+                yield
         finally:
             for block in wrapped:
                 del block.forward
+
+    @contextmanager
+    def on_products(self) -> Iterator[None]:
+        """A product with a block of a packed weight takes what an equal one took: experts, and every chunk."""
+        plain = {name: getattr(PackedWeight, name) for name in ("_times_block", "_times_nibbles")}
+
+        def replayed(name: str) -> Any:
+            def times(store: PackedWeight, x: Tensor, start: int, stop: int) -> Tensor:
+                weight = (name, store.scheme, store.kernel, store.shape[1], stop - start, store.offset(start))
+                described = self._describe((weight, self.follow.device), None, (x,), {})
+                call = partial(plain[name], store, x, start, stop)
+                return self._once(self._products, described, self.follow.path[-1], call)
+
+            return times
+
+        for name in plain:
+            setattr(PackedWeight, name, replayed(name))
+        try:
+            yield
+        finally:
+            for name, method in plain.items():
+                setattr(PackedWeight, name, method)
 
     @contextmanager
     def on_loading(self) -> Iterator[None]:
@@ -96,7 +123,7 @@ class Blocks:
             if recording is None:
                 call()
             else:
-                self._record(key, prefix, [], [], call)
+                self._record(self._known, key, prefix, [], [], call)
 
         PackedWeight.load_from = load_from  # type: ignore[method-assign, assignment]
         try:
@@ -109,23 +136,24 @@ class Blocks:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             described = self._describe(structure, layer_number, args, kwargs)
-            if described is None:
-                self.traced += 1
-                return forward(*args, **kwargs)
-            key, roles, layers = described
-            recording = self._known.get(key, _UNSEEN)
-            if isinstance(recording, _Recording):
-                self.replayed += 1
-                return self._replay(recording, name, roles, layers)
-            self.traced += 1
-            if recording is None:
-                del roles, described
-                return forward(*args, **kwargs)
-            numbers = list(roles)
-            del roles, described  # holding an input would keep it alive through the block
-            return self._record(key, name, numbers, layers, lambda: forward(*args, **kwargs))
+            return self._once(self._known, described, name, lambda: forward(*args, **kwargs))
 
         return call
+
+    def _once(self, known: "Products", described: Any, name: str, call: Any) -> Any:
+        """What `call` does: traced if nothing of that description was, else replayed."""
+        if described is None:
+            return call()
+        key, roles, layers = described
+        recording = known.get(key, _UNSEEN)
+        if isinstance(recording, _Recording):
+            return self._replay(recording, name, roles, layers)
+        if recording is None:
+            roles.clear()
+            return call()
+        numbers = list(roles)
+        roles.clear()  # holding an input would keep it alive through the block
+        return self._record(known, key, name, numbers, layers, call)
 
     # -- describing ---------------------------------------------------------------------------------
 
@@ -170,12 +198,14 @@ class Blocks:
 
     # -- recording ----------------------------------------------------------------------------------
 
-    def _record(self, key: Any, name: str, roles: Iterable[int], layers: list[Any], call: Any) -> Any:
+    def _record(
+        self, known: "Products", key: Any, name: str, roles: Iterable[int], layers: list[Any], call: Any
+    ) -> Any:
         ledger = self.follow.ledger
         first_event, first_birth = len(ledger.events), len(ledger.storages)
         out = call()
         role_of = {number: role for role, number in enumerate(roles)}
-        self._known[key] = None
+        known[key] = None
         events = []
         alive: set[int] = set()
         for number, sign in ledger.events[first_event:]:
@@ -195,12 +225,12 @@ class Blocks:
                 return value
             number = self.follow.number_of(value)
             seen.add(number)
-            known = number in role_of
-            if not known and number < first_birth:
+            given = number in role_of
+            if not given and number < first_birth:
                 raise _Unknown
-            index = role_of[number] if known else number - first_birth
+            index = role_of[number] if given else number - first_birth
             return _View(
-                known, index, tuple(value.shape), tuple(value.stride()), int(value.storage_offset()), value.dtype
+                given, index, tuple(value.shape), tuple(value.stride()), int(value.storage_offset()), value.dtype
             )
 
         try:
@@ -214,7 +244,7 @@ class Blocks:
         births = []
         for storage in ledger.storages[first_birth:]:
             births.append((storage, storage.module.removeprefix(name)))
-        self._known[key] = _Recording(births, events, spec, outputs, states)
+        known[key] = _Recording(births, events, spec, outputs, states)
         return out
 
     # -- replaying ----------------------------------------------------------------------------------
@@ -260,6 +290,10 @@ class Blocks:
         base = make_fake(self.follow.mode, (storage.nbytes // view.dtype.itemsize,), (1,), view.dtype)
         self.follow.adopt(base, numbers[view.index])
         return base
+
+
+Products = dict[Any, _Recording | None]
+"""Recordings by description; None where what happened cannot be told."""
 
 
 class _Unknown(Exception):

@@ -7,6 +7,7 @@ scratch only they know (oneDNN's products, attention, recurrent layers) are aske
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -65,7 +66,7 @@ def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     for tensor in tensors[2:]:
         common = torch.promote_types(common, tensor.dtype)
     for number in numbers:
-        common = torch.result_type(torch.empty((1,), dtype=common, device="meta"), number)
+        common = _with_number(common, type(number))
     sizes: list[int] = []
     for number in numbers:
         sizes.append(1 if isinstance(number, bool) else 8)
@@ -77,6 +78,12 @@ def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
         if own != common:
             sizes.append(common.itemsize)
     return sizes, []
+
+
+@cache
+def _with_number(dtype: torch.dtype, kind: type[int] | type[float]) -> torch.dtype:
+    """The dtype that a tensor's and a Python number's are promoted to."""
+    return torch.result_type(torch.empty((1,), dtype=dtype, device="meta"), kind(1))
 
 
 def _numbers_as_tensors(func: Any, args: tuple[Any, ...]) -> list[int | float]:

@@ -16,7 +16,7 @@ from memfit.packed.fake import is_fake
 from memfit.source.source import Source
 
 from .statistics import Moments, Statistics, Sums
-from .stream import Streamed
+from .stream import Streamed, row_shape
 
 _LOGITS_NBYTES: Final = 32 << 20
 """Bytes of float32 logits held at a time."""
@@ -140,10 +140,11 @@ def _head_gradient(streamed: Streamed, hidden: Tensor, sums: Sums, generator: to
     sums.add(streamed.head, "inputs", states_ND)
     token_N, log_total_N = _draw(streamed, name, states_ND, generator)
     gradient_ND = torch.zeros(states_ND.shape, dtype=torch.float32)
-    square_V: list[Tensor] = []
+    square_V = torch.zeros(row_shape(streamed.source, name)[0], dtype=torch.float32)
     for start, rows_RD in streamed.rows(name):
-        square_V.append(_block_gradient(states_ND, rows_RD, start, token_N, log_total_N, gradient_ND))
-    sums.add_summed(streamed.head, "gradients", torch.cat(square_V), states_ND.shape[0])
+        part = slice(start, start + rows_RD.shape[0])
+        square_V[part] = _block_gradient(states_ND, rows_RD, start, token_N, log_total_N, gradient_ND)
+    sums.add_summed(streamed.head, "gradients", square_V, states_ND.shape[0])
     return gradient_ND.to(hidden.dtype).view(hidden.shape)
 
 

@@ -68,8 +68,7 @@ class PackedWeight(nn.Module):
         self.rows_stored = shape[0] + (-shape[0] % nibbles.ROWS if self.kernel == "nibbles" else 0)
         self._make_buffers(torch.device(device))
 
-    # -- what it is made of
-    # ------------------------------------------------------------------------------------
+    # -- what it is made of --------------------------------------------------------------------------
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -107,8 +106,7 @@ class PackedWeight(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.shape[0]}, {self.shape[1]}, {self.scheme.name}, kernel={self.kernel}"
 
-    # -- filling it
-    # --------------------------------------------------------------------------------------------
+    # -- filling it ----------------------------------------------------------------------------------
 
     def load_from(self, read: Read, prefix: str, *, device: str | torch.device = "cpu") -> None:
         """Fill from `prefix.weight_packed`, `.weight_scale` and, if asymmetric, `.weight_zero_point`.
@@ -200,8 +198,11 @@ class PackedWeight(nn.Module):
         """Rows that are laid out together."""
         return nibbles.ROWS if self.kernel == "nibbles" else 1
 
-    # -- using it
-    # ----------------------------------------------------------------------------------------------
+    # -- using it ----------------------------------------------------------------------------------
+
+    def offset(self, start: int) -> int:
+        """How far row `start` lies from the first of those that it is laid out with."""
+        return start % self._multiple
 
     def dense_rows(self, start: int, stop: int, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Rows start to stop, dense [stop − start, K], bit for bit what compressed-tensors dequantises to."""

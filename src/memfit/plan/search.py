@@ -10,7 +10,10 @@ Items run one after the other, so a moment's transient bytes are the largest, ne
 """
 
 import math
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -218,10 +221,11 @@ class _Problem:
         whole[: width + len(flags)] = 1
         if upper[free] < 0:
             return None
-        found = milp(
-            cost, integrality=whole, bounds=Bounds(lower, upper), constraints=rows.constraint(free + 1),
-            options={"mip_rel_gap": 0.0},
-        )  # fmt: skip
+        with _silent():
+            found = milp(
+                cost, integrality=whole, bounds=Bounds(lower, upper), constraints=rows.constraint(free + 1),
+                options={"mip_rel_gap": 0.0},
+            )  # fmt: skip
         if found.x is None:
             return None
         counts = [[0] * len(item.options) for item in self.items]
@@ -259,6 +263,25 @@ class _Problem:
             default=0,
         )
         return max(1, max(largest, *self.bases.values()) // 10**6)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS prints lines of its own debugging to stdout, whatever it is told; stdout is for data."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class _Rows:

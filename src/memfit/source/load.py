@@ -1,5 +1,6 @@
 """From a source to a model that runs, one parameter at a time; the same on fake tensors."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,8 +25,7 @@ def load(
     """The model of `source` with its weights, in evaluation mode.
 
     Beyond the model, at most one stored tensor of a packed module, or a block of 4 MiB, or, for another
-    device
-    than the CPU, one parameter is held. What needs most of that is loaded first, while little else is there.
+    device than the CPU, one parameter is held. What needs most of that is loaded first, while little else is there.
 
     Args:
         source: what to load.
@@ -39,8 +39,8 @@ def load(
     check(source, copies=False)
     model = source.build(dtype=dtype)
     where: Place = place if place is not None else lambda name: device
-    packed = packed_modules(model)
-    for name, module in sorted(packed.items(), key=lambda item: -_stored_nbytes(source, item[0])):
+    packed, stored = packed_modules(model), _stored_nbytes(source)
+    for name, module in sorted(packed.items(), key=lambda item: -stored[item[0]]):
         module.load_from(source.read_packed, name)
         _move_buffers(module, where(name))
     for names in sorted(_parameters(model), key=lambda names: -_nbytes(model, names[0])):
@@ -61,7 +61,7 @@ def _parameters(model: nn.Module) -> Iterator[list[str]]:
 def _materialise(model: nn.Module, names: list[str], source: Source, device: torch.device) -> None:
     """Read one parameter and set it under each of its names."""
     tensor = source.read_parameter(names[0], dtype=model.get_parameter(names[0]).dtype)
-    parameter = nn.Parameter(tensor.to(device), requires_grad=False)
+    parameter = nn.Parameter(_at(tensor, device), requires_grad=False)
     for name in names:
         owner, leaf = locate(model, name)
         setattr(owner, leaf, parameter)
@@ -78,7 +78,7 @@ def _load_buffers(model: nn.Module, source: Source, where: Place) -> None:
             if buffer is not None and full in source.layout.pieces:
                 source.read_into(full, buffer)
             if buffer is not None:
-                module._buffers[leaf] = buffer.to(where(full))
+                module._buffers[leaf] = _at(buffer, where(full))
 
 
 def _move_buffers(module: nn.Module, device: torch.device | str) -> None:
@@ -86,11 +86,21 @@ def _move_buffers(module: nn.Module, device: torch.device | str) -> None:
     for part in module.modules():
         for leaf, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[leaf] = buffer.to(device)
+                part._buffers[leaf] = _at(buffer, device)
 
 
-def _stored_nbytes(source: Source, prefix: str) -> int:
-    return sum(info.nbytes for name, info in source.tensors.items() if name.startswith(f"{prefix}."))
+def _at(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on its device: what stays is not asked, which thousands of times in a dry run would tell."""
+    return tensor if torch.device(device).type == "cpu" else tensor.to(device)
+
+
+def _stored_nbytes(source: Source) -> Counter[str]:
+    """Bytes stored under each module's name, those of the modules below it among them."""
+    found: Counter[str] = Counter()
+    for name, info in source.tensors.items():
+        while name := name.rpartition(".")[0]:
+            found[name] += info.nbytes
+    return found
 
 
 def _nbytes(model: nn.Module, name: str) -> int:
