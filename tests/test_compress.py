@@ -135,7 +135,7 @@ def test_fused_experts_are_written_and_loaded(tmp_path):
 
 
 def test_statistics_shape_what_is_written(source, written, tmp_path):
-    statistics, _ = calibrate(source, windows(), Allowed(bits=(4,)), batch=2, watch=Unwatched())
+    statistics = calibrate(source, windows(), Allowed(bits=(4,)), batch=2, watch=Unwatched()).statistics
     files = compress(source, written[2], statistics, tmp_path, watch=Unwatched())
     assert files.keys() == written[1].keys() and files != written[1]
 
@@ -144,7 +144,8 @@ def test_prices_come_from_the_text_where_it_says_something_of_every_group():
     llama = source_from_config(hf.LlamaConfig(**DECODER))
     mixtral = source_from_config(hf.MixtralConfig(**DECODER, num_local_experts=4))
     for source, expected in ((llama, "text"), (mixtral, "weights")):
-        statistics, prices = calibrate(source, windows(), Allowed(bits=(8, 4)), batch=2, watch=Unwatched())
+        found = calibrate(source, windows(), Allowed(bits=(8, 4)), batch=2, watch=Unwatched())
+        statistics, prices = found.statistics, found.prices
         assert priced_by(source, statistics) == expected
         assert all(price >= 0 for price in prices.values())
         for group in find_groups(source.build()):
@@ -162,13 +163,13 @@ def test_the_dry_run_of_fitting_tells_what_it_takes(source, tmp_path, with_text)
     follow = Follow()
     with FakeTensorMode(allow_non_fake_inputs=True), follow:
         ids = torch.zeros_like(torch.empty((4, 32), dtype=torch.int64)) if with_text else None
-        statistics, _ = calibrate(source, ids, allowed, batch=2, watch=follow)
+        statistics = calibrate(source, ids, allowed, batch=2, watch=follow).statistics
         compress(source, plan, statistics, tmp_path, watch=follow, dry=True)
     predicted = settle(follow.ledger)
     assert not any(tmp_path.iterdir())
     meter = Meter()
-    statistics, _ = calibrate(source, windows() if with_text else None, allowed, batch=2, watch=meter)
-    compress(source, plan, statistics, tmp_path, watch=meter)
+    real = calibrate(source, windows() if with_text else None, allowed, batch=2, watch=meter)
+    compress(source, plan, real.statistics, tmp_path, watch=meter)
     measured = meter.account()
     for phase in measured.phases:
         told = predicted.phase(phase.name).peak_nbytes

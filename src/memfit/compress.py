@@ -3,13 +3,15 @@
 Neither holds more of the model than a block, or a weight as packed and some rows of it as it was.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from memfit.account.watch import Watch
+from memfit.calibrate.cache_loss import cache_losses
 from memfit.calibrate.collect import collect
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import row_shape, rows_of
@@ -26,16 +28,31 @@ from memfit.planning import Allowed
 from memfit.source.source import Source
 from memfit.technique.quantize import quantize
 
+KV_WINDOWS: Final = 2
+"""Windows that a KV cache is priced on: every position of them is compared, none is sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """What a pass over the text and the weights has found."""
+
+    statistics: Statistics | None
+    """None without a text."""
+    prices: Prices
+    """Of every scheme for every group, nats a token."""
+    kv_prices: dict[int, float]
+    """By bits of the KV cache, nats a token; empty without a text or a cache."""
+
 
 def calibrate(
     source: Source, windows_WT: Tensor | None, allowed: Allowed, *, batch: int, watch: Watch
-) -> tuple[Statistics | None, Prices]:
-    """Statistics of the text's windows, and the price of every scheme for every group.
+) -> Calibrated:
+    """Statistics of the text's windows, and the price of every choice.
 
     Without windows there are no statistics, and prices come from the weights alone.
     """
     groups = find_groups(source.build(dtype=torch.bfloat16))
-    statistics = None
+    statistics, kv_prices = None, {}
     dry = windows_WT is not None and is_fake(windows_WT)
     if windows_WT is not None:
         # From the third batch on, all that a batch needs was needed before.
@@ -43,6 +60,8 @@ def calibrate(
         wanted = frozenset(member for group in groups if group.kind != "experts" for member in group.members)
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
+            narrow = [bits for bits in allowed.kv_bits if bits != 16]
+            kv_prices = cache_losses(source, windows_WT[:KV_WINDOWS], narrow)
     schemes = {group.name: allowed.schemes(group) for group in groups}
     # One of each kind is enough to know what pricing takes.
     priced = {group.shapes: group for group in groups}.values() if dry else groups
@@ -57,7 +76,7 @@ def calibrate(
                 lambda name: source.read_parameter(name, dtype=torch.bfloat16),
                 pairs,
             )
-    return statistics, found
+    return Calibrated(statistics=statistics, prices=found, kv_prices=kv_prices)
 
 
 def priced_by(source: Source, statistics: Statistics | None) -> PricedBy:

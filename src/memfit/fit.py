@@ -27,8 +27,9 @@ from memfit.evaluate.text import read_text, windows
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
 from memfit.models import load_model, loader_for
+from memfit.packed.scheme import Scheme
 from memfit.plan.plan import Plan, dumps
-from memfit.planning import Allowed, account_of, make_plan, plan_files, predict
+from memfit.planning import Allowed, Study, account_of, make_plan, plan_files
 from memfit.report.card import model_card
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.page import render_page
@@ -132,15 +133,14 @@ def plan(
     check(source)
     original = account_of(source, task, device=device)
     nbytes = parse_size(budget, whole_nbytes=original.peak_nbytes)
+    study = Study(source, task, allowed or Allowed(), device=device)
+    study.require_fit(nbytes)
     if source.checkpoint is None:
-        return make_plan(source, budget_nbytes=nbytes, task=task, allowed=allowed, device=device)
+        return _planned(study, nbytes, {})
     with tempfile.TemporaryDirectory(prefix="memfit-") as work:
-        job = _calibration_job(
-            source, task, _text_of(text), allowed or Allowed(), Path(work), reference=False
-        )
+        job = _calibration_job(study, _text_of(text), Path(work), reference=False)
         progress("pricing choices")
-        answer = run_job(job)
-        return _planned(source, nbytes, task, allowed, device, answer)
+        return _planned(study, nbytes, run_job(job))
 
 
 def fit(
@@ -187,17 +187,20 @@ def fit(
     threads = threads or torch.get_num_threads()
     with _threads(threads):
         original = account_of(source, task)
-    nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
+        nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
+        study = Study(source, task, allowed or Allowed())
+        if given is None:
+            study.require_fit(nbytes)
     texts = _text_of(text)
     with _threads(threads), OutputDirectory(target, overwrite=overwrite) as output:
         work = Path(tempfile.mkdtemp(prefix="memfit-", dir=output.path))
-        job = _calibration_job(source, task, texts, allowed or Allowed(), work, reference=True)
+        job = _calibration_job(study, texts, work, reference=True)
         job["threads"] = threads
         progress("calibrating, and asking the original")
         calibrated = run_job(job)
         progress("searching the plan")
-        chosen = given or _planned(source, nbytes, task, allowed, "cpu", calibrated)
-        predicted = predict(source, chosen, task)
+        chosen = given or _planned(study, nbytes, calibrated)
+        predicted = study.predict(chosen)
         progress("predicting the fitting itself")
         predicted_fit = _predict_fit(source, chosen, job)
         chosen = replace(chosen, predicted=predicted.to_json(), predicted_fit=predicted_fit.to_json())
@@ -338,35 +341,32 @@ def _text_job(source: Source, text: Text, work: Path) -> dict[str, Any]:
     return {"model": str(source.gguf or source.directory), "work": str(work)}
 
 
-def _calibration_job(
-    source: Source, task: Infer, text: Text | None, allowed: Allowed, work: Path, *, reference: bool
-) -> dict[str, Any]:
+def _calibration_job(study: Study, text: Text | None, work: Path, *, reference: bool) -> dict[str, Any]:
+    source = study.source
     job: dict[str, Any] = {"model": str(source.gguf or source.directory), "work": str(work)}
     if text is not None:
         job = _text_job(source, text, work)
     return job | {
         "do": "calibrate",
-        "allowed": asdict(allowed),
+        "allowed": asdict(study.allowed),
         "reference": reference,
-        "task": asdict(replace(task, kv_bits=16)),
+        "task": asdict(replace(study.task, kv_bits=16)),
         "batch": 4,
     }
 
 
-def _planned(
-    source: Source, nbytes: int, task: Infer, allowed: Allowed | None, device: str, answer: dict[str, Any]
-) -> Plan:
-    from memfit.packed.scheme import Scheme
-
-    found = {(name, Scheme(**scheme)): price for name, scheme, price in answer["prices"]}
+def _planned(study: Study, nbytes: int, answer: dict[str, Any]) -> Plan:
+    """The plan by what calibration answered; without an answer, by shapes alone."""
+    prices = {(name, Scheme(**scheme)): price for name, scheme, price in answer.get("prices", ())}
     return make_plan(
-        source,
+        study.source,
         budget_nbytes=nbytes,
-        task=task,
-        allowed=allowed,
-        prices=found,
-        priced_by=answer["priced_by"],
-        device=device,
+        task=study.task,
+        prices=prices or None,
+        kv_prices=dict(answer.get("kv_prices", ())),
+        priced_by=answer.get("priced_by", "weights"),
+        device=study.device,
+        study=study,
     )
 
 
@@ -379,8 +379,8 @@ def _predict_fit(source: Source, chosen: Plan, job: dict[str, Any]) -> Account:
         ids = (
             None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
         )
-        statistics, _ = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
-        compress(source, chosen, statistics, Path(job["work"]), watch=follow, dry=True)
+        found = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
+        compress(source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True)
     return settle(follow.ledger)
 
 

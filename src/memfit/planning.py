@@ -80,6 +80,8 @@ class Allowed:
 
 KV_PRICES: Final = {16: 0.0, 8: 1e-4, 4: 2e-2, 2: 1.0}
 """Nats a token that a KV cache in so many bits is expected to cost, where nothing was measured."""
+_TIGHTER: Final = 8
+"""Times that less is asked of the search, by doubling steps, where its plan traced whole is over the budget."""
 
 
 def make_plan(
@@ -92,6 +94,7 @@ def make_plan(
     kv_prices: Mapping[int, float] | None = None,
     priced_by: str = "weights",
     device: str = "cpu",
+    study: "Study | None" = None,
 ) -> Plan:
     """The plan of least expected loss whose traced peak is within the budget.
 
@@ -101,29 +104,35 @@ def make_plan(
         task: what will be run; its `kv_bits` are the plan's to choose.
         allowed: what the search may choose from.
         prices: by (group name, scheme); default: from shapes alone.
-        kv_prices: by KV bits.
+        kv_prices: by KV bits; those not given are as in `KV_PRICES`.
         priced_by: `text` or `weights`, for the record.
+        study: of the same source, task, allowed and device, if there is one.
 
     Raises:
         DoesNotFit: nothing allowed fits; says what binds and what would help.
     """
-    allowed = allowed or Allowed()
-    study = Study(source, task, allowed, device=device)
-    schemes = {group.name: allowed.schemes(group) for group in study.groups}
+    study = study or Study(source, task, allowed or Allowed(), device=device)
+    costs = KV_PRICES | dict(kv_prices or {})
     if prices is None:
-        prices = prices_without_weights(study.groups, schemes)
-    items = study.items(schemes, prices, dict(kv_prices or KV_PRICES))
-    tried = budget_nbytes
-    for _ in range(4):
+        prices = prices_without_weights(study.groups, study.schemes)
+    items = study.items(prices, costs)
+    tried, excess = budget_nbytes, 0
+    for n in range(_TIGHTER):
+        tried -= excess << max(n - 1, 0)
         solution = solve(merge(items), bases=study.bases, budget_nbytes=tried)
         if solution is None:
             break
-        plan = study.plan(solution.chosen, schemes, prices, budget_nbytes, kv_prices or KV_PRICES, priced_by)
+        plan = study.plan(solution.chosen, prices, budget_nbytes, costs, priced_by)
         predicted = study.predict(plan)
         if predicted.peak_nbytes <= budget_nbytes:
             return replace(plan, predicted=predicted.to_json())
         # The rows of the search are bounds from parts; where the whole is a little over, ask for less.
-        tried -= predicted.peak_nbytes - budget_nbytes
+        excess = predicted.peak_nbytes - budget_nbytes
+    least = smallest_budget(merge(items), bases=study.bases)
+    plan = study.plan(least.chosen, prices, budget_nbytes, costs, priced_by)
+    predicted = study.predict(plan)
+    if predicted.peak_nbytes <= budget_nbytes:
+        return replace(plan, predicted=predicted.to_json())
     raise study.does_not_fit(items, budget_nbytes)
 
 
@@ -182,6 +191,7 @@ class Study:
         self.products: Products = {}
         self.skeleton = source.build(dtype=torch.bfloat16)
         self.groups = find_groups(self.skeleton)
+        self.schemes = {group.name: allowed.schemes(group) for group in self.groups}
         self.ledger = trace(self._make, replace(task, kv_bits=16), device=device)
         owner = {member: group.name for group in self.groups for member in group.members}
         self.fixed, self.rest, self.running, self.kv_nbytes = moments(self.ledger, owner)
@@ -190,6 +200,7 @@ class Study:
             (phase, kind_of(module)): arguments for (phase, module), arguments in self.ledger.calls.items()
         }
         self._alone: dict[Any, int] = {}
+        self._caches: dict[int, Option] = {}
         self._later = self._loaded_later()
         full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
         for (phase, _), nbytes in self.running.items():
@@ -206,26 +217,44 @@ class Study:
         total = 0
         for group in sorted(self.groups, key=lambda group: max(map(math.prod, group.shapes))):
             later[group.name] = total
-            schemes = self.allowed.schemes(group)
-            total += min((group.nbytes(scheme) for scheme in schemes), default=2 * group.weights)
+            least = min((group.nbytes(scheme) for scheme in self.schemes[group.name]), default=2 * group.weights)
+            total += least
         return later
 
     # -- options ---------------------------------------------------------------------------------
 
-    def items(
-        self, schemes: Mapping[str, Sequence[Scheme]], prices: Prices, kv_prices: Mapping[int, float]
-    ) -> dict[str, list[Option]]:
+    def items(self, prices: Prices, kv_prices: Mapping[int, float]) -> dict[str, list[Option]]:
         """Options by group name, 16 bits first; the KV cache, where there is one, is the item `kv_cache`."""
-        items = {group.name: self._options(group, schemes[group.name], prices) for group in self.groups}
+        items = {group.name: self._options(group, prices) for group in self.groups}
         if self.kv_nbytes:
             items["kv_cache"] = [self._kv_option(bits, kv_prices[bits]) for bits in self.kv_choices()]
         return items
+
+    def items_for_nothing(self) -> dict[str, list[Option]]:
+        """The same options where only their bytes are of interest."""
+        return self.items(
+            {(name, scheme): 0.0 for name, schemes in self.schemes.items() for scheme in schemes},
+            dict.fromkeys(KV_PRICES, 0.0),
+        )
+
+    def require_fit(self, budget_nbytes: int) -> None:
+        """Nothing, if some plan fits: to be known before hours go into finding a good one.
+
+        Raises:
+            DoesNotFit: as `make_plan` would.
+        """
+        items = self.items_for_nothing()
+        least = smallest_budget(merge(items), bases=self.bases)
+        if least.needed_nbytes > budget_nbytes:
+            error = self.does_not_fit(items, budget_nbytes)
+            if error.smallest_nbytes > budget_nbytes:
+                raise error
 
     def kv_choices(self) -> tuple[int, ...]:
         """KV bits that may be chosen, 16 always among them and first."""
         return (16, *sorted((bits for bits in self.allowed.kv_bits if bits != 16), reverse=True))
 
-    def _options(self, group: Group, schemes: Sequence[Scheme], prices: Prices) -> list[Option]:
+    def _options(self, group: Group, prices: Prices) -> list[Option]:
         plain = Option(price=0.0, persistent_nbytes=2 * group.weights, transient=self._transient(group, None))
         return [plain] + [
             Option(
@@ -233,7 +262,7 @@ class Study:
                 persistent_nbytes=sum(runtime_nbytes(scheme, shape) for shape in group.shapes),
                 transient=self._transient(group, scheme),
             )
-            for scheme in schemes
+            for scheme in self.schemes[group.name]
         ]
 
     def _transient(self, group: Group, scheme: Scheme | None) -> dict[str, int]:
@@ -337,23 +366,20 @@ class Study:
     def _kv_option(self, bits: int, price: float) -> Option:
         if bits == 16:
             return Option(price=price, held=dict(self.kv_nbytes))
-        ledger = trace(
-            self._make, replace(self.task, kv_bits=bits), device=self.device, products=self.products
-        )
-        owner = {member: group.name for group in self.groups for member in group.members}
-        _, rest, _, kv_nbytes = moments(ledger, owner)
-        return Option(
-            price=price,
-            held=kv_nbytes,
-            transient={phase: max(0, rest[phase] - self.rest[phase]) for phase in rest},
-        )
+        if bits not in self._caches:
+            task = replace(self.task, kv_bits=bits)
+            ledger = trace(self._make, task, device=self.device, products=self.products)
+            owner = {member: group.name for group in self.groups for member in group.members}
+            _, rest, _, kv_nbytes = moments(ledger, owner)
+            over = {phase: max(0, rest[phase] - self.rest[phase]) for phase in rest}
+            self._caches[bits] = Option(price=0.0, held=kv_nbytes, transient=over)
+        return replace(self._caches[bits], price=price)
 
     # -- results ---------------------------------------------------------------------------------
 
     def plan(
         self,
         chosen: Mapping[str, int],
-        schemes: Mapping[str, Sequence[Scheme]],
         prices: Prices,
         budget_nbytes: int,
         kv_prices: Mapping[int, float],
@@ -363,7 +389,7 @@ class Study:
         choices = []
         for group in self.groups:
             index = chosen[group.name]
-            scheme = None if index == 0 else schemes[group.name][index - 1]
+            scheme = None if index == 0 else self.schemes[group.name][index - 1]
             choices.append(
                 GroupChoice(
                     name=group.name,
@@ -394,7 +420,7 @@ class Study:
     def does_not_fit(self, items: Mapping[str, Sequence[Option]], budget_nbytes: int) -> DoesNotFit:
         """The error: what binds, the smallest budget that works, and what each lever would free."""
         least = smallest_budget(merge(dict(items)), bases=self.bases)
-        smallest = self._traced_smallest(items, least.chosen, least.needed_nbytes)
+        smallest = self._traced_smallest(least.chosen)
         weights = sum(items[group.name][least.chosen[group.name]].persistent_nbytes for group in self.groups)
         kv = (
             items["kv_cache"][least.chosen["kv_cache"]].held.get(least.moment, 0)
@@ -413,11 +439,9 @@ class Study:
             levers=levers,
         )
 
-    def _traced_smallest(self, items: Any, chosen: Mapping[str, int], needed: int) -> int:
-        schemes = {group.name: self.allowed.schemes(group) for group in self.groups}
-        free: Prices = {(name, scheme): 0.0 for name, found in schemes.items() for scheme in found}
-        plan = self.plan(chosen, schemes, free, 0, dict.fromkeys((16, 8, 4, 2), 0.0), "weights")
-        return max(needed, self.predict(plan).peak_nbytes)
+    def _traced_smallest(self, chosen: Mapping[str, int]) -> int:
+        free: Prices = {(name, scheme): 0.0 for name, found in self.schemes.items() for scheme in found}
+        return self.predict(self.plan(chosen, free, 0, dict.fromkeys(KV_PRICES, 0.0), "weights")).peak_nbytes
 
     def _levers(self, items: Mapping[str, Sequence[Option]], needed: int) -> dict[str, int]:
         """Lever to the bytes that it frees from the smallest budget."""
@@ -429,21 +453,15 @@ class Study:
         if task.batch > 1:
             half = task.batch // 2
             shorter[f"A batch of {half} instead of {task.batch}"] = replace(task, batch=half)
-        schemes = {group.name: self.allowed.schemes(group) for group in self.groups}
-        free: Prices = {(name, scheme): 0.0 for name, names in schemes.items() for scheme in names}
         for what, changed in shorter.items():
-            found[what] = needed - _least(self.source, changed, self.allowed, schemes, free, self.device)
+            found[what] = needed - _least(self.source, changed, self.allowed, self.device)
         for bits in (4, 2):
             if self.kv_nbytes and bits < min(self.kv_choices()):
                 more = replace(self.allowed, kv_bits=(*self.allowed.kv_bits, bits))
-                found[f"A KV cache of {bits} bits"] = needed - _least(
-                    self.source, task, more, schemes, free, self.device
-                )
+                found[f"A KV cache of {bits} bits"] = needed - _least(self.source, task, more, self.device)
         if 2 not in self.allowed.bits:
             more = replace(self.allowed, bits=BITS)
-            wider = {group.name: more.schemes(group) for group in self.groups}
-            free = {(name, scheme): 0.0 for name, names in wider.items() for scheme in names}
-            found["Weights of 2 bits"] = needed - _least(self.source, task, more, wider, free, self.device)
+            found["Weights of 2 bits"] = needed - _least(self.source, task, more, self.device)
         biggest = max((group.nbytes(None) for group in self.groups), default=0)
         held = sum(min(option.persistent_nbytes for option in items[group.name]) for group in self.groups)
         if held > biggest:
@@ -451,7 +469,7 @@ class Study:
         return found
 
 
-def _least(source: Source, task: Infer, allowed: Allowed, schemes: Any, prices: Prices, device: str) -> int:
+def _least(source: Source, task: Infer, allowed: Allowed, device: str) -> int:
+    """The smallest budget, as the search sees it."""
     study = Study(source, task, allowed, device=device)
-    items = study.items(schemes, prices, dict.fromkeys((16, 8, 4, 2), 0.0))
-    return smallest_budget(merge(items), bases=study.bases).needed_nbytes
+    return smallest_budget(merge(study.items_for_nothing()), bases=study.bases).needed_nbytes

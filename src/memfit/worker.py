@@ -171,7 +171,7 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     reset_resident_peak()
     with meter.phase("calibrate"):
         text = _windows(job)
-    statistics, prices = calibrate(
+    found = calibrate(
         source,
         None if text is None else text["calibration"],
         Allowed.from_json(job["allowed"]),
@@ -179,14 +179,15 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
         watch=meter,
     )
     account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    if statistics is not None:
-        statistics.save(Path(job["work"]) / "statistics.safetensors")
+    if found.statistics is not None:
+        found.statistics.save(Path(job["work"]) / "statistics.safetensors")
     answer: dict[str, Any] = {
         "account": account.to_json(),
-        "prices": [[name, scheme.to_json(), price] for (name, scheme), price in prices.items()],
-        "priced_by": priced_by(source, statistics),
+        "prices": [[name, scheme.to_json(), price] for (name, scheme), price in found.prices.items()],
+        "kv_prices": list(found.kv_prices.items()),
+        "priced_by": priced_by(source, found.statistics),
     }
-    del statistics, prices
+    del found
     return answer | (_reference(job) if job["reference"] else {})
 
 

@@ -184,7 +184,7 @@ def test_drawn_tokens_follow_the_models_own_prediction():
 def test_a_vocabulary_read_in_blocks_is_drawn_from_as_a_whole(monkeypatch):
     source = source_from_config(CONFIGS["llama"]())
     monkeypatch.setattr("memfit.calibrate.stream.ROWS_NBYTES", 100 * 128 * 4)
-    monkeypatch.setattr(room, "_LOGITS_NBYTES", 7 * 4 * 100)
+    monkeypatch.setattr(room, "LOGITS_NBYTES", 7 * 4 * 100)
     found, labels = collect_with_labels(source, monkeypatch, dtype=torch.float32)
     assert labels.max() > 100
     model = load(source, dtype=torch.float32).double()

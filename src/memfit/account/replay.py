@@ -88,7 +88,7 @@ class Blocks:
         plain = {name: getattr(PackedWeight, name) for name in ("_times_block", "_times_nibbles")}
 
         def replayed(name: str) -> Any:
-            def times(store: PackedWeight, x: Tensor, start: int, stop: int) -> Tensor:
+            def times(store: PackedWeight, x: Tensor, start: int, stop: int) -> Any:
                 weight = (name, store.scheme, store.kernel, store.shape[1], stop - start, store.offset(start))
                 described = self._describe((weight, self.follow.device), None, (x,), {})
                 call = partial(plain[name], store, x, start, stop)

@@ -66,7 +66,8 @@ def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     for tensor in tensors[2:]:
         common = torch.promote_types(common, tensor.dtype)
     for number in numbers:
-        common = _with_number(common, type(number))
+        kind: Any = type(number)
+        common = _with_number(common, kind)
     sizes: list[int] = []
     for number in numbers:
         sizes.append(1 if isinstance(number, bool) else 8)
@@ -81,7 +82,7 @@ def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
 
 
 @cache
-def _with_number(dtype: torch.dtype, kind: type[int] | type[float]) -> torch.dtype:
+def _with_number(dtype: torch.dtype, kind: Any) -> torch.dtype:
     """The dtype that a tensor's and a Python number's are promoted to."""
     return torch.result_type(torch.empty((1,), dtype=dtype, device="meta"), kind(1))
 

@@ -18,7 +18,7 @@ from memfit.source.source import Source
 from .statistics import Moments, Statistics, Sums
 from .stream import Streamed, row_shape
 
-_LOGITS_NBYTES: Final = 32 << 20
+LOGITS_NBYTES: Final = 32 << 20
 """Bytes of float32 logits held at a time."""
 
 
@@ -61,8 +61,8 @@ def collect(
     for start in range(0, windows_WT.shape[0], batch):
         ids_WT = windows_WT[start : start + batch]
         with torch.enable_grad(), _one_text_a_row(dry=is_fake(ids_WT)):
-            out = streamed.model(ids_WT, **_arguments(streamed.model, ids_WT))
-            hidden = _hidden(out)
+            out = streamed.model(ids_WT, **arguments_of(streamed.model, ids_WT))
+            hidden = hidden_of(out)
         slopes = [_head_gradient(streamed, state.detach(), sums, generator) for state in hidden]
         torch.autograd.backward(hidden, slopes)
         del out, hidden, slopes
@@ -104,7 +104,7 @@ def _one_text_a_row(*, dry: bool) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = look
 
 
-def _arguments(model: torch.nn.Module, ids_WT: Tensor) -> dict[str, Any]:
+def arguments_of(model: torch.nn.Module, ids_WT: Tensor) -> dict[str, Any]:
     """What a model takes beside the text: no cache; of an encoder-decoder, the same text to continue."""
     config = getattr(model, "config", None)
     arguments: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def _arguments(model: torch.nn.Module, ids_WT: Tensor) -> dict[str, Any]:
     return arguments
 
 
-def _hidden(out: object) -> list[Tensor]:
+def hidden_of(out: object) -> list[Tensor]:
     """What stands for the output: the hidden states that the head would read, or an encoder's last, and pooled."""
     if isinstance(out, Tensor):
         return [out]
@@ -160,7 +160,7 @@ def _draw(
     token_N = torch.zeros(count, dtype=torch.int64)
     log_total_N = torch.full((count,), -torch.inf)
     for start, rows_RD in streamed.rows(name):
-        for at, logits in _logits(states_ND, rows_RD):
+        for at, logits in logits_of(states_ND, rows_RD):
             part = slice(at, at + logits.shape[0])
             log_total_N[part] = torch.logaddexp(log_total_N[part], logits.logsumexp(1))
             noise = torch.rand(logits.shape, generator=generator).clamp_min_(1e-30)
@@ -177,7 +177,7 @@ def _block_gradient(
 ) -> Tensor:
     """Add (p − 1[token])·rows to `gradient_ND`; returns Σ over positions of (p − 1[token])², [R]."""
     square_R = torch.zeros(rows_RD.shape[0])
-    for at, logits in _logits(states_ND, rows_RD):
+    for at, logits in logits_of(states_ND, rows_RD):
         part = slice(at, at + logits.shape[0])
         chance = logits.sub_(log_total_N[part].unsqueeze(1)).exp_()
         local = token_N[part] - start
@@ -189,8 +189,10 @@ def _block_gradient(
     return square_R
 
 
-def _logits(states_ND: Tensor, rows_RD: Tensor) -> Iterator[tuple[int, Tensor]]:
+def logits_of(
+    states_ND: Tensor, rows_RD: Tensor, *, nbytes: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """(first position, float32 logits [n, R]) of blocks of positions against a block of the vocabulary."""
-    step = max(1, _LOGITS_NBYTES // (4 * rows_RD.shape[0]))
+    step = max(1, (nbytes or LOGITS_NBYTES) // (4 * rows_RD.shape[0]))
     for at in range(0, states_ND.shape[0], step):
         yield at, (states_ND[at : at + step] @ rows_RD.T).float()

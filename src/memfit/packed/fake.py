@@ -16,9 +16,9 @@ def is_fake(tensor: torch.Tensor) -> bool:
 
 
 def blocks_to_run(blocks: Iterable[_Block]) -> list[_Block]:
-    """All blocks of a loop that works through something too large to be worked on at once.
+    """All turns of a loop: blocks of something too large to be worked on at once, candidates tried in turn.
 
-    Under a fake mode the first two and the last: blocks between are of one size, nothing of one outlives it,
+    Under a fake mode the first two and the last: those between are of one size, nothing of one outlives it,
     and so the third takes what the second took.
     """
     found = list(blocks)

@@ -78,6 +78,12 @@ def maker_of_caches(model: nn.Module, *, kv_bits: int) -> Any:
     return lambda: make_cache(config, kv_bits=kv_bits)
 
 
+def takes_cache(model: nn.Module) -> bool:
+    """Whether the model is a decoder whose keys and values go to a cache that it can be given."""
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return _cache_argument(model) == "past_key_values" and not encodes
+
+
 def _cache_argument(model: nn.Module) -> str | None:
     names = inspect.signature(model.forward).parameters
     if getattr(getattr(model, "config", None), "is_decoder", None) is False and not _generates(model):

@@ -358,10 +358,10 @@ def _search(block: _Block, *, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor]]
         else:
             best.offer(measure, fitted, lowest)
     assert best is not None, "every width has a grid"
-    for _ in range(_ALTERNATIONS):
+    for _ in blocks_to_run(range(_ALTERNATIONS)):
         best.offer(*block.fit(best.step, best.lowest, span), best.lowest)
     nearest = best.step.to(torch.bfloat16).view(torch.int16)
-    for ulps in _NEIGHBOURS[scheme.bits]:
+    for ulps in blocks_to_run(_NEIGHBOURS[scheme.bits]):
         yield (nearest + ulps).view(torch.bfloat16).to(torch.float32), best.lowest
 
 
@@ -371,20 +371,20 @@ def _grid(block: _Block, *, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor | i
     mean, square = block.moments()
     if scheme.symmetric:
         deviation = square.sqrt_().clamp_(min=_LEAST_DEVIATION)
-        for places in _SYMMETRIC_GRID[scheme.bits]:
+        for places in blocks_to_run(_SYMMETRIC_GRID[scheme.bits]):
             yield block.peak / places, -half
             yield block.peak / places, 1 - half
-        for factor in _AROUND:
+        for factor in blocks_to_run(_AROUND):
             yield deviation * (factor * _STEP_OF_DEVIATION[scheme.bits]), -half
         return
     middle = (block.low + block.high) / 2
-    for shrink in _ASYMMETRIC_GRID[scheme.bits]:
+    for shrink in blocks_to_run(_ASYMMETRIC_GRID[scheme.bits]):
         step = block.range * (shrink / span)
         lowest = (middle / step - span / 2).round_()
         for shift in (-1, 0, 1) if scheme.bits <= _SHIFTED_BITS else (0,):
             yield step, (lowest + shift).clamp_(-span, 0)
     deviation = square.sub_(mean.square()).clamp_(min=0).sqrt_().clamp_(min=_LEAST_DEVIATION)
-    for factor in _AROUND:
+    for factor in blocks_to_run(_AROUND):
         step = deviation * (factor * _STEP_OF_DEVIATION[scheme.bits])
         yield step, (mean / step - span / 2).round_().clamp_(-span, 0)
 
