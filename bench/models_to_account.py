@@ -66,6 +66,7 @@ BIG: dict[str, dict[str, Any]] = {
         num_experts_per_tok=2, sliding_window=None,
     ),
 }  # fmt: skip
+BIG_BUDGETS = {"Llama-3-70B": "40GiB", "Mixtral-8x22B": "80GiB"}
 BIG_TASK = {"batch": 1, "prompt": 2048, "new_tokens": 128}
 SCALED = ("llama", "gemma3", "t5", "mixtral", "mamba", "lstm")
 

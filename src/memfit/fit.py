@@ -131,8 +131,9 @@ def plan(
     task = task or Infer()
     source = open_source(model)
     check(source)
-    original = account_of(source, task, device=device)
-    nbytes = parse_size(budget, whole_nbytes=original.peak_nbytes)
+    share = isinstance(budget, str) and budget.strip().endswith("%")
+    whole = account_of(source, task, device=device).peak_nbytes if share else None
+    nbytes = parse_size(budget, whole_nbytes=whole)
     study = Study(source, task, allowed or Allowed(), device=device)
     study.require_fit(nbytes)
     if source.checkpoint is None:

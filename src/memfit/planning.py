@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from memfit import __version__
 from memfit.account.account import Account
-from memfit.account.dry_run import trace
+from memfit.account.dry_run import Loaded, trace
 from memfit.account.follow import Follow, Shape, settle
 from memfit.account.replay import Blocks, Products
 from memfit.errors import DoesNotFit
@@ -192,7 +192,10 @@ class Study:
         self.skeleton = source.build(dtype=torch.bfloat16)
         self.groups = find_groups(self.skeleton)
         self.schemes = {group.name: allowed.schemes(group) for group in self.groups}
-        self.ledger = trace(self._make, replace(task, kv_bits=16), device=device)
+        self.loaded = Loaded(
+            lambda: load_model(source, dtype=torch.bfloat16), device=device, products=self.products
+        )
+        self.ledger = self.loaded.run(replace(task, kv_bits=16))
         owner = {member: group.name for group in self.groups for member in group.members}
         self.fixed, self.rest, self.running, self.kv_nbytes = moments(self.ledger, owner)
         self.bases = {phase: self.fixed + self.rest[phase] for phase in self.rest}
@@ -200,6 +203,7 @@ class Study:
             (phase, kind_of(module)): arguments for (phase, module), arguments in self.ledger.calls.items()
         }
         self._alone: dict[Any, int] = {}
+        self._builds: dict[str, Any] = {}
         self._caches: dict[int, Option] = {}
         self._later = self._loaded_later()
         full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
@@ -207,9 +211,6 @@ class Study:
             full[phase] = max(full[phase], nbytes + self.kv_nbytes.get(phase, 0))
         # Where a phase is so far below another that no workspace makes up for it, what runs in it matters not.
         self._binding = [phase for phase in full if full[phase] + _WORKSPACES_NBYTES >= max(full.values())]
-
-    def _make(self) -> nn.Module:
-        return load_model(self.source, dtype=torch.bfloat16)
 
     def _loaded_later(self) -> dict[str, int]:
         """Group to the fewest bytes of those that are loaded after it: the largest are loaded first."""
@@ -336,8 +337,11 @@ class Study:
 
     def _build_of(self, member: str) -> Any:
         """A module's class and shapes: equal for modules that take the same bytes on the same inputs."""
-        module = self.skeleton.get_submodule(member)
-        return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+        if member not in self._builds:
+            module = self.skeleton.get_submodule(member)
+            shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+            self._builds[member] = (type(module), shapes)
+        return self._builds[member]
 
     def _run_alone(self, member: str, arguments: tuple[Any, ...], scheme: Scheme | None) -> int:
         holder = nn.ModuleDict({"it": copy.deepcopy(self.skeleton.get_submodule(member))})
@@ -367,8 +371,7 @@ class Study:
         if bits == 16:
             return Option(price=price, held=dict(self.kv_nbytes))
         if bits not in self._caches:
-            task = replace(self.task, kv_bits=bits)
-            ledger = trace(self._make, task, device=self.device, products=self.products)
+            ledger = self.loaded.run(replace(self.task, kv_bits=bits))
             owner = {member: group.name for group in self.groups for member in group.members}
             _, rest, _, kv_nbytes = moments(ledger, owner)
             over = {phase: max(0, rest[phase] - self.rest[phase]) for phase in rest}

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .meter import allocations
 
-_MOST_PRODUCTS: Final = 1 << 33
-"""Multiplications a question may cost: about 20 ms on two AMX cores."""
+_MOST_PRODUCTS: Final = 1 << 32
+"""Multiplications a question may cost: 10 ms on two cores with AMX, 50 ms on two without."""
 _MOST_ELEMENTS: Final = 1 << 25
 """Elements of a matrix in a question: 64 MiB in bf16."""
 
@@ -124,7 +124,7 @@ class _Product(NamedTuple):
 def _less_product(shape: _Product) -> int:
     small = shape._replace(
         rows=_remainder_kept(shape.rows, 1024),
-        inner=_remainder_kept(shape.inner, 8192),
+        inner=_remainder_kept(shape.inner, 4096),
         columns=_remainder_kept(shape.columns, 1024),
     )
     scratch = _ask_product(small)

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from .account import Account
-from .follow import Follow
+from .follow import Follow, has_no_bytes
 from .ledger import Ledger
 from .replay import Blocks, Products
 from .settle import settle
@@ -26,6 +26,49 @@ class Task(Protocol):
         ...
 
 
+class Loaded:
+    """A model loaded on fake tensors, on which tasks are run one after the other, each as if it were the first.
+
+    Args:
+        make: makes or loads the model; called on fake tensors.
+        device: `cpu` or `cuda`, whose allocator is meant.
+        whole: trace every block, also those equal to one already traced.
+        products: of earlier traces on as many threads, to go on from.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        *,
+        device: str = "cpu",
+        whole: bool = False,
+        products: Products | None = None,
+    ) -> None:
+        self.whole, self.products = whole, products
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.follow = Follow(device=device)
+        blocks = Blocks(self.follow, products=products)
+        with no_collection(), self.mode, self.follow, self.follow.phase("load"):
+            with nullcontext() if whole else blocks.on_loading():
+                self.model = make()
+            hold_model(self.model, self.follow)
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            self.held = {self.follow.number_of(t): t.untyped_storage() for t in tensors if not has_no_bytes(t)}
+        ledger = self.follow.ledger
+        ledger.routed = has_experts(self.model)
+        if any(type(module).__module__.startswith("transformers.") for module in self.model.modules()):
+            ledger.runtime = "transformers"
+
+    def run(self, task: Task) -> Ledger:
+        """What was born and what ended in loading and in the task, in order."""
+        follow = self.follow.again(self.held)
+        blocks = Blocks(follow, products=self.products)
+        replayed = nullcontext() if self.whole else blocks.on(self.model)
+        with no_collection(), self.mode, follow, follow.inside(self.model), replayed:
+            task.run(self.model, follow)
+        return follow.ledger
+
+
 def trace(
     make: Callable[[], nn.Module],
     task: Task,
@@ -36,26 +79,9 @@ def trace(
 ) -> Ledger:
     """Make a model and run a task on it, on fake tensors; what was born, and what ended, in order.
 
-    Args:
-        products: of earlier traces on as many threads, to go on from.
-        others: see `dry_run`.
+    Arguments: see `Loaded`.
     """
-    follow = Follow(device=device)
-    blocks = Blocks(follow, products=products)
-    with no_collection(), FakeTensorMode(allow_non_fake_inputs=True), follow:
-        with follow.phase("load"), nullcontext() if whole else blocks.on_loading():
-            model = make()
-            hold_model(model, follow)
-        follow.ledger.routed = has_experts(model)
-        if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
-            follow.ledger.runtime = "transformers"
-        with follow.inside(model):
-            if whole:
-                task.run(model, follow)
-            else:
-                with blocks.on(model):
-                    task.run(model, follow)
-    return follow.ledger
+    return Loaded(make, device=device, whole=whole, products=products).run(task)
 
 
 def dry_run(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False) -> Account:

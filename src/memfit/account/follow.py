@@ -6,7 +6,7 @@ before it returns is added by `workspace`. For CUDA as the target, sizes are its
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -41,6 +41,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.path: list[str] = [""]
         self._numbers: dict[int, int] = {}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._paused = 0
         self._phase = ""
         self.mode: FakeTensorMode | None = None
@@ -78,7 +79,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mend = MENDED[self.device].get(func)
         if mend is None:
             out = written(func, args, kwargs)
-            out = func(*args, **kwargs) if out is None else out
+            if out is None:
+                out = func(*args, **kwargs)
         else:
             with self.paused():
                 out = mend(func, args, kwargs)
@@ -89,7 +91,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.name() if before or after else ""
         scratch = [self._scratch(nbytes, name) for nbytes in before]
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and not _has_no_bytes(leaf):
+            if isinstance(leaf, torch.Tensor) and not has_no_bytes(leaf):
                 self.number_of(leaf, func)
         scratch += [self._scratch(nbytes, name) for nbytes in after]
         for number in scratch:
@@ -108,17 +110,25 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return number
         operator = func.name() if func is not None else ""
         number = self.ledger.born(Storage(storage.nbytes(), "activation", self.path[-1], operator, tensor.dtype))
-        self.adopt(tensor, number)
+        self.adopt(storage, number)
         return number
 
-    def adopt(self, tensor: torch.Tensor, number: int) -> None:
-        """Let the end of `tensor`'s storage be the end of storage `number`."""
-        storage = tensor.untyped_storage()
+    def adopt(self, storage: torch.UntypedStorage, number: int) -> None:
+        """Let the end of `storage` be the end of storage `number`."""
         key = storage._cdata
         self._numbers[key] = number
-        weakref.finalize(storage, self._on_end, key, number)
+        self._alive[number] = weakref.ref(storage, lambda _: self._on_end(key, number))
+
+    def again(self, held: Mapping[int, torch.UntypedStorage]) -> "Follow":
+        """Another one that goes on from here, with a ledger of its own; of what is alive it knows `held`."""
+        other = Follow(device=self.device)
+        other.ledger = self.ledger.copy()
+        for number, storage in held.items():
+            other.adopt(storage, number)
+        return other
 
     def _on_end(self, key: int, number: int) -> None:
+        del self._alive[number]
         if self._numbers.get(key) == number:
             del self._numbers[key]
         self.ledger.ended(number)
@@ -142,7 +152,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger.marks.append((len(self.ledger.events), ""))
 
     def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
-        if _has_no_bytes(tensor):
+        if has_no_bytes(tensor):
             return
         storage = self.ledger.storages[self.number_of(tensor)]
         storage.kind, storage.module = kind, module
@@ -175,7 +185,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 hook.remove()
 
 
-def _has_no_bytes(tensor: torch.Tensor) -> bool:
+def has_no_bytes(tensor: torch.Tensor) -> bool:
     """Whether a tensor is on meta. A fake tensor asked for its device would ask the modes, thousands of times."""
     device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
     return device.type == "meta"

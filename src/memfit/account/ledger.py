@@ -52,6 +52,14 @@ class Ledger:
         self.kernels: set[tuple[Any, ...]] = set()
         """Shapes of the products that oneDNN makes code for: a replayed block has none of its own."""
 
+    def copy(self) -> "Ledger":
+        """Another ledger that begins with all that is in this one."""
+        made = Ledger()
+        made.storages, made.events, made.marks = list(self.storages), list(self.events), list(self.marks)
+        made.gone, made.calls, made.kernels = set(self.gone), dict(self.calls), set(self.kernels)
+        made.routed, made.runtime = self.routed, self.runtime
+        return made
+
     def born(self, storage: Storage) -> int:
         """Write down a birth; returns the storage's number."""
         self.storages.append(storage)

@@ -288,7 +288,7 @@ class Blocks:
         storage = recording.births[view.index][0]
         assert self.follow.mode is not None
         base = make_fake(self.follow.mode, (storage.nbytes // view.dtype.itemsize,), (1,), view.dtype)
-        self.follow.adopt(base, numbers[view.index])
+        self.follow.adopt(base.untyped_storage(), numbers[view.index])
         return base
 
 
