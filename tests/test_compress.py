@@ -18,9 +18,10 @@ from memfit.account.watch import Unwatched
 from memfit.compress import calibrate, compress, priced_by
 from memfit.format.safetensors import DTYPES
 from memfit.packed.scheme import Scheme
+from memfit.plan.allowed import Allowed
 from memfit.plan.groups import find_groups
 from memfit.plan.plan import GroupChoice, Plan
-from memfit.planning import Allowed, plan_files
+from memfit.planning import plan_files
 from memfit.source.load import load
 from memfit.source.source import Source, open_source, source_from_config
 from memfit.technique.quantize import dequantize, quantize

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from memfit.errors import DoesNotFit
 from memfit.packed.scheme import BITS
+from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps, loads
-from memfit.planning import Allowed, account_of, make_plan, predict
+from memfit.planning import account_of, make_plan, predict
 from memfit.source.source import Source, source_from_config
+from memfit.study import Study
 from memfit.task.infer import Infer
 
 DECODER = {
@@ -40,13 +42,13 @@ def plans(source, whole_nbytes, refusal) -> list[Plan]:
     """From less to more budget."""
     least = refusal.smallest_nbytes
     budgets = [least + (whole_nbytes - least) * share // 100 for share in (5, 40, 90, 101)]
-    return [make_plan(source, budget_nbytes=nbytes, task=TASK, allowed=FEW) for nbytes in budgets]
+    return [make_plan(Study(source, TASK, FEW), nbytes) for nbytes in budgets]
 
 
 @pytest.fixture(scope="module")
 def refusal(source) -> DoesNotFit:
     with pytest.raises(DoesNotFit) as caught:
-        make_plan(source, budget_nbytes=1000, task=TASK, allowed=FEW)
+        make_plan(Study(source, TASK, FEW), 1000)
     return caught.value
 
 
@@ -70,7 +72,7 @@ def test_a_plan_read_back_is_equal_and_predicts_the_same_bytes(source, plans):
 
 
 def test_the_same_question_has_the_same_plan(source, plans):
-    again = make_plan(source, budget_nbytes=plans[1].budget_nbytes, task=TASK, allowed=FEW)
+    again = make_plan(Study(source, TASK, FEW), plans[1].budget_nbytes)
     assert again.choices == plans[1].choices and again.kv_bits == plans[1].kv_bits
 
 
@@ -84,10 +86,10 @@ def test_fused_and_tied_tensors_share_a_choice(plans):
 
 
 def test_what_does_not_fit_is_refused_with_the_smallest_budget_that_works(source, refusal):
-    made = make_plan(source, budget_nbytes=refusal.smallest_nbytes, task=TASK, allowed=FEW)
+    made = make_plan(Study(source, TASK, FEW), refusal.smallest_nbytes)
     assert made.predicted["peak_nbytes"] <= refusal.smallest_nbytes
     with pytest.raises(DoesNotFit) as caught:
-        make_plan(source, budget_nbytes=refusal.smallest_nbytes - 1, task=TASK, allowed=FEW)
+        make_plan(Study(source, TASK, FEW), refusal.smallest_nbytes - 1)
     assert caught.value.smallest_nbytes == refusal.smallest_nbytes
 
 
@@ -104,7 +106,7 @@ def test_experts_are_packed_and_what_is_kept_is_kept():
     source = source_from_config(hf.MixtralConfig(**DECODER, num_local_experts=4))
     nbytes = account_of(source, TASK, dtype=torch.bfloat16).peak_nbytes * 55 // 100
     allowed = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("lm_head", "layers.0.self_attn"))
-    plan = make_plan(source, budget_nbytes=nbytes, task=TASK, allowed=allowed)
+    plan = make_plan(Study(source, TASK, allowed), nbytes)
     schemes = plan.schemes()
     assert {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"} <= schemes.keys()
     assert not any(part in name for name in schemes for part in allowed.keep)

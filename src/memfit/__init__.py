@@ -21,8 +21,8 @@ from memfit.errors import (
     UsageError,
 )
 from memfit.fit import Text, account, evaluate, fit, load, measure, plan
+from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
-from memfit.planning import Allowed
 from memfit.report.report import Report
 from memfit.task.infer import Infer
 

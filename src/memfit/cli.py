@@ -86,6 +86,10 @@ def account(
     kv_bits: Annotated[int, typer.Option(help="Bits of the KV cache: 16, 8, 4, 2.")] = 16,
     device: Device = Device.cpu,
     routing: Annotated[Routing | None, typer.Option(help="For experts; default: both are shown.")] = None,
+    resident: Annotated[
+        bool,
+        typer.Option("--resident", help="Predict the whole process, too; measures this machine once, a minute."),
+    ] = False,
     top: Annotated[int, typer.Option(help="Entries to list.", min=0)] = 10,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +97,8 @@ def account(
     import memfit
 
     task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens, kv_bits=kv_bits)
-    first = memfit.account(model, task, device=device.value, routing=(routing or Routing.balanced).value)
+    share = (routing or Routing.balanced).value
+    first = memfit.account(model, task, device=device.value, routing=share, resident=resident)
     worst = None
     if routing is None and first.routing is not None:
         worst = memfit.account(model, task, device=device.value, routing="worst")

@@ -21,10 +21,10 @@ from memfit.format.safetensors import Writer
 from memfit.packed.bits import pack_values
 from memfit.packed.fake import is_fake
 from memfit.packed.scheme import Scheme
+from memfit.plan.allowed import Allowed
 from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import Plan, PricedBy
 from memfit.plan.price import Prices, importance_of, prices
-from memfit.planning import Allowed
 from memfit.source.source import Source
 from memfit.technique.quantize import quantize
 

@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,17 +19,19 @@ from memfit import demo
 from memfit.account.account import Account
 from memfit.account.dry_run import dry_run
 from memfit.account.follow import Follow, settle
+from memfit.account.outside import Outside, predict_resident
 from memfit.compress import calibrate, compress
 from memfit.errors import OverBudget, QualityMissed, UsageError
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
-from memfit.evaluate.text import read_text, windows
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
 from memfit.models import load_model, loader_for
+from memfit.outside import known_outside, outside_of_machine
 from memfit.packed.scheme import Scheme
+from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
-from memfit.planning import Allowed, Study, account_of, make_plan, plan_files
+from memfit.planning import account_of, make_plan, plan_files, predict, require_fit
 from memfit.report.card import model_card
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.page import render_page
@@ -37,44 +39,14 @@ from memfit.report.report import Report
 from memfit.source.check import check
 from memfit.source.live import fake_copy
 from memfit.source.source import Source, open_source
+from memfit.study import Study
 from memfit.task.infer import Infer
+from memfit.text import Text, text_job, text_of
 from memfit.units import parse_size
 from memfit.worker import run_job
 
 Progress = Callable[[str], None]
 """Told, in a few words, what is done next."""
-
-_LOGITS_NBYTES: Final = 2 << 30
-"""The most the original's logits may take on the disk, unless the windows are counted by the caller."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """The text that quality is priced and measured on: one part to calibrate on, another to evaluate on."""
-
-    calibration: str
-    evaluation: str
-    length: int = 256
-    """Tokens of a window."""
-    calibration_windows: int = 16
-    evaluation_windows: int | None = None
-    """None: up to 16, fewer where the vocabulary is so large that their logits would not fit 2 GiB."""
-
-    @classmethod
-    def from_file(cls, file: str | Path, **options: Any) -> "Text":
-        text = read_text(file)
-        half = text.find("\n", len(text) // 2) + 1 or len(text) // 2
-        return cls(calibration=text[:half], evaluation=text[half:], **options)
-
-    @classmethod
-    def of_demo(cls, **options: Any) -> "Text":
-        """The text shipped with the demo model; the part to evaluate on was never trained on."""
-        return cls(
-            calibration=read_text(demo.calibration_text()),
-            evaluation=read_text(demo.heldout_text()),
-            **options,
-        )
-
 
 def account(
     model: str | Path | nn.Module,
@@ -82,6 +54,7 @@ def account(
     *,
     device: str = "cpu",
     routing: str = "balanced",
+    resident: bool = False,
 ) -> Account:
     """Who will hold which bytes, when, if `model` runs `task`. No weights are read.
 
@@ -90,6 +63,8 @@ def account(
         task: default: one prompt of 512 tokens and 32 new ones.
         device: `cpu` or `cuda`; nothing needs to be installed for it.
         routing: where experts are chosen by data, `balanced` or `worst`.
+        resident: predict the process's resident peak too, for which this machine is measured once, in a minute.
+            It is predicted in any case where the machine has been measured before.
 
     Raises:
         BrokenInput: the model is unsafe or broken.
@@ -100,10 +75,12 @@ def account(
     token = ROUTING.set(routing)  # type: ignore[arg-type]
     try:
         if isinstance(model, nn.Module):
-            return dry_run(lambda: fake_copy(model), task, device=device)
-        source = open_source(model, weights=False)
-        task = replace(task, kv_bits=source.kv_bits) if task.kv_bits == 16 else task
-        return account_of(source, task, device=device)
+            made = dry_run(lambda: fake_copy(model), task, device=device)
+        else:
+            source = open_source(model, weights=False)
+            task = replace(task, kv_bits=source.kv_bits) if task.kv_bits == 16 else task
+            made = account_of(source, task, device=device)
+        return _with_resident(made, outside_of_machine() if resident and device == "cpu" else known_outside())
     finally:
         ROUTING.reset(token)
 
@@ -135,11 +112,11 @@ def plan(
     whole = account_of(source, task, device=device).peak_nbytes if share else None
     nbytes = parse_size(budget, whole_nbytes=whole)
     study = Study(source, task, allowed or Allowed(), device=device)
-    study.require_fit(nbytes)
+    require_fit(study, nbytes)
     if source.checkpoint is None:
         return _planned(study, nbytes, {})
     with tempfile.TemporaryDirectory(prefix="memfit-") as work:
-        job = _calibration_job(study, _text_of(text), Path(work), reference=False)
+        job = _calibration_job(study, text_of(text), Path(work), reference=False)
         progress("pricing choices")
         return _planned(study, nbytes, run_job(job))
 
@@ -191,8 +168,8 @@ def fit(
         nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
         study = Study(source, task, allowed or Allowed())
         if given is None:
-            study.require_fit(nbytes)
-    texts = _text_of(text)
+            require_fit(study, nbytes)
+    texts = text_of(text)
     with _threads(threads), OutputDirectory(target, overwrite=overwrite) as output:
         work = Path(tempfile.mkdtemp(prefix="memfit-", dir=output.path))
         job = _calibration_job(study, texts, work, reference=True)
@@ -201,7 +178,7 @@ def fit(
         calibrated = run_job(job)
         progress("searching the plan")
         chosen = given or _planned(study, nbytes, calibrated)
-        predicted = study.predict(chosen)
+        predicted = predict(source, chosen, task, products=study.products)
         progress("predicting the fitting itself")
         predicted_fit = _predict_fit(source, chosen, job)
         chosen = replace(chosen, predicted=predicted.to_json(), predicted_fit=predicted_fit.to_json())
@@ -215,7 +192,7 @@ def fit(
             budget_nbytes=nbytes,
             plan=chosen.to_json(),
             task=chosen.task,
-            predicted=predicted,
+            predicted=_with_resident(predicted, known_outside()),
             measured=measured,
             predicted_fit=predicted_fit,
             measured_fit=_joined(calibrated["account"], compressed["account"]),
@@ -265,7 +242,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
         work = Path(directory)
         judged = text if isinstance(text, Text) else Text.from_file(text)
-        job = _text_job(source, judged, work)
+        job = text_job(source, judged, work)
         progress("asking the reference")
         run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16)), "threads": threads})
         progress("measuring the model")
@@ -315,38 +292,20 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _with_resident(account: Account, outside: Outside | None) -> Account:
+    return account if outside is None else predict_resident(account, outside)
+
+
 def _stem(source: Source) -> str:
     name = source.gguf.stem if source.gguf is not None else Path(source.name).name
     return "demo" if source.directory == demo.model_directory() else name
-
-
-def _text_of(text: Text | str | Path | None) -> Text | None:
-    return text if isinstance(text, Text) or text is None else Text.from_file(text)
-
-
-def _text_job(source: Source, text: Text, work: Path) -> dict[str, Any]:
-    """Cut the text into windows and leave them in `work`, for the jobs."""
-    tokenizer = source.tokenizer()
-    vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1)
-    affordable = max(1, _LOGITS_NBYTES // (2 * vocabulary * text.length))
-    evaluated = text.evaluation_windows or min(16, affordable)
-    torch.save(
-        {
-            "calibration": windows(
-                tokenizer, text.calibration, length=text.length, count=text.calibration_windows
-            ),
-            "evaluation": windows(tokenizer, text.evaluation, length=text.length, count=evaluated),
-        },
-        work / "windows.pt",
-    )
-    return {"model": str(source.gguf or source.directory), "work": str(work)}
 
 
 def _calibration_job(study: Study, text: Text | None, work: Path, *, reference: bool) -> dict[str, Any]:
     source = study.source
     job: dict[str, Any] = {"model": str(source.gguf or source.directory), "work": str(work)}
     if text is not None:
-        job = _text_job(source, text, work)
+        job = text_job(source, text, work)
     return job | {
         "do": "calibrate",
         "allowed": asdict(study.allowed),
@@ -360,14 +319,11 @@ def _planned(study: Study, nbytes: int, answer: dict[str, Any]) -> Plan:
     """The plan by what calibration answered; without an answer, by shapes alone."""
     prices = {(name, Scheme(**scheme)): price for name, scheme, price in answer.get("prices", ())}
     return make_plan(
-        study.source,
-        budget_nbytes=nbytes,
-        task=study.task,
+        study,
+        nbytes,
         prices=prices or None,
         kv_prices=dict(answer.get("kv_prices", ())),
         priced_by=answer.get("priced_by", "weights"),
-        device=study.device,
-        study=study,
     )
 
 

@@ -48,6 +48,12 @@ def plain_model() -> nn.Module:
     return nn.Sequential(nn.Embedding(4096, width), *blocks, *blocks)
 
 
+def known_outside(*, threads: int | None = None) -> Outside | None:
+    """What `outside_of_machine` has measured before; None if it has not, for so many threads."""
+    known = _remembered().get(_machine_key(threads))
+    return None if known is None else Outside(**known)
+
+
 def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Outside:
     """What processes on this machine hold outside the allocator; measured on the first call, then remembered.
 
@@ -57,14 +63,7 @@ def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Ou
         threads: of the measured processes; default: torch's own.
         again: measure even if a file remembers.
     """
-    file = _cache_file()
-    known: dict[str, Any] = {}
-    if file.exists():
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            known = {}
-    key = _machine_key(threads)
+    known, key = _remembered(), _machine_key(threads)
     if again or key not in known:
         kernel = int(run_job({"do": "kernel_nbytes", "threads": threads})["nbytes"])
         runtime: dict[str, int] = {}
@@ -74,7 +73,7 @@ def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Ou
                 name = f"{library} {dtype}"
                 runtime[name] = max(runtime.get(name, 0), found)
         known[key] = {"runtime_nbytes": runtime, "kernel_nbytes": kernel}
-        _remember(file, known)
+        _remember(_cache_file(), known)
     return Outside(**known[key])
 
 
@@ -103,6 +102,14 @@ def _machine_key(threads: int | None) -> str:
 def _cache_file() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "memfit" / "outside.json"
+
+
+def _remembered() -> dict[str, Any]:
+    try:
+        known = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _remember(file: Path, known: dict[str, Any]) -> None:

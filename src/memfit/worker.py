@@ -130,6 +130,7 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
 def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     from memfit.account.dry_run import hold_model
     from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.outside import with_outside
     from memfit.account.watch import Unwatched
     from memfit.models import load_model, loader_for
     from memfit.task.infer import Infer
@@ -150,11 +151,8 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         model = load_model(source, dtype=job.get("dtype"))
         hold_model(model, meter)
     task.run(model, meter)
-    account = replace(
-        meter.account(),
-        resident_nbytes=resident["peak"],
-        file_backed_nbytes=resident["file"],
-    )
+    account = replace(meter.account(), file_backed_nbytes=resident["file"])
+    account = with_outside(account, max(0, resident["peak"] - account.peak_nbytes))
     return {"account": account.to_json(), "resident": resident, "resident_after_load": loaded}, model
 
 
@@ -162,7 +160,7 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     """Statistics into the work directory, prices into the answer; if asked, the original's own answers."""
     from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
     from memfit.compress import calibrate, priced_by
-    from memfit.planning import Allowed
+    from memfit.plan.allowed import Allowed
     from memfit.source.source import open_source
 
     _prepare(job)

@@ -56,7 +56,11 @@ def predict_resident(account: Account, outside: Outside) -> Account:
     """`account` with the resident peak of a fresh process, and what is outside the allocator as an entry."""
     if account.device != "cpu":
         return account
-    nbytes = outside.nbytes(account)
+    return with_outside(account, outside.nbytes(account))
+
+
+def with_outside(account: Account, nbytes: int) -> Account:
+    """`account` with so many bytes outside the allocator, as an entry of its own; the process holds both."""
     entry = Entry(
         kind="outside", module="", device="cpu", dtype="", nbytes=nbytes,
         phases=tuple(phase.name for phase in account.phases),

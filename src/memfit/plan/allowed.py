@@ -1,0 +1,42 @@
+"""What the search may choose from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memfit.packed.scheme import BITS, Scheme
+
+from .groups import Group, candidates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """What the search may choose from."""
+
+    bits: tuple[int, ...] = BITS
+    groups: Mapping[int, tuple[int | None, ...]] | None = None
+    """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS`."""
+    symmetric: bool = True
+    kv_bits: tuple[int, ...] = (16, 8, 4)
+    keep: tuple[str, ...] = ()
+    """Groups that stay in 16 bits: a part of their names is enough."""
+
+    def schemes(self, group: Group) -> tuple[Scheme, ...]:
+        """Schemes for one group; none if it is kept."""
+        if any(part in name for part in self.keep for name in (group.name, *group.members)):
+            return ()
+        options: dict[str, Any] = {} if self.groups is None else {"groups": self.groups}
+        bits = tuple(b for b in self.bits if b < 16)
+        return candidates(group, bits=bits, symmetric=self.symmetric, **options)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Allowed":
+        """The settings that `dataclasses.asdict` gave, after JSON made lists and text of them."""
+        groups = data["groups"]
+        return cls(
+            bits=tuple(data["bits"]),
+            groups=None if groups is None else {int(bits): tuple(sizes) for bits, sizes in groups.items()},
+            symmetric=data["symmetric"],
+            kv_bits=tuple(data["kv_bits"]),
+            keep=tuple(data["keep"]),
+        )

@@ -1,0 +1,261 @@
+"""What the search needs to know of a model under a task: for every choice, the bytes it keeps and takes.
+
+The kept bytes are shapes. For the others the original model is traced once, which gives the bytes alive while
+each module runs; then each kind of module is run alone, on fake tensors, in 16 bits and in every scheme, and
+the difference is what the scheme changes.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from memfit.account.dry_run import Loaded
+from memfit.account.follow import Follow, Shape, settle
+from memfit.account.replay import Blocks, Products
+from memfit.format.output import weights_of
+from memfit.format.packed import packed_specs
+from memfit.models import load_model
+from memfit.moments import fake_weights, kind_of, moments
+from memfit.packed.bits import pack_values
+from memfit.packed.kernel import runtime_nbytes
+from memfit.packed.modules import pack_module_skeleton
+from memfit.packed.scheme import Scheme
+from memfit.plan.allowed import Allowed
+from memfit.plan.groups import Group, find_groups
+from memfit.plan.plan import GroupChoice, Plan
+from memfit.plan.price import Prices
+from memfit.plan.search import Option
+from memfit.source.source import Source
+from memfit.task.infer import Infer
+
+KV_PRICES: Final = {16: 0.0, 8: 1e-4, 4: 2e-2, 2: 1.0}
+"""Nats a token that a KV cache in so many bits is expected to cost, where nothing was measured."""
+_WORKSPACES_NBYTES: Final = 64 << 20
+"""More than any packed module takes beside its inputs and outputs."""
+
+
+class Study:
+    """What the search needs to know of one model under one task."""
+
+    def __init__(self, source: Source, task: Infer, allowed: Allowed, *, device: str = "cpu") -> None:
+        self.source, self.task, self.allowed, self.device = source, task, allowed, device
+        self.products: Products = {}
+        self.skeleton = source.build(dtype=torch.bfloat16)
+        self.groups = find_groups(self.skeleton)
+        self.schemes = {group.name: allowed.schemes(group) for group in self.groups}
+        self.loaded = Loaded(
+            lambda: load_model(source, dtype=torch.bfloat16), device=device, products=self.products
+        )
+        self.ledger = self.loaded.run(replace(task, kv_bits=16))
+        owner = {member: group.name for group in self.groups for member in group.members}
+        self.fixed, self.rest, self.running, self.kv_nbytes = moments(self.ledger, owner)
+        self.bases = {phase: self.fixed + self.rest[phase] for phase in self.rest}
+        self._calls = {
+            (phase, kind_of(module)): arguments for (phase, module), arguments in self.ledger.calls.items()
+        }
+        self._alone: dict[Any, int] = {}
+        self._builds: dict[str, Any] = {}
+        self._caches: dict[int, Option] = {}
+        self._later = self._loaded_later()
+        full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
+        for (phase, _), nbytes in self.running.items():
+            full[phase] = max(full[phase], nbytes + self.kv_nbytes.get(phase, 0))
+        # Where a phase is so far below another that no workspace makes up for it, what runs in it matters not.
+        self._binding = [phase for phase in full if full[phase] + _WORKSPACES_NBYTES >= max(full.values())]
+
+    def _loaded_later(self) -> dict[str, int]:
+        """Group to the fewest bytes of those that are loaded after it: the largest are loaded first."""
+        later: dict[str, int] = {}
+        total = 0
+        for group in sorted(self.groups, key=lambda group: max(map(math.prod, group.shapes))):
+            later[group.name] = total
+            least = min((group.nbytes(scheme) for scheme in self.schemes[group.name]), default=2 * group.weights)
+            total += least
+        return later
+
+    # -- options ---------------------------------------------------------------------------------
+
+    def items(self, prices: Prices, kv_prices: Mapping[int, float]) -> dict[str, list[Option]]:
+        """Options by group name, 16 bits first; the KV cache, where there is one, is the item `kv_cache`."""
+        items = {group.name: self._options(group, prices) for group in self.groups}
+        if self.kv_nbytes:
+            items["kv_cache"] = [self._kv_option(bits, kv_prices[bits]) for bits in self.kv_choices()]
+        return items
+
+    def items_for_nothing(self) -> dict[str, list[Option]]:
+        """The same options where only their bytes are of interest."""
+        return self.items(
+            {(name, scheme): 0.0 for name, schemes in self.schemes.items() for scheme in schemes},
+            dict.fromkeys(KV_PRICES, 0.0),
+        )
+
+    def kv_choices(self) -> tuple[int, ...]:
+        """KV bits that may be chosen, 16 always among them and first."""
+        return (16, *sorted((bits for bits in self.allowed.kv_bits if bits != 16), reverse=True))
+
+    def _options(self, group: Group, prices: Prices) -> list[Option]:
+        plain = Option(price=0.0, persistent_nbytes=2 * group.weights, transient=self._transient(group, None))
+        return [plain] + [
+            Option(
+                price=prices[group.name, scheme],
+                persistent_nbytes=sum(runtime_nbytes(scheme, shape) for shape in group.shapes),
+                transient=self._transient(group, scheme),
+            )
+            for scheme in self.schemes[group.name]
+        ]
+
+    def _transient(self, group: Group, scheme: Scheme | None) -> dict[str, int]:
+        """Bytes over the phase's base that are alive while the group's modules run."""
+        over = {}
+        for phase, rest in self.rest.items():
+            if phase not in self._binding:
+                over[phase] = 0
+                continue
+            if phase == "load":
+                over[phase] = max(0, self._loading(group, scheme) - rest - self._later[group.name])
+                continue
+            most = 0
+            for member in group.members:
+                traced = self.running.get((phase, member))
+                if traced is None:
+                    continue
+                if scheme is not None:
+                    traced += self.alone(member, phase, scheme) - self.alone(member, phase, None)
+                most = max(most, traced)
+            over[phase] = max(0, most - rest)
+        return over
+
+    def _loading(self, group: Group, scheme: Scheme | None) -> int:
+        """Bytes alive while the group's weights are read, beyond those that stay."""
+        if scheme is None:
+            return 0
+        found = 0
+        for member in group.members:
+            key = ("load", self._build_of(member), scheme)
+            if key not in self._alone:
+                self._alone[key] = self._load_alone(member, scheme, table=group.kind == "embedding")
+            found = max(found, self._alone[key])
+        return found
+
+    def _load_alone(self, member: str, scheme: Scheme, *, table: bool) -> int:
+        holder = nn.ModuleDict({"it": copy.deepcopy(self.skeleton.get_submodule(member))})
+        pack_module_skeleton(holder, {"it": scheme}, tied={})
+        specs = {
+            spec.name: spec
+            for name, weight in weights_of(self.skeleton, member).items()
+            for spec in packed_specs(
+                name, (weight.shape.numel() // weight.shape[-1], weight.shape[-1]), scheme
+            )
+        }
+
+        def read(name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+            spec = specs[name]
+            rows = spec.shape[0] if start is None or stop is None else stop - start
+            if table and name.endswith("weight_packed"):
+                values = spec.shape[-1] * 32 // scheme.bits
+                return pack_values(torch.empty((rows, values), dtype=torch.int8), scheme.bits)
+            return torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype)
+
+        follow = Follow()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad(), follow, follow.phase("load"):
+            holder["it"].load_from(read, member)  # type: ignore[operator]
+        account = settle(follow.ledger)
+        return account.peak_nbytes - account.phases[0].end_nbytes
+
+    def alone(self, member: str, phase: str, scheme: Scheme | None) -> int:
+        """Peak bytes of one module run alone on the inputs it has in `phase`, weights and inputs left out."""
+        arguments = self._calls.get((phase, kind_of(member)))
+        if arguments is None:
+            return 0
+        key = (self._build_of(member), arguments, scheme)
+        if key not in self._alone:
+            self._alone[key] = self._run_alone(member, arguments, scheme)
+        return self._alone[key]
+
+    def _build_of(self, member: str) -> Any:
+        """A module's class and shapes: equal for modules that take the same bytes on the same inputs."""
+        if member not in self._builds:
+            module = self.skeleton.get_submodule(member)
+            shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+            self._builds[member] = (type(module), shapes)
+        return self._builds[member]
+
+    def _run_alone(self, member: str, arguments: tuple[Any, ...], scheme: Scheme | None) -> int:
+        holder = nn.ModuleDict({"it": copy.deepcopy(self.skeleton.get_submodule(member))})
+        if scheme is not None:
+            pack_module_skeleton(holder, {"it": scheme}, tied={})
+        follow = Follow()
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), follow:
+            with follow.paused():
+                inputs = [a.empty() if isinstance(a, Shape) else a for a in arguments]
+                module = holder["it"]
+                fake_weights(module)
+                known = [
+                    t for t in (*inputs, *module.parameters(), *module.buffers()) if isinstance(t, Tensor)
+                ]
+                for tensor in known:
+                    follow.number_of(tensor)
+            start = len(follow.ledger.events)
+            with follow.phase("alone"), Blocks(follow, products=self.products).on_products():
+                module(*inputs)
+        total = peak = 0
+        for number, sign in follow.ledger.events[start:]:
+            total += sign * follow.ledger.storages[number].nbytes
+            peak = max(peak, total)
+        return peak
+
+    def _kv_option(self, bits: int, price: float) -> Option:
+        if bits == 16:
+            return Option(price=price, held=dict(self.kv_nbytes))
+        if bits not in self._caches:
+            ledger = self.loaded.run(replace(self.task, kv_bits=bits))
+            owner = {member: group.name for group in self.groups for member in group.members}
+            _, rest, _, kv_nbytes = moments(ledger, owner)
+            over = {phase: max(0, rest[phase] - self.rest[phase]) for phase in rest}
+            self._caches[bits] = Option(price=0.0, held=kv_nbytes, transient=over)
+        return replace(self._caches[bits], price=price)
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        chosen: Mapping[str, int],
+        prices: Prices,
+        budget_nbytes: int,
+        kv_prices: Mapping[int, float],
+        priced_by: str,
+    ) -> Plan:
+        """The plan that a solution of the search means."""
+        choices = []
+        for group in self.groups:
+            index = chosen[group.name]
+            scheme = None if index == 0 else self.schemes[group.name][index - 1]
+            choices.append(
+                GroupChoice(
+                    name=group.name,
+                    members=group.members,
+                    scheme=scheme,
+                    weights=group.weights,
+                    nbytes=group.nbytes(scheme),
+                    price=0.0 if scheme is None else prices[group.name, scheme],
+                )
+            )
+        kv_bits = self.kv_choices()[chosen["kv_cache"]] if "kv_cache" in chosen else 16
+        expected = sum(choice.price for choice in choices) + (kv_prices[kv_bits] if self.kv_nbytes else 0.0)
+        return Plan(
+            model=self.source.name,
+            task=replace(self.task, kv_bits=kv_bits).to_json(),
+            budget_nbytes=budget_nbytes,
+            choices=tuple(choices),
+            kv_bits=kv_bits,
+            device=self.device,
+            priced_by=priced_by,  # type: ignore[arg-type]
+            expected_kl=expected,
+        )

@@ -1,0 +1,66 @@
+"""The text that quality is priced and measured on, and its windows, cut for the jobs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from memfit import demo
+from memfit.evaluate.text import read_text, windows
+from memfit.source.source import Source
+
+_LOGITS_NBYTES: Final = 2 << 30
+"""The most the original's logits may take on the disk, unless the windows are counted by the caller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The text that quality is priced and measured on: one part to calibrate on, another to evaluate on."""
+
+    calibration: str
+    evaluation: str
+    length: int = 256
+    """Tokens of a window."""
+    calibration_windows: int = 16
+    evaluation_windows: int | None = None
+    """None: up to 16, fewer where the vocabulary is so large that their logits would not fit 2 GiB."""
+
+    @classmethod
+    def from_file(cls, file: str | Path, **options: Any) -> "Text":
+        text = read_text(file)
+        half = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+        return cls(calibration=text[:half], evaluation=text[half:], **options)
+
+    @classmethod
+    def of_demo(cls, **options: Any) -> "Text":
+        """The text shipped with the demo model; the part to evaluate on was never trained on."""
+        return cls(
+            calibration=read_text(demo.calibration_text()),
+            evaluation=read_text(demo.heldout_text()),
+            **options,
+        )
+
+
+
+def text_of(text: Text | str | Path | None) -> Text | None:
+    """What a caller gave: a text cut already, or a file to cut in two halves."""
+    return text if isinstance(text, Text) or text is None else Text.from_file(text)
+
+
+def text_job(source: Source, text: Text, work: Path) -> dict[str, Any]:
+    """Cut the text into windows and leave them in `work`, for the jobs."""
+    tokenizer = source.tokenizer()
+    vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1)
+    affordable = max(1, _LOGITS_NBYTES // (2 * vocabulary * text.length))
+    evaluated = text.evaluation_windows or min(16, affordable)
+    torch.save(
+        {
+            "calibration": windows(
+                tokenizer, text.calibration, length=text.length, count=text.calibration_windows
+            ),
+            "evaluation": windows(tokenizer, text.evaluation, length=text.length, count=evaluated),
+        },
+        work / "windows.pt",
+    )
+    return {"model": str(source.gguf or source.directory), "work": str(work)}
