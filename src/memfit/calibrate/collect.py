@@ -5,6 +5,7 @@ Legend: W windows, T time, N tokens in all, D width, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -68,6 +69,7 @@ def collect(
         del out, hidden, slopes
     streamed.listener = None  # else the sums would live on in a ring with the model until it is collected
     statistics = Statistics(tokens=windows_WT.numel())
+    statistics.moments |= _of_experts(streamed, sums, windows_WT.numel())
     for name in sums.modules():
         inputs, gradients = sums.mean(name, "inputs"), sums.mean(name, "gradients")
         counts = sums.mean(name, "counts")
@@ -77,6 +79,27 @@ def collect(
         if inputs is not None:
             statistics.moments[name] = Moments(inputs=inputs, gradients=gradients)
     return statistics
+
+
+def _of_experts(streamed: Streamed, sums: Sums, tokens: int) -> dict[str, Moments]:
+    """The moments of fused experts' weights, by the weight's name: inputs [E, K], gradients [E, N].
+
+    Inputs are a mean over the tokens that an expert saw, gradients over all: what an expert seldom sees costs
+    little. One that saw none has zeros.
+    """
+    found = {}
+    weights = dict.fromkeys(name.partition("#")[0] for name in sums.modules() if "#" in name)
+    for weight in weights:
+        experts, outputs, width = streamed.source.parameters[weight][0]
+        inputs, gradients = torch.zeros(experts, width), torch.zeros(experts, outputs)
+        for expert in range(experts):
+            seen = sums.count(f"{weight}#{expert}", "inputs")
+            x, g = (sums.mean(f"{weight}#{expert}", part) for part in ("inputs", "gradients"))
+            if x is not None and g is not None:
+                inputs[expert] = x
+                gradients[expert] = g.mul_(seen / tokens)
+        found[weight] = Moments(inputs=inputs, gradients=gradients)
+    return found
 
 
 def _count(sums: Sums, name: str, ids: Tensor, *, rows: int) -> None:
@@ -138,19 +161,17 @@ def _head_gradient(streamed: Streamed, hidden: Tensor, sums: Sums, generator: to
         return (noise / states_ND.float().std().clamp_min(1e-6)).to(hidden.dtype).view(hidden.shape)
     name = f"{streamed.head}.weight"
     sums.add(streamed.head, "inputs", states_ND)
-    token_N, log_total_N = _draw(streamed, name, states_ND, generator)
+    token_N, log_total_N = _draw(streamed, states_ND, generator)
     gradient_ND = torch.zeros(states_ND.shape, dtype=torch.float32)
     square_V = torch.zeros(row_shape(streamed.source, name)[0], dtype=torch.float32)
-    for start, rows_RD in streamed.rows(name):
-        part = slice(start, start + rows_RD.shape[0])
-        square_V[part] = _block_gradient(states_ND, rows_RD, start, token_N, log_total_N, gradient_ND)
+    for head in heads_of(streamed):
+        part = slice(head.start, head.start + head.rows_RD.shape[0])
+        square_V[part] = _block_gradient(states_ND, head, token_N, log_total_N, gradient_ND)
     sums.add_summed(streamed.head, "gradients", square_V, states_ND.shape[0])
     return gradient_ND.to(hidden.dtype).view(hidden.shape)
 
 
-def _draw(
-    streamed: Streamed, name: str, states_ND: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _draw(streamed: Streamed, states_ND: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A token for each position, drawn from the model's prediction, and the log of the prediction's total.
 
     Drawn while the vocabulary passes by: the largest of logit plus Gumbel noise is a sample of the softmax.
@@ -159,40 +180,72 @@ def _draw(
     best_N = torch.full((count,), -torch.inf)
     token_N = torch.zeros(count, dtype=torch.int64)
     log_total_N = torch.full((count,), -torch.inf)
-    for start, rows_RD in streamed.rows(name):
-        for at, logits in logits_of(states_ND, rows_RD):
+    for head in heads_of(streamed):
+        for at, logits in head.logits(states_ND):
             part = slice(at, at + logits.shape[0])
             log_total_N[part] = torch.logaddexp(log_total_N[part], logits.logsumexp(1))
             noise = torch.rand(logits.shape, generator=generator).clamp_min_(1e-30)
             noise.log_().neg_().log_().neg_()
             value, index = noise.add_(logits).max(1)
             better = value > best_N[part]
-            token_N[part] = torch.where(better, index + start, token_N[part])
+            token_N[part] = torch.where(better, index + head.start, token_N[part])
             best_N[part] = torch.maximum(best_N[part], value)
     return token_N, log_total_N
 
 
 def _block_gradient(
-    states_ND: Tensor, rows_RD: Tensor, start: int, token_N: Tensor, log_total_N: Tensor, gradient_ND: Tensor
+    states_ND: Tensor, head: "HeadRows", token_N: Tensor, log_total_N: Tensor, gradient_ND: Tensor
 ) -> Tensor:
     """Add (p − 1[token])·rows to `gradient_ND`; returns Σ over positions of (p − 1[token])², [R]."""
+    rows_RD = head.rows_RD
     square_R = torch.zeros(rows_RD.shape[0])
-    for at, logits in logits_of(states_ND, rows_RD):
+    for at, logits in head.logits(states_ND):
         part = slice(at, at + logits.shape[0])
+        slope = None if head.cap is None else (logits / head.cap).square_().neg_().add_(1)
         chance = logits.sub_(log_total_N[part].unsqueeze(1)).exp_()
-        local = token_N[part] - start
+        local = token_N[part] - head.start
         inside = (local >= 0) & (local < rows_RD.shape[0])
         place = local.clamp(0, rows_RD.shape[0] - 1).unsqueeze(1)
         chance.scatter_add_(1, place, -inside.float().unsqueeze(1))
+        if slope is not None:
+            chance.mul_(slope)  # from the capped logit back to what the head gave
         gradient_ND[part] += (chance.to(rows_RD.dtype) @ rows_RD).float()
         square_R += chance.square_().sum(0)
     return square_R
 
 
-def logits_of(
-    states_ND: Tensor, rows_RD: Tensor, *, nbytes: int | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """(first position, float32 logits [n, R]) of blocks of positions against a block of the vocabulary."""
-    step = max(1, (nbytes or LOGITS_NBYTES) // (4 * rows_RD.shape[0]))
-    for at in range(0, states_ND.shape[0], step):
-        yield at, (states_ND[at : at + step] @ rows_RD.T).float()
+@dataclass(frozen=True)
+class HeadRows:
+    """Some rows of the head: `start`, ... of the vocabulary."""
+
+    start: int
+    rows_RD: Tensor
+    bias_R: Tensor | None
+    cap: float | None
+    """Logits are cap · tanh(logits / cap), as Gemma 2 has them."""
+
+    def logits(self, states_ND: Tensor, *, nbytes: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first position, float32 logits [n, R]) of blocks of positions, of at most `nbytes`."""
+        step = max(1, (nbytes or LOGITS_NBYTES) // (4 * self.rows_RD.shape[0]))
+        for at in range(0, states_ND.shape[0], step):
+            yield at, self.logits_at(states_ND[at : at + step])
+
+    def logits_at(self, states_ND: Tensor) -> Tensor:
+        """Logits of all these positions, float32 [N, R]."""
+        logits = (states_ND @ self.rows_RD.T).float()
+        if self.bias_R is not None:
+            logits.add_(self.bias_R)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+
+def heads_of(streamed: Streamed) -> Iterator[HeadRows]:
+    """The head, block by block, from the first row to the last."""
+    bias_V = None
+    if f"{streamed.head}.bias" in streamed.source.parameters:
+        bias_V = streamed.source.read_parameter(f"{streamed.head}.bias", dtype=torch.float32)
+    for start, rows_RD in streamed.rows(f"{streamed.head}.weight"):
+        part = slice(start, start + rows_RD.shape[0])
+        yield HeadRows(start, rows_RD, None if bias_V is None else bias_V[part], streamed.cap)
+        del rows_RD

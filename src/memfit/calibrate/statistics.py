@@ -16,11 +16,11 @@ class Moments:
 
     inputs: Tensor
     """Mean square of each input, float32 [K]: the diagonal of H = E[x xᵀ]. Of an embedding, whose inputs are
-    one-hot, each entry's share of the tokens [V]."""
+    one-hot, each entry's share of the tokens [V]. Of fused experts [E, K], over the tokens that each saw."""
     gradients: Tensor | None
-    """Mean square of the loss's gradient at each output, float32 [N] (of an embedding [D]): the diagonal of
-    E[g gᵀ]. The labels are drawn from the model itself, so this is the true Fisher information (Martens
-    2020, section 9.2)."""
+    """Mean square of the loss's gradient at each output, float32 [N]: the diagonal of E[g gᵀ]. Of an embedding
+    [D]; of fused experts [E, N], over all tokens. The labels are drawn from the model itself, so this is the true
+    Fisher information (Martens 2020, section 9.2)."""
 
 
 @dataclass(kw_only=True)
@@ -90,6 +90,10 @@ class Sums:
         """The mean; taken once, in the place of its sum."""
         total = self._sums.pop((module, part), None)
         return None if total is None else total.div_(self._counts[module, part])
+
+    def count(self, module: str, part: str) -> int:
+        """Rows that were added."""
+        return self._counts.get((module, part), 0)
 
     def modules(self) -> list[str]:
         return list(dict.fromkeys(module for module, _ in self._sums))

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memfit.account.replay import stacked_blocks
+from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
+from memfit.packed.experts import run_experts
 from memfit.packed.fake import blocks_to_run
+from memfit.packed.modules import is_experts
 from memfit.source.source import Source
 
 ROWS_NBYTES: Final = 8 << 20
 """Bytes of a table's rows read at a time."""
 
 Listener = Callable[[str, Tensor, Tensor], None]
-"""Called with a module's name, its input [..., K] and its output [..., N], where gradients are wanted."""
+"""Called with a module's name, its input [..., K] and its output [..., N], where gradients are wanted. Of fused
+experts, with the weight's name, `#` and the expert's number."""
 
 
 class Streamed:
@@ -38,6 +42,11 @@ class Streamed:
         self.listener: Listener | None = None
         self.watched: frozenset[str] = frozenset()
         self.head = _head_name(self.model)
+        config: Any = self.model.config  # the model's own copy
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+        """Logits are cap · tanh(logits / cap) (Gemma 2): left to whoever makes them."""
+        if self.cap is not None:
+            config.final_logit_softcapping = None
         self._replace_tables()
         blocks = dict(stacked_blocks(self.model))
         for name, block in blocks.items():
@@ -138,16 +147,43 @@ class Streamed:
 
             return hook
 
-        hooks = [
-            module.register_forward_hook(hear(f"{name}.{below}"))
-            for below, module in block.named_modules()
-            if f"{name}.{below}" in self.watched
-        ]
+        watched = [(f"{name}.{below}", module) for below, module in block.named_modules()]
+        watched = [(full, module) for full, module in watched if full in self.watched]
+        experts = [module for _, module in watched if is_experts(module)]
+        hooks = []
+        for full, module in watched:
+            if is_experts(module):
+                module.forward = _heard_experts(full, module, listener)
+            else:
+                hooks.append(module.register_forward_hook(hear(full)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            for module in experts:
+                del module.forward
+
+
+def _heard_experts(name: str, module: Any, listener: Listener) -> Any:
+    """The forward pass of fused experts, each product told as `name.gate_up_proj#3`: weight and expert."""
+
+    def product(leaf: str) -> Any:
+        def times(expert: int, x: Tensor) -> Tensor:
+            out = nn.functional.linear(x, module.get_parameter(leaf)[expert])
+            listener(f"{name}.{leaf}#{expert}", x, out)
+            return out
+
+        return times
+
+    def forward(hidden_TD: Tensor, index_Tk: Tensor, share_Tk: Tensor) -> Tensor:
+        gate_up, down = (product(leaf) for leaf in EXPERTS_WEIGHTS)
+        routed = (index_Tk, share_Tk)
+        return run_experts(
+            hidden_TD, *routed, experts=module.num_experts, gate_up=gate_up, act=module.act_fn, down=down
+        )
+
+    return forward
 
 
 class _Recomputed(torch.autograd.Function):

@@ -3,6 +3,7 @@
 T tokens, k experts for each, E experts, D width, I inner width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,18 +41,45 @@ class PackedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], the chosen experts and their weights [T, k] → [T, D]."""
-        chosen, width, inner = top_k_index.shape[-1], self.hidden_dim, self.intermediate_dim
-        result = hidden_states.new_zeros(hidden_states.shape)
-        share = top_k_weights.reshape(-1)
-        for expert, places in tokens_by_expert(top_k_index, self.num_experts):
-            token = places // chosen
-            x = hidden_states[token]
-            start = expert * 2 * inner
-            gate, up = self.gate_up_proj.matmul(x, start=start, stop=start + 2 * inner).chunk(2, dim=-1)
-            x = self.act_fn(gate) * up
-            del gate, up
-            x = self.down_proj.matmul(x, start=expert * width, stop=(expert + 1) * width)
-            x = x * share[places, None]
-            result.index_add_(0, token, x.to(result.dtype))
-            del x
-        return result
+        width, inner2 = self.hidden_dim, 2 * self.intermediate_dim
+
+        def gate_up(expert: int, x: Tensor) -> Tensor:
+            return self.gate_up_proj.matmul(x, start=expert * inner2, stop=(expert + 1) * inner2)
+
+        def down(expert: int, x: Tensor) -> Tensor:
+            return self.down_proj.matmul(x, start=expert * width, stop=(expert + 1) * width)
+
+        routed = (top_k_index, top_k_weights)
+        return run_experts(
+            hidden_states, *routed, experts=self.num_experts, gate_up=gate_up, act=self.act_fn, down=down
+        )
+
+
+def run_experts(
+    hidden_TD: Tensor,
+    index_Tk: Tensor,
+    share_Tk: Tensor,
+    *,
+    experts: int,
+    gate_up: Callable[[int, Tensor], Tensor],
+    act: Any,
+    down: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """One expert after the other: act(gate(x)) · up(x), then down, times its share, summed; [T, D].
+
+    `gate_up` and `down` multiply rows [n, ·] with an expert's weight.
+    """
+    chosen = index_Tk.shape[-1]
+    result = hidden_TD.new_zeros(hidden_TD.shape)
+    share = share_Tk.reshape(-1)
+    for expert, places in tokens_by_expert(index_Tk, experts):
+        token = places // chosen
+        x = hidden_TD[token]
+        gate, up = gate_up(expert, x).chunk(2, dim=-1)
+        x = act(gate) * up
+        del gate, up
+        x = down(expert, x)
+        x = x * share[places, None]
+        result.index_add_(0, token, x.to(result.dtype))
+        del x
+    return result
