@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,14 @@ class Jobs:
         self.asked: list[dict[str, Any]] = []
         self.limits: list[int | None] = []
 
-    def run(self, job: dict[str, Any], *, enforce_nbytes: int | None = None) -> dict[str, Any]:
+    def run(self, job: dict[str, Any], **limit: int) -> dict[str, Any]:
         self.asked.append(job)
-        self.limits.append(enforce_nbytes)
-        self.answers[job["do"]] = worker.run_job(job, enforce_nbytes=enforce_nbytes)
+        self.limits.append(limit.get("enforce_nbytes"))
+        self.answers[job["do"]] = worker.run_job(job, **limit)
         return self.answers[job["do"]]
 
     def again(self, made: Path, **changes: Any) -> Any:
-        def answer(job: dict[str, Any], *, enforce_nbytes: int | None = None) -> dict[str, Any]:
+        def answer(job: dict[str, Any], **limit: int) -> dict[str, Any]:
             if job["do"] == "compress":
                 shutil.copy(made / "model.safetensors", job["output"])
             return self.answers[job["do"]] | changes.get(job["do"], {})
@@ -226,3 +228,41 @@ def test_a_fitted_model_is_accounted_with_its_own_cache(fitted):
     assert isinstance(found, Account)
     assert found.peak_nbytes == report.predicted.peak_nbytes
     assert open_source(out).kv_bits == read_plan(out / "plan.json").kv_bits
+
+
+def test_a_stopped_run_goes_on_where_it_was(fitted, model, tmp_path, monkeypatch):
+    made, jobs = fitted[1], fitted[2]
+    asked = []
+
+    def stopped(job, **limit):
+        asked.append(job["do"])
+        if job["do"] == "compress" and asked.count("compress") == 1:
+            raise KeyboardInterrupt
+        return jobs.again(made)(job, **limit)
+
+    monkeypatch.setattr(room, "run_job", stopped)
+    call = partial(memfit.fit, model, "75%", tmp_path / "out", task=TASK, allowed=ALLOWED, threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        call(text=text())
+    assert [path.name for path in tmp_path.iterdir()] == [".out.memfit-work"]
+    call(text=text())
+    assert asked == ["calibrate", "compress", "compress", "prove"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_calibrated_for_another_question_is_not_used(fitted, model, tmp_path, monkeypatch):
+    asked = []
+
+    def stopped(job, **limit):
+        asked.append(job["do"])
+        if job["do"] == "compress":
+            raise KeyboardInterrupt
+        return fitted[2].again(fitted[1])(job, **limit)
+
+    monkeypatch.setattr(room, "run_job", stopped)
+    for allowed in (ALLOWED, replace(ALLOWED, kv_bits=(16,))):
+        with pytest.raises(KeyboardInterrupt):
+            memfit.fit(
+                model, "75%", tmp_path / "out", task=TASK, text=text(), allowed=allowed, threads=1
+            )
+    assert asked.count("calibrate") == 2

@@ -295,7 +295,7 @@ def main() -> None:
     except SystemExit as done:
         if done.code != _INTERRUPTED:
             raise
-        _stderr().print("Interrupted; nothing was left half-written.")
+        _stderr().print("Interrupted; no half-written output is left. The same command goes on where this one was.")
         sys.exit(Interrupted.exit_code)
     except ValueError as error:
         _fail(UsageError(str(error)))

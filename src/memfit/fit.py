@@ -3,7 +3,7 @@
 What takes the model's bytes runs in processes of its own; this one holds plans and figures.
 """
 
-import shutil
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
+from memfit.format.resume import WorkDirectory
 from memfit.models import load_model, loader_for
 from memfit.outside import known_outside, outside_of_machine
 from memfit.packed.scheme import Scheme
@@ -170,12 +171,13 @@ def fit(
         if given is None:
             require_fit(study, nbytes)
     texts = text_of(text)
-    with _threads(threads), OutputDirectory(target, overwrite=overwrite) as output:
-        work = Path(tempfile.mkdtemp(prefix="memfit-", dir=output.path))
-        job = _calibration_job(study, texts, work, reference=True)
+    output, work = OutputDirectory(target, overwrite=overwrite), WorkDirectory(target, key=_key(study, texts, threads))
+    with _threads(threads), output, work:
+        job = _calibration_job(study, texts, work.path, reference=True)
         job["threads"] = threads
-        progress("calibrating, and asking the original")
-        calibrated = run_job(job)
+        before = "going on with what a stopped run has calibrated"
+        progress(before if work.holds("calibrated") else "calibrating, and asking the original")
+        calibrated = work.once("calibrated", lambda: run_job(job))
         progress("searching the plan")
         chosen = given or _planned(study, nbytes, calibrated)
         predicted = predict(source, chosen, task, products=study.products)
@@ -185,7 +187,8 @@ def fit(
         progress("compressing")
         compressed = _compress(source, chosen, job, output, threads)
         progress("measuring the fitted model")
-        proof = _prove(output.path, chosen, job, enforce=enforce, threads=threads)
+        limit = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
+        proof = _prove(output.path, chosen, job, threads=threads, **limit)
         measured = Account.from_json(proof["account"])
         report = Report(
             model=source.name,
@@ -205,7 +208,6 @@ def fit(
             versions=describe_versions(),
             files=compressed["files"],
         )
-        shutil.rmtree(work)
         _write_papers(output, report, chosen, source)
     if not report.fits:
         raise OverBudget(
@@ -301,6 +303,21 @@ def _stem(source: Source) -> str:
     return "demo" if source.directory == demo.model_directory() else name
 
 
+def _key(study: Study, text: Text | None, threads: int) -> dict[str, Any]:
+    """All that calibration depends on."""
+    files = sorted({info.file for info in study.source.tensors.values()})
+    words = None if text is None else repr(text).encode()
+    return {
+        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "config": study.source.config.to_dict(),
+        "text": words and hashlib.sha256(words).hexdigest(),
+        "allowed": asdict(study.allowed),
+        "task": study.task.to_json(),
+        "threads": threads,
+        "versions": describe_versions(),
+    }
+
+
 def _calibration_job(study: Study, text: Text | None, work: Path, *, reference: bool) -> dict[str, Any]:
     source = study.source
     job: dict[str, Any] = {"model": str(source.gguf or source.directory), "work": str(work)}
@@ -371,12 +388,11 @@ def _compress(
 
 
 def _prove(
-    directory: Path, chosen: Plan, job: dict[str, Any], *, enforce: bool, threads: int | None
+    directory: Path, chosen: Plan, job: dict[str, Any], *, threads: int | None, **limit: int
 ) -> dict[str, Any]:
     task = {key: value for key, value in chosen.task.items() if key != "task"}
     return run_job(
-        {"do": "prove", "model": str(directory), "task": task, "work": job["work"], "threads": threads},
-        enforce_nbytes=chosen.budget_nbytes if enforce else None,
+        {"do": "prove", "model": str(directory), "task": task, "work": job["work"], "threads": threads}, **limit
     )
 
 
