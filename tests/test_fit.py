@@ -266,3 +266,16 @@ def test_what_was_calibrated_for_another_question_is_not_used(fitted, model, tmp
                 model, "75%", tmp_path / "out", task=TASK, text=text(), allowed=allowed, threads=1
             )
     assert asked.count("calibrate") == 2
+
+
+def test_the_base_model_is_the_hubs_id_wherever_it_can_be_told(tmp_path):
+    made = source_from_config(hf.LlamaConfig(), weights=False)
+    cache = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    named = source_from_config(hf.LlamaConfig(name_or_path="owner/other"), weights=False)
+    for source, expected in (
+        (replace(made, name="owner/name"), "owner/name"),
+        (replace(made, name=str(cache), directory=cache), "owner/name"),
+        (replace(named, name=str(tmp_path)), "owner/other"),
+        (replace(made, name=str(tmp_path)), tmp_path.name),
+    ):
+        assert room._base_model(source) == expected

@@ -4,6 +4,7 @@ What takes the model's bytes runs in processes of its own; this one holds plans 
 """
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.planning import account_of, make_plan, plan_files, predict, require_fit
-from memfit.report.card import model_card
+from memfit.report.card import is_hub_id, model_card
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.page import render_page
 from memfit.report.report import Report
@@ -408,13 +409,24 @@ def _joined(*accounts: dict[str, Any]) -> Account:
 
 
 def _write_papers(output: OutputDirectory, report: Report, chosen: Plan, source: Source) -> None:
-    from memfit.report.card import is_hub_id
-
     output.write_text("plan.json", dumps(chosen))
     output.write_json("report.json", report.to_json())
     output.write_text("report.html", render_page(report))
-    base = source.name if is_hub_id(source.name) else _stem(source)
-    output.write_text("README.md", model_card(report, base_model=base))
+    output.write_text("README.md", model_card(report, base_model=_base_model(source)))
+
+
+def _base_model(source: Source) -> str:
+    """The hub's id of the original, as it was asked for, stored by the hub's cache, or written into its config;
+    else the name it has here."""
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{source.directory}/")
+    for name in (
+        source.name if not Path(source.name).exists() else "",
+        "/".join(cached.groups()) if cached else "",
+        str(getattr(source.config, "_name_or_path", "")),
+    ):
+        if is_hub_id(name) and not Path(name).exists():
+            return name
+    return _stem(source)
 
 
 __all__ = ["Text", "account", "evaluate", "fit", "load", "measure", "plan"]
