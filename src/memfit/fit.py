@@ -65,7 +65,7 @@ def account(
         task: default: one prompt of 512 tokens and 32 new ones.
         device: `cpu` or `cuda`; nothing needs to be installed for it.
         routing: where experts are chosen by data, `balanced` or `worst`.
-        resident: predict the process's resident peak too, for which this machine is measured once, in a minute.
+        resident: predict the process's resident peak too, for which this machine is measured once, in two minutes.
             It is predicted in any case where the machine has been measured before.
 
     Raises:

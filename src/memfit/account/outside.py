@@ -4,7 +4,7 @@ A process that runs a task is resident with
 
     runtime    Python, torch and, where the model is one of its, transformers; the thread pool; the buffers
                that MKL keeps for each thread; holes in the heap. Measured once a machine, by library and type
-               of weights, and no constant: the largest of several runs, for a peak is what must not be passed
+               of weights, and no constant: the largest of several models, for a peak is what must not be passed
     kernels    oneDNN generates code for each shape of a 16-bit product and keeps it: so many shapes, so many
                bytes each, measured once a machine
     heap       blocks under `MMAP_THRESHOLD` come from the C heap, which only shrinks from its end: its
