@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import transformers as hf
 import memfit
 from memfit import demo
 from memfit.account.account import Account
-from memfit.errors import MemfitError, OverBudget, QualityMissed, UsageError
+from memfit.errors import BrokenInput, DoesNotFit, MemfitError, OverBudget, QualityMissed, UsageError
+from memfit.packed.scheme import Scheme
 from memfit.plan.plan import Plan, read_plan
 from memfit.report.report import Report
 from memfit.source.source import open_source, source_from_config
+from memfit.units import format_size
 
 room = importlib.import_module("memfit.fit")  # the attribute of the package is the function
 
@@ -187,7 +190,7 @@ def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, 
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "old").write_text("old")
-    monkeypatch.setattr(room, "_predict_fit", lambda *_: fitted[0].predicted_fit)
+    monkeypatch.setattr(room, "predict_fit", lambda *_: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made))
     again = memfit.fit(model, out=out, task=TASK, text=text(), given=plan, overwrite=True)
     assert not (out / "old").exists() and again.budget_nbytes == report.budget_nbytes
@@ -197,7 +200,7 @@ def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, 
 
 def test_a_quality_that_is_missed_is_an_error_and_the_output_is_kept(fitted, model, plan, tmp_path, monkeypatch):
     _, made, jobs = fitted
-    monkeypatch.setattr(room, "_predict_fit", lambda *_: fitted[0].predicted_fit)
+    monkeypatch.setattr(room, "predict_fit", lambda *_: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made))
     with pytest.raises(QualityMissed, match="at most 1e-09 allowed"):
         memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan, max_kl=1e-9)
@@ -208,10 +211,11 @@ def test_a_peak_measured_over_the_budget_is_an_error_and_the_output_is_kept(
     fitted, model, plan, tmp_path, monkeypatch
 ):
     report, made, jobs = fitted
-    monkeypatch.setattr(room, "_predict_fit", lambda *_: fitted[0].predicted_fit)
+    monkeypatch.setattr(room, "predict_fit", lambda *_: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made, prove={"account": report.original.to_json()}))
-    with pytest.raises(OverBudget, match=str(report.original.peak_nbytes)):
+    with pytest.raises(OverBudget, match=format_size(report.original.peak_nbytes)) as caught:
         memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan)
+    assert caught.value.report.measured.peak_nbytes == report.original.peak_nbytes
     assert (tmp_path / "out" / "report.json").is_file()
 
 
@@ -279,3 +283,34 @@ def test_the_base_model_is_the_hubs_id_wherever_it_can_be_told(tmp_path):
         (replace(made, name=str(tmp_path)), tmp_path.name),
     ):
         assert room._base_model(source) == expected
+
+
+def test_an_edited_plan_is_counted_anew(model, plan):
+    four = replace(plan.choices[-1].scheme or Scheme(bits=4, group=64), bits=4, group=64)
+    edited = replace(plan, choices=(*plan.choices[:-1], replace(plan.choices[-1], scheme=four)))
+    made = memfit.plan(model, given=replace(edited, budget_nbytes=10**9), budget=0)
+    assert made.choices[-1].scheme == four
+    assert made.choices[-1].nbytes == four.nbytes((plan.choices[-1].weights // 128, 128))
+    assert made.predicted["peak_nbytes"] > 0 and made.expected_kl is None
+
+
+def test_a_plan_for_another_model_is_refused_before_any_work(model, plan):
+    first = plan.choices[0]
+    for choices, what in (
+        ((replace(first, members=("model.nope",)), *plan.choices[1:]), "model.nope"),
+        (plan.choices[1:], first.name),
+        ((replace(first, scheme=Scheme(bits=4, group=96)), *plan.choices[1:]), "g96"),
+    ):
+        with pytest.raises(BrokenInput, match=re.escape(what)):
+            memfit.plan(model, given=replace(plan, choices=choices), budget=0)
+
+
+def test_a_given_plan_that_cannot_keep_its_budget_is_told_at_once(model, plan):
+    with pytest.raises(DoesNotFit) as caught:
+        memfit.plan(model, given=replace(plan, budget_nbytes=1000), budget=0)
+    assert caught.value.smallest_nbytes == plan.predicted["peak_nbytes"]
+
+
+def test_what_is_to_be_kept_must_be_there(model):
+    with pytest.raises(UsageError, match="'nothing'"):
+        memfit.plan(model, "75%", task=TASK, allowed=replace(ALLOWED, keep=("nothing",)))

@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_budget_that_works(source
 def test_a_refusal_names_levers_and_what_each_would_free(refusal):
     assert any("prompt of 16" in lever for lever in refusal.levers)
     assert any("KV cache of 4 bits" in lever for lever in refusal.levers)
-    assert any("Weights of 2 bits" in lever for lever in refusal.levers)
+    assert any("weights of 2 bits" in lever for lever in refusal.levers)
     told = {lever: nbytes for lever, nbytes in refusal.levers.items() if lever in str(refusal)}
     assert told and all(nbytes > 0 for nbytes in told.values())
     assert str(refusal.smallest_nbytes) in str(refusal)

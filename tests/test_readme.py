@@ -96,7 +96,7 @@ def test_console_sessions_run_as_printed(place):
             assert not done.stdout
         if re.match(r"\w+=", command.line):
             variables += f"{command.line}\n"
-    report = json.loads((place / "demo-fitted" / "report.json").read_text())
+    report = json.loads((place / "half" / "report.json").read_text())
     assert report["measured"]["peak_nbytes"] <= report["budget_nbytes"]
     assert not missing(report, promised("fit"))
 
@@ -128,12 +128,12 @@ def test_json_of_plan_has_the_promised_keys_for_a_config_without_weights(tmp_pat
 
 def test_json_of_eval_has_the_promised_keys(place):
     """On what the console session wrote."""
-    if not (place / "demo-fitted").exists():
+    if not (place / "half").exists():
         pytest.skip("the console session was not run")
     text = place / "text.txt"
     text.write_text(demo.heldout_text().read_text(encoding="utf-8")[:40_000], encoding="utf-8")
     original = str(demo.model_directory())
-    data = run(place, "eval", "demo-fitted", "--reference", original, "--text", str(text), *SHORT, "--quiet")
+    data = run(place, "eval", "half", "--reference", original, "--text", str(text), *SHORT, "--quiet")
     assert not missing(data, promised("account") | promised("eval"))
 
 

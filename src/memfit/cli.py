@@ -1,8 +1,8 @@
 """The commands: account, plan, fit, eval, report. Data goes to stdout, progress to stderr."""
 
 import json
+import os
 import sys
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +26,26 @@ app = typer.Typer(
 )
 
 
+_FILE_COLUMNS = 200
 _INTERRUPTED = 130
 """What typer makes of a KeyboardInterrupt."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from memfit import __version__
+
+        _print(f"memfit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """What comes before any command."""
 
 
 class Device(StrEnum):
@@ -155,6 +173,7 @@ def plan(
 
 @app.command()
 def fit(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(help="As elsewhere; left out: the demo model, offline.", show_default=False),
@@ -172,7 +191,10 @@ def fit(
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan, as it is.")] = None,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", help="Carry out this plan: its budget, task and schemes; the rest is computed anew."),
+    ] = None,
     enforce: Annotated[
         bool,
         typer.Option("--enforce", help="Measure under a hard limit: more memory is refused by the system."),
@@ -187,42 +209,53 @@ def fit(
     """Make a model fit a budget, write it, measure it, and show prediction and measurement side by side."""
     import memfit
     from memfit import demo
+    from memfit.fit import default_output
     from memfit.plan.plan import read_plan
     from memfit.report.terminal import render_plan, render_report
+    from memfit.source.source import open_source
 
     task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens)
     allowed = _allowed(bits, groups, kv_bits, keep, asymmetric)
+    source = str(demo.model_directory()) if model is None else model
+    given = None
+    if plan_file is not None:
+        _refuse_beside_a_plan(context)
+        given = read_plan(plan_file)
     if dry_run:
-        texts = memfit.Text.of_demo() if model is None and text is None else text
-        source = str(demo.model_directory()) if model is None else model
-        made = memfit.plan(source, budget, task=task, text=texts, allowed=allowed, progress=_progress(quiet))
+        progress = _progress(quiet)
+        made = memfit.plan(
+            source, budget, task=task, text=text, allowed=allowed, given=given, progress=progress
+        )
         if as_json:
             _print_json(_plan_json(made))
         else:
             _print(render_plan(made.to_json()))
         return
-    given = read_plan(plan_file) if plan_file is not None else None
-    if given is not None:
-        settings = {key: value for key, value in given.task.items() if key != "task"}
-        task = replace(memfit.Infer(**settings), kv_bits=16)
-    report = memfit.fit(
-        model,
-        budget,
-        out,
-        task=task,
-        text=text,
-        allowed=allowed,
-        given=given,
-        enforce=enforce,
-        overwrite=overwrite,
-        max_kl=max_kl,
-        threads=threads,
-        progress=_progress(quiet),
-    )
+    out = out or default_output(open_source(source))
+    try:
+        report = memfit.fit(
+            source,
+            budget,
+            out,
+            task=task,
+            text=text,
+            allowed=allowed,
+            given=given,
+            enforce=enforce,
+            overwrite=overwrite,
+            max_kl=max_kl,
+            threads=threads,
+            progress=_progress(quiet),
+        )
+    except (OverBudget, QualityMissed) as error:
+        if isinstance(error.report, memfit.Report) and not as_json:
+            _print(render_report(error.report))
+        raise
     if as_json:
         _print_json(report.to_json())
         return
     _print(render_report(report))
+    _print(f"\nWritten to {out}. The same as a page: {out / 'report.html'}")
 
 
 @app.command(name="eval")
@@ -295,7 +328,11 @@ def main() -> None:
     except SystemExit as done:
         if done.code != _INTERRUPTED:
             raise
-        _stderr().print("Interrupted; no half-written output is left. The same command goes on where this one was.")
+        _stderr().print(
+            "Interrupted; no half-written output is left. What was calibrated to the end is kept in a hidden directory "
+            "beside the output (.NAME.memfit-work), and the same command goes on from there.",
+            soft_wrap=True,
+        )
         sys.exit(Interrupted.exit_code)
     except ValueError as error:
         _fail(UsageError(str(error)))
@@ -311,8 +348,25 @@ def _fail(error: MemfitError) -> None:
             extra = {"fits": False, "smallest_nbytes": error.smallest_nbytes, "levers": error.levers}
         elif isinstance(error, (OverBudget, QualityMissed)):
             extra = {"kept": True}
+            if error.report is not None:
+                extra |= {"report": error.report.to_json()}  # type: ignore[attr-defined]
         _print_json({"error": type(error).__name__, "message": str(error), **extra})
     sys.exit(error.exit_code)
+
+
+_IN_THE_PLAN = (
+    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric",
+)  # fmt: skip
+"""What a plan says itself."""
+
+
+def _refuse_beside_a_plan(context: typer.Context) -> None:
+    """A plan has its own budget, task and choices: what contradicts it is not ignored."""
+    for name in _IN_THE_PLAN:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} beside --plan: the plan has its own. Leave it out, or edit the plan.")
 
 
 def _allowed(bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool) -> Any:
@@ -378,7 +432,9 @@ def _stderr() -> Console:
 
 
 def _print(what: RenderableType) -> None:
-    Console().print(what)
+    # In a file nothing is cut or wrapped to the width of a terminal that is not there.
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if known else _FILE_COLUMNS).print(what)
 
 
 def _print_json(data: Any) -> None:

@@ -41,13 +41,21 @@ class BrokenInput(MemfitError):
     exit_code = 4
 
 
-class QualityMissed(MemfitError):
+class _Done(MemfitError):
+    """The work is done and kept, and not as it should be. `report` is the `Report` of it."""
+
+    def __init__(self, message: str, *, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class QualityMissed(_Done):
     """The fitted model is worse than the quality gate allows."""
 
     exit_code = 5
 
 
-class OverBudget(MemfitError):
+class OverBudget(_Done):
     """The measured peak is over the budget."""
 
     exit_code = 6

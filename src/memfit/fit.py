@@ -3,7 +3,6 @@
 What takes the model's bytes runs in processes of its own; this one holds plans and figures.
 """
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,18 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from memfit import demo
 from memfit.account.account import Account
 from memfit.account.dry_run import dry_run
-from memfit.account.follow import Follow, settle
 from memfit.account.outside import Outside, predict_resident
-from memfit.compress import calibrate, compress
-from memfit.errors import OverBudget, QualityMissed, UsageError
+from memfit.errors import DoesNotFit, OverBudget, QualityMissed, UsageError
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
-from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
 from memfit.format.resume import WorkDirectory
 from memfit.models import load_model, loader_for
@@ -33,7 +28,8 @@ from memfit.outside import known_outside, outside_of_machine
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
-from memfit.planning import account_of, make_plan, plan_files, predict, require_fit
+from memfit.plan.price import Prices
+from memfit.planning import account_of, make_plan, predict, require_fit
 from memfit.report.card import is_hub_id, model_card
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.page import render_page
@@ -41,10 +37,19 @@ from memfit.report.report import Report
 from memfit.source.check import check
 from memfit.source.live import fake_copy
 from memfit.source.source import Source, open_source
-from memfit.study import Study
+from memfit.steps import (
+    calibration_job,
+    calibration_key,
+    compression_job,
+    joined,
+    predict_fit,
+    proof_job,
+    write_companions,
+)
+from memfit.study import KV_PRICES, Study
 from memfit.task.infer import Infer
 from memfit.text import Text, text_job, text_of
-from memfit.units import parse_size
+from memfit.units import format_size, parse_size
 from memfit.worker import run_job
 
 Progress = Callable[[str], None]
@@ -94,6 +99,7 @@ def plan(
     task: Infer | None = None,
     text: Text | str | Path | None = None,
     allowed: Allowed | None = None,
+    given: Plan | None = None,
     device: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> Plan:
@@ -102,14 +108,19 @@ def plan(
     Args:
         budget: bytes at the peak of the task, a size as `400MiB`, or a share of the original's peak, `50%`.
         text: prices choices by what they do to this text; without one, weights are rounded and compared, and
-            without weights, shapes alone decide.
+            without weights, shapes alone decide. The demo model has its own.
+        given: a plan to check and predict instead, within the budget that stands in it.
 
     Raises:
         DoesNotFit: nothing fits; names what binds, the smallest budget that works, and the levers.
+        BrokenInput: `given` is no plan for the model.
     """
     task = task or Infer()
     source = open_source(model)
     check(source)
+    if given is not None:
+        study = Study(source, _task_of(given), allowed or Allowed(), device=device)
+        return _adopted(study, given, {})[0]
     share = isinstance(budget, str) and budget.strip().endswith("%")
     whole = account_of(source, task, device=device).peak_nbytes if share else None
     nbytes = parse_size(budget, whole_nbytes=whole)
@@ -118,7 +129,7 @@ def plan(
     if source.checkpoint is None:
         return _planned(study, nbytes, {})
     with tempfile.TemporaryDirectory(prefix="memfit-") as work:
-        job = _calibration_job(study, text_of(text), Path(work), reference=False)
+        job = calibration_job(study, text_of(text, source), Path(work), reference=False)
         progress("pricing choices")
         return _planned(study, nbytes, run_job(job))
 
@@ -163,33 +174,40 @@ def fit(
         raise UsageError(
             f"{source.name}: has a config and no weights. `plan` works on it; `fit` needs the weights."
         )
-    target = Path(out) if out is not None else Path(f"{_stem(source)}-fitted")
+    target = Path(out) if out is not None else default_output(source)
+    output = OutputDirectory(target, overwrite=overwrite)
     threads = threads or torch.get_num_threads()
+    task = _task_of(given) if given is not None else task
     with _threads(threads):
         original = account_of(source, task)
         nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
         study = Study(source, task, allowed or Allowed())
         if given is None:
             require_fit(study, nbytes)
-    texts = text_of(text)
-    output, work = OutputDirectory(target, overwrite=overwrite), WorkDirectory(target, key=_key(study, texts, threads))
+        else:
+            _adopted(study, given, {})
+    texts = text_of(text, source)
+    work = WorkDirectory(target, key=calibration_key(study, texts, threads))
     with _threads(threads), output, work:
-        job = _calibration_job(study, texts, work.path, reference=True)
-        job["threads"] = threads
+        job = calibration_job(study, texts, work.path, reference=True, threads=threads)
         before = "going on with what a stopped run has calibrated"
         progress(before if work.holds("calibrated") else "calibrating, and asking the original")
         calibrated = work.once("calibrated", lambda: run_job(job))
-        progress("searching the plan")
-        chosen = given or _planned(study, nbytes, calibrated)
-        predicted = predict(source, chosen, task, products=study.products)
+        if given is None:
+            progress("searching the plan")
+            chosen = _planned(study, nbytes, calibrated)
+            predicted = predict(source, chosen, task, products=study.products)
+        else:
+            chosen, predicted = _adopted(study, given, calibrated)
         progress("predicting the fitting itself")
-        predicted_fit = _predict_fit(source, chosen, job)
+        predicted_fit = predict_fit(source, chosen, job)
         chosen = replace(chosen, predicted=predicted.to_json(), predicted_fit=predicted_fit.to_json())
         progress("compressing")
-        compressed = _compress(source, chosen, job, output, threads)
+        compressed = run_job(compression_job(chosen, job, output))
+        write_companions(source, chosen, output)
         progress("measuring the fitted model")
         limit = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
-        proof = _prove(output.path, chosen, job, threads=threads, **limit)
+        proof = run_job(proof_job(output.path, chosen, job), **limit)
         measured = Account.from_json(proof["account"])
         report = Report(
             model=source.name,
@@ -199,7 +217,7 @@ def fit(
             predicted=_with_resident(predicted, known_outside()),
             measured=measured,
             predicted_fit=predicted_fit,
-            measured_fit=_joined(calibrated["account"], compressed["account"]),
+            measured_fit=joined(calibrated["account"], compressed["account"]),
             original=original,
             quality=Quality.from_json(proof["quality"]) if proof.get("quality") else None,
             speed=Speed(**proof["speed"]),
@@ -212,13 +230,15 @@ def fit(
         _write_papers(output, report, chosen, source)
     if not report.fits:
         raise OverBudget(
-            f"measured {measured.peak_nbytes} bytes in {measured.peak_phase}, {nbytes} allowed and "
-            f"{predicted.peak_nbytes} predicted. {target} is kept; report.json has the entries."
+            f"{format_size(measured.peak_nbytes)} measured in {measured.peak_phase}, {format_size(nbytes)} allowed "
+            f"and {format_size(predicted.peak_nbytes)} predicted. {target} is kept; `memfit report {target}` shows it.",
+            report=report,
         )
     if max_kl is not None and report.quality is not None and (report.quality.kl or 0.0) > max_kl:
         raise QualityMissed(
             f"KL divergence {report.quality.kl:.4f}, at most {max_kl} allowed. {target} is kept. "
-            "A larger budget, or a longer text to calibrate on, brings it down."
+            "A larger budget, or a longer text to calibrate on, brings it down.",
+            report=report,
         )
     return report
 
@@ -304,107 +324,42 @@ def _stem(source: Source) -> str:
     return "demo" if source.directory == demo.model_directory() else name
 
 
-def _key(study: Study, text: Text | None, threads: int) -> dict[str, Any]:
-    """All that calibration depends on."""
-    files = sorted({info.file for info in study.source.tensors.values()})
-    words = None if text is None else repr(text).encode()
-    return {
-        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-        "config": study.source.config.to_dict(),
-        "text": words and hashlib.sha256(words).hexdigest(),
-        "allowed": asdict(study.allowed),
-        "task": study.task.to_json(),
-        "threads": threads,
-        "versions": describe_versions(),
-    }
+def default_output(source: Source) -> Path:
+    """Where a fitted model goes if nothing is said: `NAME-fitted`, here."""
+    return Path(f"{_stem(source)}-fitted")
 
 
-def _calibration_job(study: Study, text: Text | None, work: Path, *, reference: bool) -> dict[str, Any]:
-    source = study.source
-    job: dict[str, Any] = {"model": str(source.gguf or source.directory), "work": str(work)}
-    if text is not None:
-        job = text_job(source, text, work)
-    return job | {
-        "do": "calibrate",
-        "allowed": asdict(study.allowed),
-        "reference": reference,
-        "task": asdict(replace(study.task, kv_bits=16)),
-        "batch": 4,
-    }
+def _task_of(given: Plan) -> Infer:
+    settings = {key: value for key, value in given.task.items() if key != "task"}
+    return replace(Infer(**settings), kv_bits=16)
+
+
+def _adopted(study: Study, given: Plan, answer: dict[str, Any]) -> tuple[Plan, Account]:
+    """A given plan with its bytes and prices anew, and its prediction."""
+    plan = study.adopt(given, _prices(answer), KV_PRICES | dict(answer.get("kv_prices", ())))
+    predicted = predict(study.source, plan, study.task, device=study.device, products=study.products)
+    if predicted.peak_nbytes > plan.budget_nbytes:
+        raise DoesNotFit(
+            f"the plan as given needs {predicted.peak_nbytes} bytes in {predicted.peak_phase}, and its budget_nbytes "
+            f"is {plan.budget_nbytes}. Raise that number, or choose fewer bits.",
+            smallest_nbytes=predicted.peak_nbytes,
+        )
+    return replace(plan, predicted=predicted.to_json()), predicted
+
+
+def _prices(answer: dict[str, Any]) -> Prices:
+    return {(name, Scheme(**scheme)): price for name, scheme, price in answer.get("prices", ())}
 
 
 def _planned(study: Study, nbytes: int, answer: dict[str, Any]) -> Plan:
     """The plan by what calibration answered; without an answer, by shapes alone."""
-    prices = {(name, Scheme(**scheme)): price for name, scheme, price in answer.get("prices", ())}
+    prices = _prices(answer)
     return make_plan(
         study,
         nbytes,
         prices=prices or None,
         kv_prices=dict(answer.get("kv_prices", ())),
         priced_by=answer.get("priced_by", "weights"),
-    )
-
-
-def _predict_fit(source: Source, chosen: Plan, job: dict[str, Any]) -> Account:
-    """The account of calibrating and compressing: the same functions, on fake tensors."""
-    follow = Follow()
-    windows_WT = _windows(job)
-    allowed = Allowed.from_json(job["allowed"])
-    with FakeTensorMode(allow_non_fake_inputs=True), follow:
-        ids = (
-            None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
-        )
-        found = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
-        compress(source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True)
-    return settle(follow.ledger)
-
-
-def _windows(job: dict[str, Any]) -> torch.Tensor | None:
-    file = Path(job["work"]) / "windows.pt"
-    if not file.exists():
-        return None
-    found: torch.Tensor = torch.load(file, weights_only=True)["calibration"]
-    return found
-
-
-def _compress(
-    source: Source, chosen: Plan, job: dict[str, Any], output: OutputDirectory, threads: int | None
-) -> dict[str, Any]:
-    (Path(job["work"]) / "plan.json").write_text(dumps(chosen), encoding="utf-8")
-    answer = run_job(
-        {
-            "do": "compress",
-            "model": job["model"],
-            "work": job["work"],
-            "output": str(output.path),
-            "threads": threads,
-        }
-    )
-    _, raw = plan_files(source, chosen)
-    output.write_json("config.json", raw)
-    tokenizer = source.tokenizer() if source.gguf is not None else None
-    companions = source.directory if source.gguf is None else None
-    save_companions(output.path, source=companions, tokenizer=tokenizer)
-    return answer
-
-
-def _prove(
-    directory: Path, chosen: Plan, job: dict[str, Any], *, threads: int | None, **limit: int
-) -> dict[str, Any]:
-    task = {key: value for key, value in chosen.task.items() if key != "task"}
-    return run_job(
-        {"do": "prove", "model": str(directory), "task": task, "work": job["work"], "threads": threads}, **limit
-    )
-
-
-def _joined(*accounts: dict[str, Any]) -> Account:
-    """One account of jobs that ran one after the other."""
-    made = [Account.from_json(account) for account in accounts]
-    return replace(
-        made[0],
-        phases=tuple(phase for account in made for phase in account.phases),
-        entries=tuple(entry for account in made for entry in account.entries),
-        resident_nbytes=max((account.resident_nbytes or 0 for account in made), default=0),
     )
 
 

@@ -154,13 +154,21 @@ def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes:
     levers = _levers(study, items, least.needed_nbytes)
     helps = "".join(f" {what} frees {format_size(n)}." for what, n in levers.items() if n > 0)
     return DoesNotFit(
-        f"{format_size(budget_nbytes)} allowed, {format_size(smallest)} needed at the least, in "
+        f"{_both(budget_nbytes, smallest)} needed at the least, in "
         f"{least.moment} (packed weights {format_size(weights)}, KV cache {format_size(kv)}, "
         f"parts that stay in 16 bits {format_size(study.fixed)}, temporary {format_size(max(rest, 0))}). "
         f"The smallest budget that works is {smallest} bytes.{helps}",
         smallest_nbytes=smallest,
         levers=levers,
     )
+
+
+def _both(allowed: int, needed: int) -> str:
+    """The two sizes, in bytes where they would else look the same."""
+    sizes = [format_size(allowed), format_size(needed)]
+    if sizes[0] == sizes[1]:
+        sizes = [f"{allowed} bytes", f"{needed} bytes"]
+    return f"{sizes[0]} allowed, {sizes[1]}"
 
 
 def _traced_smallest(study: Study, chosen: Mapping[str, int]) -> int:
@@ -184,14 +192,14 @@ def _levers(study: Study, items: Mapping[str, Sequence[Option]], needed: int) ->
     for bits in (4, 2):
         if study.kv_nbytes and bits < min(study.kv_choices()):
             more = replace(study.allowed, kv_bits=(*study.allowed.kv_bits, bits))
-            found[f"A KV cache of {bits} bits"] = needed - _least(study.source, task, more, study.device)
+            found[f"A KV cache of {bits} bits (--kv-bits)"] = needed - _least(study.source, task, more, study.device)
     if 2 not in study.allowed.bits:
         more = replace(study.allowed, bits=BITS)
-        found["Weights of 2 bits"] = needed - _least(study.source, task, more, study.device)
+        found["Allowing weights of 2 bits (--bits)"] = needed - _least(study.source, task, more, study.device)
     biggest = max((group.nbytes(None) for group in study.groups), default=0)
     held = sum(min(option.persistent_nbytes for option in items[group.name]) for group in study.groups)
     if held > biggest:
-        found["Reading blocks from disk as they run (`memfit.calibrate.stream`, slow)"] = held - biggest
+        found["Streaming weights from the disk as they are used, which memfit does not run yet,"] = held - biggest
     return found
 
 

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from memfit.account.dry_run import Loaded
 from memfit.account.follow import Follow, Shape, settle
 from memfit.account.replay import Blocks, Products
+from memfit.errors import BrokenInput, UsageError
 from memfit.format.output import weights_of
 from memfit.format.packed import packed_specs
 from memfit.models import load_model
@@ -49,6 +50,11 @@ class Study:
         self.skeleton = source.build(dtype=torch.bfloat16)
         self.groups = find_groups(self.skeleton)
         self.schemes = {group.name: allowed.schemes(group) for group in self.groups}
+        names = [name for group in self.groups for name in (group.name, *group.members)]
+        for part in allowed.keep:
+            if not any(part in name for name in names):
+                sample = self.groups[0].name if self.groups else "none at all"
+                raise UsageError(f"{part!r} is to stay in 16 bits, and no tensor's name has it; one is {sample}.")
         self.loaded = Loaded(
             lambda: load_model(source, dtype=torch.bfloat16), device=device, products=self.products
         )
@@ -221,6 +227,44 @@ class Study:
             over = {phase: max(0, rest[phase] - self.rest[phase]) for phase in rest}
             self._caches[bits] = Option(price=0.0, held=kv_nbytes, transient=over)
         return replace(self._caches[bits], price=price)
+
+    def adopt(self, given: Plan, prices: Prices, kv_prices: Mapping[int, float]) -> Plan:
+        """A plan made elsewhere, or edited, for this model: bytes and prices anew, from its schemes alone.
+
+        Where a scheme has no price, the plan has no expected loss.
+
+        Raises:
+            BrokenInput: it is no plan for this model.
+        """
+        groups = {group.members: group for group in self.groups}
+        choices, known = [], True
+        for n, choice in enumerate(given.choices):
+            group, scheme = groups.pop(choice.members, None), choice.scheme
+            if group is None:
+                raise BrokenInput(
+                    f"the plan's choices[{n}].members, {', '.join(choice.members)}, are no tensors of "
+                    f"{self.source.name} that share a choice. Take `members` as `memfit plan` writes them."
+                )
+            if scheme is not None and (reason := group.why_not(scheme)) is not None:
+                raise BrokenInput(f"the plan's choices[{n}].scheme, {scheme.name}: {reason}")
+            price = 0.0 if scheme is None else prices.get((group.name, scheme))
+            known = known and price is not None
+            choices.append(
+                replace(
+                    choice, name=group.name, weights=group.weights, nbytes=group.nbytes(scheme), price=price or 0.0
+                )
+            )
+        if groups:
+            names = ", ".join(group.name for group in groups.values())
+            raise BrokenInput(f"the plan has no choice for {names} of {self.source.name}.")
+        expected = math.fsum(choice.price for choice in choices) + kv_prices[given.kv_bits]
+        return replace(
+            given,
+            choices=tuple(choices),
+            expected_kl=expected if known and prices else None,
+            predicted=None,
+            predicted_fit=None,
+        )
 
     # -- results ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 
 from memfit import demo
+from memfit.errors import UsageError
 from memfit.evaluate.text import read_text, windows
 from memfit.source.source import Source
 
@@ -43,8 +44,10 @@ class Text:
 
 
 
-def text_of(text: Text | str | Path | None) -> Text | None:
-    """What a caller gave: a text cut already, or a file to cut in two halves."""
+def text_of(text: Text | str | Path | None, source: Source) -> Text | None:
+    """What a caller gave: a text cut already, or a file to cut in two halves. The demo model has its own."""
+    if text is None and source.directory == demo.model_directory():
+        return Text.of_demo()
     return text if isinstance(text, Text) or text is None else Text.from_file(text)
 
 
@@ -54,13 +57,17 @@ def text_job(source: Source, text: Text, work: Path) -> dict[str, Any]:
     vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1)
     affordable = max(1, _LOGITS_NBYTES // (2 * vocabulary * text.length))
     evaluated = text.evaluation_windows or min(16, affordable)
-    torch.save(
-        {
-            "calibration": windows(
-                tokenizer, text.calibration, length=text.length, count=text.calibration_windows
-            ),
-            "evaluation": windows(tokenizer, text.evaluation, length=text.length, count=evaluated),
-        },
-        work / "windows.pt",
-    )
+    cut = {
+        "calibration": _windows(tokenizer, "calibrate", text.calibration, text.length, text.calibration_windows),
+        "evaluation": _windows(tokenizer, "evaluate", text.evaluation, text.length, evaluated),
+    }
+    torch.save(cut, work / "windows.pt")
     return {"model": str(source.gguf or source.directory), "work": str(work)}
+
+
+def _windows(tokenizer: Any, use: str, text: str, length: int, most: int) -> torch.Tensor:
+    """As many windows as the text has, up to `most`."""
+    try:
+        return windows(tokenizer, text, length=length)[:most].clone()
+    except UsageError as error:
+        raise UsageError(f"The part of the text to {use} on, half of a file, is too short: {error}") from error

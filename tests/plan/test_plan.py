@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfit.errors import BrokenInput
-from memfit.packed.scheme import Scheme
+from memfit.packed.scheme import BITS, Scheme
 from memfit.plan.plan import GroupChoice, Plan, dumps, loads, read_plan
 
 PLAN = Plan(
@@ -47,7 +47,7 @@ groups = st.builds(
     members=st.lists(st.uuids().map(str), min_size=1, max_size=3).map(tuple),
     scheme=st.none()
     | st.builds(
-        Scheme, bits=st.integers(2, 8), group=st.sampled_from([None, 32, 64, 128]), symmetric=st.booleans()
+        Scheme, bits=st.sampled_from(BITS), group=st.sampled_from([None, 32, 64, 128]), symmetric=st.booleans()
     ),
     weights=st.integers(1, 10**12),
     nbytes=st.integers(0, 10**12),
@@ -114,14 +114,15 @@ def change(path: str, value: Any) -> str:
         ("expected_kl", "low", "expected_kl"),
         ("model", None, "model"),
         ("task", [], "task"),
-        ("average_bits", 3.0, "average_bits"),
+        ("average_bits", "3", "average_bits"),
         ("choices", {}, "choices"),
         ("choices.0", [], r"choices\[0\]"),
         ("choices.0.members", [], r"choices\[0\].members"),
         ("choices.0.members", ["e"], "'e' is a member of two"),
         ("choices.1.nbytes", 1.5, r"choices\[1\].nbytes"),
         ("choices.1.extra", 1, "extra"),
-        ("choices.0.scheme.bits", 9, r"choices\[0\].scheme bits must be 2 to 8"),
+        ("choices.0.scheme.bits", 9, r"choices\[0\].scheme.bits is 9; 8, 6, 5, 4, 3, 2 are known"),
+        ("choices.0.scheme.bits", 7, r"choices\[0\].scheme.bits is 7"),
         ("choices.0.scheme.group", 33, "group must be"),
         ("choices.0.scheme.symmetric", 1, "symmetric"),
         ("choices.0.scheme", {"bits": 4}, "lacks group, symmetric"),

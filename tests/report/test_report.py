@@ -153,7 +153,7 @@ def test_equal_layers_become_one_row() -> None:
 
 def test_the_terminal_shows_plan_phases_and_errors() -> None:
     shown = text_of(render_report(report()))
-    assert "peak 88.00 MiB measured, fits 100.00 MiB (52 % of the original's 168.00 MiB)" in shown
+    assert "88.00 MiB at the peak, measured, of 100.00 MiB allowed: it fits. The original needs 168.00 MiB." in shown
     assert re.search(r"0-17 +self_attn q/k/v_proj +int4 g128 +18\.00 MiB", shown)
     assert re.search(r"phase prefill +88\.00 MiB +88\.00 MiB +-0\.00 %", shown)
     assert re.search(r"kind kv_cache +5\.00 MiB +5\.00 MiB +exact", shown)

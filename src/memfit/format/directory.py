@@ -55,7 +55,7 @@ class OutputDirectory:
         if not self.target.exists():
             return
         if not self.overwrite:
-            raise UsageError(f"{self.target} exists. Choose another place, or ask to overwrite it.")
+            raise UsageError(f"{self.target} exists. Choose another place, or overwrite it (--overwrite).")
         if not self.target.is_dir():
             raise UsageError(f"{self.target} is a file, and the output is a directory. Choose another place.")
         if any(self.target.iterdir()) and not (self.target / "config.json").is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from memfit.errors import BrokenInput
-from memfit.packed.scheme import Scheme
+from memfit.packed.scheme import BITS, Scheme
 
 VERSION: Final = 1
 PricedBy = Literal["text", "weights"]
@@ -119,9 +119,7 @@ class Plan:
         if len(set(members)) != len(members):
             twice = next(member for member in members if members.count(member) > 1)
             raise check.broken("choices", f"{twice!r} is a member of two groups")
-        if check.number(data, "average_bits") != plan.average_bits:
-            reason = f"is {data['average_bits']}, but the choices give {plan.average_bits}"
-            raise check.broken("average_bits", reason)
+        check.number(data, "average_bits")  # follows from the choices, whatever an edited plan says
         return plan
 
 
@@ -187,8 +185,11 @@ def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
     group = None if data["group"] is None else check.integer(data, "group", where)
     if not isinstance(data["symmetric"], bool):
         raise check.broken(f"{where}.symmetric", f"is {data['symmetric']!r}, not true or false")
+    bits = check.integer(data, "bits", where)
+    if bits not in BITS:
+        raise check.broken(f"{where}.bits", f"is {bits}; {', '.join(map(str, BITS))} are known, null keeps 16")
     try:
-        return Scheme(bits=check.integer(data, "bits", where), group=group, symmetric=data["symmetric"])
+        return Scheme(bits=bits, group=group, symmetric=data["symmetric"])
     except ValueError as error:
         raise check.broken(where, str(error)) from error
 

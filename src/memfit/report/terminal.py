@@ -51,7 +51,11 @@ def render_plan(plan: Mapping[str, Any]) -> RenderableType:
         style = "dim" if row.bits == 16 else ""
         price = f"{row.price:.2g}" if row.price else ""
         table.add_row(row.where, row.what, row.scheme, format_size(row.nbytes), price, style=style)
-    return Group(title, table)
+    parts: list[RenderableType] = [title, table]
+    if predicted := plan.get("predicted"):
+        account = Account.from_json(dict(predicted))
+        parts += [Text(), render_account(account, top=0, budget_nbytes=plan.get("budget_nbytes"))]
+    return Group(*parts)
 
 
 def render_comparison(
@@ -152,7 +156,7 @@ def render_report(report: Report) -> RenderableType:
     """The whole report: verdict, plan, predicted and measured, quality, speed."""
     parts: list[RenderableType] = [_verdict(report)]
     if report.plan is not None:
-        parts += [Text(), render_plan(report.plan)]
+        parts += [Text(), Text(_task_line(report.task)), render_plan(report.plan)]
     parts.append(Text())
     if report.measured is not None:
         parts.append(render_comparison(report.predicted, report.measured, title="Running it"))
@@ -187,14 +191,20 @@ def _table(title: str, *, header: bool = True) -> Table:
 def _verdict(report: Report) -> Text:
     how = "measured" if report.measured is not None else "predicted"
     peak = format_size(report.best.peak_nbytes)
-    text = Text(f"{report.model}: peak {peak} {how}", style="bold")
+    text = Text(f"Fitted: {peak} at the peak, {how}", style="bold")
     if report.budget_nbytes is not None:
-        word, style = ("fits", "bold green") if report.fits else ("does not fit", "bold red")
-        text.append(f", {word} {format_size(report.budget_nbytes)}", style=style)
+        word, style = ("it fits", "bold green") if report.fits else ("it does not fit", "bold red")
+        text.append(f", of {format_size(report.budget_nbytes)} allowed: ").append(word, style=style)
     if report.original is not None:
-        share = 100 * report.best.peak_nbytes / report.original.peak_nbytes
-        text.append(f" ({share:.0f} % of the original's {format_size(report.original.peak_nbytes)})")
-    return text
+        text.append(f". The original needs {format_size(report.original.peak_nbytes)}")
+    return text.append(".")
+
+
+def _task_line(task: Mapping[str, Any] | None) -> str:
+    if not task:
+        return ""
+    texts = "1 text" if task.get("batch") == 1 else f"{task.get('batch')} texts"
+    return f"Task: {texts}, a prompt of {task.get('prompt')} tokens, {task.get('new_tokens')} new ones."
 
 
 def _plan_title(plan: Mapping[str, Any]) -> str:
@@ -206,7 +216,11 @@ def _plan_title(plan: Mapping[str, Any]) -> str:
     if (kv_bits := plan.get("kv_bits")) is not None:
         parts.append(f"KV cache {kv_bits} bits")
     if (kl := plan.get("expected_kl")) is not None:
-        parts.append(f"expected KL {kl:.4f}")
+        parts.append(f"expected KL {kl:.2g}" if 0 < kl < 1e-3 else f"expected KL {kl:.4f}")
+        if plan.get("priced_by") == "weights":
+            parts.append("priced by the weights, without a text")
+    elif plan.get("choices"):
+        parts.append("expected KL unknown: some choices have no price")
     return parts[0] + ": " + ", ".join(parts[1:]) if len(parts) > 1 else parts[0]
 
 
@@ -264,7 +278,8 @@ def _entries(account: Account, top: int) -> Table:
         table.add_column(name)
     table.add_column("bytes", justify="right")
     table.add_column("phases", style="dim")
-    entries = sorted(account.entries, key=lambda entry: (-entry.nbytes, entry.kind, entry.module))
+    allocated = [entry for entry in account.entries if entry.kind != "outside"]
+    entries = sorted(allocated, key=lambda entry: (-entry.nbytes, entry.kind, entry.module))
     for entry in entries[:top]:
         module = entry.module or "(the model)"
         kind = Text(entry.kind, style=COLORS.get(entry.kind, ""))

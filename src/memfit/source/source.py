@@ -240,7 +240,10 @@ class Source:
         except BrokenInput:
             raise
         except Exception as error:  # tokenizers raise whatever their files make them raise
-            raise UsageError(f"{self.name}: no tokenizer can be read: {str(error)[:300]}") from error
+            raise UsageError(
+                f"{self.name}: no tokenizer can be read ({type(error).__name__}), and a text needs one. Copy "
+                "tokenizer.json and tokenizer_config.json there, or give no text."
+            ) from error
 
     @cached_property
     def _cache(self) -> dict[str, Any]:
@@ -378,8 +381,8 @@ def _fetch(model: str, *, weights: bool) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # of the network, of the hub, of the cache: one answer to all
         raise UsageError(
-            f"{model}: is no directory or .gguf file here, and as a hub id it cannot be fetched: "
-            f"{str(error)[:200]}"
+            f"{model}: is no directory or .gguf file here, and as a hub id it cannot be fetched "
+            f"({type(error).__name__}). Check the name, the network, and HF_HUB_OFFLINE."
         ) from error
 
 

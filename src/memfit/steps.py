@@ -1,0 +1,109 @@
+"""The steps of fitting: the jobs to run, what they will take, and what belongs beside the weights."""
+
+import hashlib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from memfit.account.account import Account
+from memfit.account.dry_run import no_collection
+from memfit.account.follow import Follow, settle
+from memfit.compress import calibrate, compress
+from memfit.format.companions import save_companions
+from memfit.format.directory import OutputDirectory
+from memfit.plan.allowed import Allowed
+from memfit.plan.plan import Plan, dumps
+from memfit.planning import plan_files
+from memfit.report.machine import describe_versions
+from memfit.source.source import Source
+from memfit.study import Study
+from memfit.text import Text, text_job
+
+
+def calibration_key(study: Study, text: Text | None, threads: int) -> dict[str, Any]:
+    """All that calibration depends on."""
+    files = sorted({info.file for info in study.source.tensors.values()})
+    words = None if text is None else repr(text).encode()
+    return {
+        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "config": study.source.config.to_dict(),
+        "text": words and hashlib.sha256(words).hexdigest(),
+        "allowed": asdict(study.allowed),
+        "task": study.task.to_json(),
+        "threads": threads,
+        "versions": describe_versions(),
+    }
+
+
+def calibration_job(
+    study: Study, text: Text | None, work: Path, *, reference: bool, threads: int | None = None
+) -> dict[str, Any]:
+    """The job that prices every choice on the text; with `reference`, it keeps the original's answers, too."""
+    source = study.source
+    job: dict[str, Any] = {"model": str(source.gguf or source.directory), "work": str(work)}
+    if text is not None:
+        job = text_job(source, text, work)
+    return job | {
+        "do": "calibrate",
+        "allowed": asdict(study.allowed),
+        "reference": reference,
+        "task": asdict(replace(study.task, kv_bits=16)),
+        "batch": 4,
+        "threads": threads,
+    }
+
+
+def predict_fit(source: Source, chosen: Plan, job: dict[str, Any]) -> Account:
+    """The account of calibrating and compressing: the same functions, on fake tensors."""
+    follow = Follow()
+    windows_WT = _windows(job)
+    allowed = Allowed.from_json(job["allowed"])
+    with no_collection(), FakeTensorMode(allow_non_fake_inputs=True), follow:
+        ids = (
+            None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
+        )
+        found = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
+        compress(source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True)
+    return settle(follow.ledger)
+
+
+def _windows(job: dict[str, Any]) -> torch.Tensor | None:
+    file = Path(job["work"]) / "windows.pt"
+    if not file.exists():
+        return None
+    found: torch.Tensor = torch.load(file, weights_only=True)["calibration"]
+    return found
+
+
+def compression_job(chosen: Plan, job: dict[str, Any], output: OutputDirectory) -> dict[str, Any]:
+    """The job that quantizes every weight and writes the model's files; the plan goes to `work`."""
+    (Path(job["work"]) / "plan.json").write_text(dumps(chosen), encoding="utf-8")
+    return {key: job[key] for key in ("model", "work", "threads")} | {"do": "compress", "output": str(output.path)}
+
+
+def write_companions(source: Source, chosen: Plan, output: OutputDirectory) -> None:
+    """The config with the plan's schemes, the tokenizer and what else belongs to the model."""
+    output.write_json("config.json", plan_files(source, chosen)[1])
+    tokenizer = source.tokenizer() if source.gguf is not None else None
+    companions = source.directory if source.gguf is None else None
+    save_companions(output.path, source=companions, tokenizer=tokenizer)
+
+
+def proof_job(directory: Path, chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
+    """The job that measures the fitted model, and compares it with what the original answered."""
+    task = {key: value for key, value in chosen.task.items() if key != "task"}
+    return {key: job[key] for key in ("work", "threads")} | {"do": "prove", "model": str(directory), "task": task}
+
+
+def joined(*accounts: dict[str, Any]) -> Account:
+    """One account of jobs that ran one after the other."""
+    made = [Account.from_json(account) for account in accounts]
+    return replace(
+        made[0],
+        phases=tuple(phase for account in made for phase in account.phases),
+        entries=tuple(entry for account in made for entry in account.entries),
+        resident_nbytes=max((account.resident_nbytes or 0 for account in made), default=0),
+    )
