@@ -55,6 +55,7 @@ from memfit.worker import run_job
 Progress = Callable[[str], None]
 """Told, in a few words, what is done next."""
 
+
 def account(
     model: str | Path | nn.Module,
     task: Infer | None = None,
@@ -155,7 +156,7 @@ def fit(
         model: a hub id, a directory or a `.gguf` file; None: the demo model with its own text.
         budget: see `plan`.
         out: where the fitted model goes, a Hugging Face directory; default: `NAME-fitted` here.
-        given: a plan made before, carried out as it is.
+        given: a plan made before, carried out within the budget and for the task that stand in it.
         enforce: measure under a hard limit of the budget; more memory is refused by the system.
         max_kl: the quality gate, nats a token.
         threads: of the measured process; default: torch's own.
