@@ -284,6 +284,7 @@ def evaluate(
                 "measured": measured,
                 "quality": found["quality"].to_json(),
                 "speed": found["speed"].to_json(),
+                "speed_original": found["speed_original"].to_json(),
                 "kernels": found["kernels"],
             }
         )
@@ -292,7 +293,7 @@ def evaluate(
     _print(render_account(found["account"], top=0))
     from memfit.report.terminal import speed_lines
 
-    for name, value in speed_lines(found["speed"]):
+    for name, value in speed_lines(found["speed"], found["speed_original"]):
         _print(f"{name}  {value}")
 
 

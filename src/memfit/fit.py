@@ -257,7 +257,8 @@ def evaluate(
 
     The two are never in memory together.
 
-    Returns: `account` (an `Account`), `quality` (a `Quality`), `speed` (a `Speed`), `kernels`.
+    Returns: `account` (an `Account`), `quality` (a `Quality`), `speed` and `speed_original` (a `Speed`
+    each), `kernels`.
     """
     fitted, source = open_source(model), open_source(reference)
     check(fitted)
@@ -268,7 +269,7 @@ def evaluate(
         judged = text if isinstance(text, Text) else Text.from_file(text)
         job = text_job(source, judged, work)
         progress("asking the reference")
-        run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16)), "threads": threads})
+        original = run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16)), "threads": threads})
         progress("measuring the model")
         proof = run_job(
             {
@@ -283,6 +284,7 @@ def evaluate(
         "account": Account.from_json(proof["account"]),
         "quality": Quality.from_json(proof["quality"]),
         "speed": Speed(**proof["speed"]),
+        "speed_original": Speed(**original["speed"]),
         "kernels": proof["kernels"],
     }
 
