@@ -6,14 +6,14 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfit.errors import DoesNotFit
 from memfit.packed.scheme import BITS
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps, loads
-from memfit.planning import account_of, make_plan, predict
+from memfit.planning import account_of, make_plan, predict, require_fit
 from memfit.source.source import Source, source_from_config
 from memfit.study import Study
 from memfit.task.infer import Infer
@@ -57,6 +57,29 @@ def test_more_budget_never_makes_a_worse_plan(plans):
     assert expected == sorted(expected, reverse=True)
     assert expected[0] > expected[-2] > 0 == expected[-1]
     assert not plans[-1].schemes() and plans[-1].kv_bits == 16
+
+
+@pytest.fixture(scope="module")
+def wide(source) -> Study:
+    """All widths, group sizes and KV bits to choose from."""
+    return Study(source, TASK, Allowed(groups=dict.fromkeys(BITS, (64, 32))))
+
+
+@pytest.fixture(scope="module")
+def least_nbytes(wide) -> int:
+    with pytest.raises(DoesNotFit) as refused:
+        require_fit(wide, 1000)
+    return refused.value.smallest_nbytes
+
+
+@settings(max_examples=15, deadline=None)
+@given(shares=st.lists(st.floats(0, 1), min_size=2, max_size=2))
+def test_of_any_two_budgets_the_larger_has_no_worse_plan(wide, whole_nbytes, least_nbytes, shares):
+    budgets = [least_nbytes + int((whole_nbytes - least_nbytes) * share) for share in sorted(shares)]
+    less, more = (make_plan(wide, nbytes) for nbytes in budgets)
+    assert more.expected_kl <= less.expected_kl
+    for plan in (less, more):
+        assert predict(wide.source, plan, TASK).peak_nbytes <= plan.budget_nbytes
 
 
 def test_the_traced_peak_of_every_plan_is_within_its_budget_and_the_one_it_tells(source, plans):
