@@ -21,10 +21,10 @@ from _common import verdict, write_result
 
 GROUPS = {8: (None,), 6: (128,), 5: (128,), 4: (128,), 3: (128, 64), 2: (64,)}
 STOCK = """
-import json, sys, torch
+import sys, torch
+sys.modules["memfit"] = None  # as where it is not installed: importing it fails
 torch.set_num_threads(2)
 from transformers import AutoModelForCausalLM
-assert "memfit" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
 ids = torch.load(sys.argv[2])
 with torch.no_grad():
