@@ -197,14 +197,28 @@ def compare_big() -> list[dict[str, Any]]:
     return rows
 
 
+def judge_big(big: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    most, seconds = max(row["resident_nbytes"] for row in big), max(row["seconds"] for row in big)
+    each = ", ".join(f"{row['model']} {row['seconds']:.2f} s" for row in big)
+    return [
+        verdict("a plan of a big shape in a process of 1.5 GiB", most <= 1.5 * 2**30, f"{most / MIB:.0f} MiB"),
+        verdict("a plan of a big shape within 5 s after imports", seconds <= 5, each),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of models, with commas between")
     parser.add_argument("--big", help=argparse.SUPPRESS)
+    parser.add_argument("--planning", action="store_true", help="only the plans of big shapes, to planning.json")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.big:
         print(json.dumps(run_big(options.big)))
+        return
+    if options.planning:
+        big = compare_big()
+        print(write_result("planning", {"criteria": judge_big(big), "big": big}, output=options.output))
         return
     torch.set_num_threads(THREADS)
     outside = outside_of_machine(threads=THREADS)
@@ -224,20 +238,7 @@ def main() -> None:
         verdict("scaled equals whole to the byte", all(row["equal"] for row in scaled), f"{len(scaled)} models")
     )
     big = compare_big()
-    criteria.append(
-        verdict(
-            "a plan of a big shape within 1.5 GiB, the whole process",
-            max(row["resident_nbytes"] for row in big) <= 1.5 * 2**30,
-            f"{max(row['resident_nbytes'] for row in big) / MIB:.0f} MiB",
-        )
-    )
-    criteria.append(
-        verdict(
-            "a plan of a big shape within 5 s after imports",
-            max(row["seconds"] for row in big) <= 5,
-            ", ".join(f"{row['model']} {row['seconds']:.2f} s" for row in big),
-        )
-    )
+    criteria += judge_big(big)
     result = {
         "threads": THREADS,
         "parameters": {name: parameters(spec) for name, spec in chosen.items()},

@@ -16,7 +16,7 @@ from torch import nn
 
 from memfit import demo
 from memfit.account.account import Account
-from memfit.account.dry_run import dry_run
+from memfit.account.dry_run import dry_run, no_collection
 from memfit.account.outside import Outside, predict_resident
 from memfit.errors import DoesNotFit, OverBudget, QualityMissed, UsageError
 from memfit.evaluate.quality import Quality
@@ -29,7 +29,7 @@ from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.plan.price import Prices
-from memfit.planning import account_of, make_plan, predict, require_fit
+from memfit.planning import account_of, make_plan, predict_with, require_fit
 from memfit.report.card import is_hub_id, model_card
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.page import render_page
@@ -125,10 +125,11 @@ def plan(
     share = isinstance(budget, str) and budget.strip().endswith("%")
     whole = account_of(source, task, device=device).peak_nbytes if share else None
     nbytes = parse_size(budget, whole_nbytes=whole)
-    study = Study(source, task, allowed or Allowed(), device=device)
-    require_fit(study, nbytes)
-    if source.checkpoint is None:
-        return _planned(study, nbytes, {})
+    with no_collection():
+        study = Study(source, task, allowed or Allowed(), device=device)
+        require_fit(study, nbytes)
+        if source.checkpoint is None:
+            return _planned(study, nbytes, {})
     with tempfile.TemporaryDirectory(prefix="memfit-") as work:
         job = calibration_job(study, text_of(text, source), Path(work), reference=False)
         progress("pricing choices")
@@ -197,7 +198,7 @@ def fit(
         if given is None:
             progress("searching the plan")
             chosen = _planned(study, nbytes, calibrated)
-            predicted = predict(source, chosen, task, products=study.products)
+            predicted = predict_with(study, chosen)
         else:
             chosen, predicted = _adopted(study, given, calibrated)
         progress("predicting the fitting itself")
@@ -340,7 +341,7 @@ def _task_of(given: Plan) -> Infer:
 def _adopted(study: Study, given: Plan, answer: dict[str, Any]) -> tuple[Plan, Account]:
     """A given plan with its bytes and prices anew, and its prediction."""
     plan = study.adopt(given, _prices(answer), KV_PRICES | dict(answer.get("kv_prices", ())))
-    predicted = predict(study.source, plan, study.task, device=study.device, products=study.products)
+    predicted = predict_with(study, plan)
     if predicted.peak_nbytes > plan.budget_nbytes:
         raise DoesNotFit(
             f"the plan as given needs {predicted.peak_nbytes} bytes in {predicted.peak_phase}, and its budget_nbytes "

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from memfit import __version__
 from memfit.account.account import Account
@@ -61,7 +62,7 @@ def make_plan(
 
     def traced(chosen: Mapping[str, int]) -> tuple[Plan, int]:
         plan = study.plan(chosen, prices, budget_nbytes, costs, priced_by)
-        predicted = predict(study.source, plan, study.task, device=study.device, products=study.products)
+        predicted = predict_with(study, plan)
         return replace(plan, predicted=predicted.to_json()), predicted.peak_nbytes - budget_nbytes
 
     tried, excess = budget_nbytes, 0
@@ -93,11 +94,34 @@ def require_fit(study: Study, budget_nbytes: int) -> None:
             raise refusal
 
 
+def predict_with(study: Study, plan: Plan) -> Account:
+    """As `predict`, with what the study has made already."""
+    return predict(
+        study.source,
+        plan,
+        study.task,
+        device=study.device,
+        products=study.products,
+        skeleton=study.skeleton,
+    )
+
+
 def predict(
-    source: Source, plan: Plan, task: Infer, *, device: str = "cpu", products: Products | None = None
+    source: Source,
+    plan: Plan,
+    task: Infer,
+    *,
+    device: str = "cpu",
+    products: Products | None = None,
+    skeleton: nn.Module | None = None,
 ) -> Account:
-    """The account of the fitted model loading from its files and running the task. Nothing is read."""
-    planned = planned_source(source, plan)
+    """The account of the fitted model loading from its files and running the task. Nothing is read.
+
+    Args:
+        products: of earlier traces on as many threads.
+        skeleton: the model of `source` without weights, if there is one.
+    """
+    planned = planned_source(source, plan, skeleton)
     ran = replace(task, kv_bits=plan.kv_bits)
     ledger = trace(lambda: load(planned, dtype=torch.bfloat16), ran, device=device, products=products)
     return settle(ledger, device=device)
@@ -110,9 +134,9 @@ def account_of(
     return settle(trace(lambda: load_model(source, dtype=dtype), task, device=device), device=device)
 
 
-def planned_source(source: Source, plan: Plan) -> Source:
+def planned_source(source: Source, plan: Plan, skeleton: nn.Module | None = None) -> Source:
     """The source that the plan's output directory will be, its tensors announced and not there."""
-    tensors, raw = plan_files(source, plan)
+    tensors, raw = plan_files(source, plan, skeleton)
     return Source(
         name=f"{source.name} as planned",
         directory=None,
@@ -122,9 +146,11 @@ def planned_source(source: Source, plan: Plan) -> Source:
     )
 
 
-def plan_files(source: Source, plan: Plan) -> tuple[list[Any], dict[str, Any]]:
+def plan_files(
+    source: Source, plan: Plan, skeleton: nn.Module | None = None
+) -> tuple[list[Any], dict[str, Any]]:
     """What the output will hold: its tensors (name, dtype, shape), in file order, and its config.json."""
-    model = source.build(dtype=torch.bfloat16)
+    model = skeleton if skeleton is not None else source.build(dtype=torch.bfloat16)
     schemes = plan.schemes()
     layout = stored_tensors(model, schemes)
     raw = model_config(
@@ -174,7 +200,7 @@ def _both(allowed: int, needed: int) -> str:
 def _traced_smallest(study: Study, chosen: Mapping[str, int]) -> int:
     free: Prices = {(name, scheme): 0.0 for name, found in study.schemes.items() for scheme in found}
     plan = study.plan(chosen, free, 0, dict.fromkeys(KV_PRICES, 0.0), "weights")
-    return predict(study.source, plan, study.task, device=study.device, products=study.products).peak_nbytes
+    return predict_with(study, plan).peak_nbytes
 
 
 def _levers(study: Study, items: Mapping[str, Sequence[Option]], needed: int) -> dict[str, int]:

@@ -68,6 +68,7 @@ class Study:
         self._alone: dict[Any, int] = {}
         self._builds: dict[str, Any] = {}
         self._caches: dict[int, Option] = {}
+        self._transients: dict[tuple[str, Scheme | None], dict[str, int]] = {}
         self._later = self._loaded_later()
         full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
         for (phase, _), nbytes in self.running.items():
@@ -118,6 +119,12 @@ class Study:
 
     def _transient(self, group: Group, scheme: Scheme | None) -> dict[str, int]:
         """Bytes over the phase's base that are alive while the group's modules run."""
+        key = (group.name, scheme)
+        if key not in self._transients:
+            self._transients[key] = self._over_base(group, scheme)
+        return self._transients[key]
+
+    def _over_base(self, group: Group, scheme: Scheme | None) -> dict[str, int]:
         over = {}
         for phase, rest in self.rest.items():
             if phase not in self._binding:
