@@ -41,6 +41,7 @@ from memfit.steps import (
     calibration_job,
     calibration_key,
     compression_job,
+    job_on,
     joined,
     predict_fit,
     proof_job,
@@ -48,7 +49,7 @@ from memfit.steps import (
 )
 from memfit.study import KV_PRICES, Study
 from memfit.task.infer import Infer
-from memfit.text import Text, text_job, text_of
+from memfit.text import Text, text_of, write_windows
 from memfit.units import format_size, parse_size
 from memfit.worker import run_job
 
@@ -121,7 +122,7 @@ def plan(
     check(source)
     if given is not None:
         study = Study(source, _task_of(given), allowed or Allowed(), device=device)
-        return _adopted(study, given, {})[0]
+        return _adopted(study, given)
     share = isinstance(budget, str) and budget.strip().endswith("%")
     whole = account_of(source, task, device=device).peak_nbytes if share else None
     nbytes = parse_size(budget, whole_nbytes=whole)
@@ -187,7 +188,7 @@ def fit(
         if given is None:
             require_fit(study, nbytes)
         else:
-            _adopted(study, given, {})
+            given = _adopted(study, given)
     texts = text_of(text, source)
     work = WorkDirectory(target, key=calibration_key(study, texts, threads))
     with _threads(threads), output, work:
@@ -198,18 +199,20 @@ def fit(
         if given is None:
             progress("searching the plan")
             chosen = _planned(study, nbytes, calibrated)
-            predicted = predict_with(study, chosen)
         else:
-            chosen, predicted = _adopted(study, given, calibrated)
+            chosen = study.adopt(given, _prices(calibrated), _kv_prices(calibrated))
+            chosen = replace(chosen, predicted=given.predicted)
+        predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
         predicted_fit = predict_fit(source, chosen, job)
-        chosen = replace(chosen, predicted=predicted.to_json(), predicted_fit=predicted_fit.to_json())
+        chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
         progress("compressing")
         compressed = run_job(compression_job(chosen, job, output))
         write_companions(source, chosen, output)
         progress("measuring the fitted model")
         limit = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
-        proof = run_job(proof_job(output.path, chosen, job), **limit)
+        ran = {key: value for key, value in chosen.task.items() if key != "task"}
+        proof = run_job(proof_job(output.path, ran, job), **limit)
         measured = Account.from_json(proof["account"])
         report = Report(
             model=source.name,
@@ -268,19 +271,12 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
         work = Path(directory)
         judged = text if isinstance(text, Text) else Text.from_file(text)
-        job = text_job(source, judged, work)
+        write_windows(source, judged, work)
+        job = job_on(source, work, threads)
         progress("asking the reference")
-        original = run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16)), "threads": threads})
+        original = run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16))})
         progress("measuring the model")
-        proof = run_job(
-            {
-                "do": "prove",
-                "model": str(model),
-                "task": asdict(task),
-                "work": job["work"],
-                "threads": threads,
-            }
-        )
+        proof = run_job(proof_job(model, asdict(task), job))
     return {
         "account": Account.from_json(proof["account"]),
         "quality": Quality.from_json(proof["quality"]),
@@ -338,9 +334,9 @@ def _task_of(given: Plan) -> Infer:
     return replace(Infer(**settings), kv_bits=16)
 
 
-def _adopted(study: Study, given: Plan, answer: dict[str, Any]) -> tuple[Plan, Account]:
-    """A given plan with its bytes and prices anew, and its prediction."""
-    plan = study.adopt(given, _prices(answer), KV_PRICES | dict(answer.get("kv_prices", ())))
+def _adopted(study: Study, given: Plan) -> Plan:
+    """A given plan with its bytes anew and its prediction; it has no prices yet."""
+    plan = study.adopt(given, {}, KV_PRICES)
     predicted = predict_with(study, plan)
     if predicted.peak_nbytes > plan.budget_nbytes:
         raise DoesNotFit(
@@ -348,7 +344,11 @@ def _adopted(study: Study, given: Plan, answer: dict[str, Any]) -> tuple[Plan, A
             f"is {plan.budget_nbytes}. Raise that number, or choose fewer bits.",
             smallest_nbytes=predicted.peak_nbytes,
         )
-    return replace(plan, predicted=predicted.to_json()), predicted
+    return replace(plan, predicted=predicted.to_json())
+
+
+def _kv_prices(answer: dict[str, Any]) -> dict[int, float]:
+    return KV_PRICES | dict(answer.get("kv_prices", ()))
 
 
 def _prices(answer: dict[str, Any]) -> Prices:
@@ -362,7 +362,7 @@ def _planned(study: Study, nbytes: int, answer: dict[str, Any]) -> Plan:
         study,
         nbytes,
         prices=prices or None,
-        kv_prices=dict(answer.get("kv_prices", ())),
+        kv_prices=_kv_prices(answer),
         priced_by=answer.get("priced_by", "weights"),
     )
 

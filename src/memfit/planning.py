@@ -13,8 +13,8 @@ from torch import nn
 from memfit import __version__
 from memfit.account.account import Account
 from memfit.account.dry_run import trace
-from memfit.account.follow import settle
 from memfit.account.replay import Products
+from memfit.account.settle import settle
 from memfit.errors import DoesNotFit
 from memfit.format.config import model_config
 from memfit.format.output import stored_tensors

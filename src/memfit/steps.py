@@ -10,7 +10,8 @@ from torch._subclasses import FakeTensorMode
 
 from memfit.account.account import Account
 from memfit.account.dry_run import no_collection
-from memfit.account.follow import Follow, settle
+from memfit.account.follow import Follow
+from memfit.account.settle import settle
 from memfit.compress import calibrate, compress
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
@@ -20,7 +21,7 @@ from memfit.planning import plan_files
 from memfit.report.machine import describe_versions
 from memfit.source.source import Source
 from memfit.study import Study
-from memfit.text import Text, text_job
+from memfit.text import Text, write_windows
 
 
 def calibration_key(study: Study, text: Text | None, threads: int) -> dict[str, Any]:
@@ -42,18 +43,20 @@ def calibration_job(
     study: Study, text: Text | None, work: Path, *, reference: bool, threads: int | None = None
 ) -> dict[str, Any]:
     """The job that prices every choice on the text; with `reference`, it keeps the original's answers, too."""
-    source = study.source
-    job: dict[str, Any] = {"model": str(source.gguf or source.directory), "work": str(work)}
     if text is not None:
-        job = text_job(source, text, work)
-    return job | {
+        write_windows(study.source, text, work)
+    return job_on(study.source, work, threads) | {
         "do": "calibrate",
         "allowed": asdict(study.allowed),
         "reference": reference,
         "task": asdict(replace(study.task, kv_bits=16)),
         "batch": 4,
-        "threads": threads,
     }
+
+
+def job_on(source: Source, work: Path, threads: int | None) -> dict[str, Any]:
+    """What every job is told: the model, where the jobs leave things for each other, and the threads."""
+    return {"model": str(source.gguf or source.directory), "work": str(work), "threads": threads}
 
 
 def predict_fit(source: Source, chosen: Plan, job: dict[str, Any]) -> Account:
@@ -92,10 +95,9 @@ def write_companions(source: Source, chosen: Plan, output: OutputDirectory) -> N
     save_companions(output.path, source=companions, tokenizer=tokenizer)
 
 
-def proof_job(directory: Path, chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
-    """The job that measures the fitted model, and compares it with what the original answered."""
-    task = {key: value for key, value in chosen.task.items() if key != "task"}
-    return {key: job[key] for key in ("work", "threads")} | {"do": "prove", "model": str(directory), "task": task}
+def proof_job(model: str | Path, task: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    """The job that measures a fitted model, and compares it with what the original answered to `job`."""
+    return {key: job[key] for key in ("work", "threads")} | {"do": "prove", "model": str(model), "task": task}
 
 
 def joined(*accounts: dict[str, Any]) -> Account:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from memfit.account.dry_run import Loaded
-from memfit.account.follow import Follow, Shape, settle
+from memfit.account.follow import Follow
+from memfit.account.ledger import Shape
 from memfit.account.replay import Blocks, Products
+from memfit.account.settle import settle
 from memfit.errors import BrokenInput, UsageError
 from memfit.format.output import weights_of
 from memfit.format.packed import packed_specs

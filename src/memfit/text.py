@@ -43,7 +43,6 @@ class Text:
         )
 
 
-
 def text_of(text: Text | str | Path | None, source: Source) -> Text | None:
     """What a caller gave: a text cut already, or a file to cut in two halves. The demo model has its own."""
     if text is None and source.directory == demo.model_directory():
@@ -51,7 +50,7 @@ def text_of(text: Text | str | Path | None, source: Source) -> Text | None:
     return text if isinstance(text, Text) or text is None else Text.from_file(text)
 
 
-def text_job(source: Source, text: Text, work: Path) -> dict[str, Any]:
+def write_windows(source: Source, text: Text, work: Path) -> None:
     """Cut the text into windows and leave them in `work`, for the jobs."""
     tokenizer = source.tokenizer()
     vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1)
@@ -62,7 +61,6 @@ def text_job(source: Source, text: Text, work: Path) -> dict[str, Any]:
         "evaluation": _windows(tokenizer, "evaluate", text.evaluation, text.length, evaluated),
     }
     torch.save(cut, work / "windows.pt")
-    return {"model": str(source.gguf or source.directory), "work": str(work)}
 
 
 def _windows(tokenizer: Any, use: str, text: str, length: int, most: int) -> torch.Tensor:

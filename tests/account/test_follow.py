@@ -3,7 +3,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from memfit.account.dry_run import dry_run
-from memfit.account.follow import Follow, settle
+from memfit.account.follow import Follow
+from memfit.account.settle import settle
 from memfit.account.watch import Watch
 
 KIB = 1024

@@ -92,10 +92,6 @@ class Account:
                 return phase
         raise KeyError(f"no phase {name!r}; there are {', '.join(p.name for p in self.phases)}")
 
-    def nbytes_of(self, kind: Kind) -> int:
-        """Bytes of one kind at the account's peak."""
-        return self.peak.alive.get(kind, 0)
-
     def to_json(self) -> dict[str, Any]:
         """One object for programs; the keys are promised (see the README)."""
         return {

@@ -21,10 +21,7 @@ from .cuda import CUBLAS_WORKSPACE
 from .fakes import QUICK, fake_mode, written
 from .ledger import Ledger, Shape, Storage
 from .mend import MENDED, REWRITTEN
-from .settle import phase_spans, settle
 from .workspace import NONE, kernel_of, workspace
-
-__all__ = ["Follow", "Ledger", "Shape", "Storage", "phase_spans", "settle"]
 
 
 class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -111,19 +111,12 @@ class Blocks:
 
         def load_from(store: PackedWeight, read: Any, prefix: str, **options: Any) -> None:
             key = ("load", store.scheme, store.shape, store.kernel, prefix.rpartition(".")[2])
-            recording = self._known.get(key, _UNSEEN)
-            if isinstance(recording, _Recording):
-                store._buffers.update(self._replay(recording, prefix, {}, []))
-                return
 
             def call() -> dict[str, Any]:
                 plain(store, read, prefix, **options)
                 return dict(store._buffers)
 
-            if recording is None:
-                call()
-            else:
-                self._record(self._known, key, prefix, [], [], call)
+            store._buffers.update(self._once(self._known, (key, {}, []), prefix, call))
 
         PackedWeight.load_from = load_from  # type: ignore[method-assign, assignment]
         try:
