@@ -80,6 +80,14 @@ def _ask_call(func: Any, described: tuple[Any, ...], threads: int) -> int:
     return ask(lambda: func(*args))
 
 
+@cache
+def ask_eigenvectors(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Scratch of a symmetric matrix's eigenvectors: of zeros, as chance may give what has none."""
+    with _disable_current_modes():
+        matrix = torch.zeros(shape, dtype=dtype)
+    return ask(lambda: torch.linalg.eigh(matrix))
+
+
 def ask_product(left: Tensor, right: Tensor) -> int:
     """Scratch of `left @ right`, [.., M, K] by [.., K, N]; from smaller ones where that costs too much.
 

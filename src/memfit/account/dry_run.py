@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from .account import Account
 from .follow import Follow, has_no_bytes
 from .ledger import Ledger
+from .mend import values_as_usual
 from .replay import Blocks, Products
 from .settle import settle
 from .watch import Watch
@@ -63,8 +64,10 @@ class Loaded:
         """What was born and what ended in loading and in the task, in order."""
         follow = self.follow.again(self.held)
         blocks = Blocks(follow, products=self.products)
-        replayed = nullcontext() if self.whole else blocks.on(self.model)
-        with no_collection(), self.mode, follow, follow.inside(self.model), replayed:
+        # A block that learns leaves gradients and a graph behind, which no recording tells: it is traced.
+        whole = self.whole or getattr(task, "learns", False)
+        replayed = nullcontext() if whole else blocks.on(self.model)
+        with no_collection(), values_as_usual(), self.mode, follow, follow.inside(self.model), replayed:
             task.run(self.model, follow)
         return follow.ledger
 

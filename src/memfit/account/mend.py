@@ -4,7 +4,8 @@ Each function here stands for one operator while a dry run follows it. Fake tens
 the target, so for CUDA attention is put right, and the ways of writing that only the CPU has are left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,9 @@ aten = torch.ops.aten
 def _grouped_product(func: Any, args: Any, kwargs: Any) -> Tensor:
     """Grouped products run in any dtype on the CPU; their shape function knows bf16 alone (torch 2.13)."""
     left, right = args[:2]
+    if right.dim() == 2:  # the weights' gradient: a product of its own for each group of rows
+        offsets = args[2] if len(args) > 2 else kwargs["offs"]
+        return left.new_empty((offsets.numel(), left.shape[0], right.shape[-1]))  # type: ignore[no-any-return]
     return left.new_empty((left.shape[0], right.shape[-1]))  # type: ignore[no-any-return]
 
 
@@ -95,3 +99,26 @@ def _lstm(
 
 REWRITTEN: Final[dict[str, dict[Any, Callable[..., Any]]]] = {"cpu": {aten.lstm.input: _lstm}, "cuda": {}}
 """By target: operators that are a way of writing others, and that it writes otherwise than the fake mode."""
+
+
+@contextmanager
+def values_as_usual() -> Iterator[None]:
+    """Inside, where transformers would look at values that fake tensors lack, it goes the way of usual ones.
+
+    Texts are one a row: of positions that rise by one no mask is made, which it only sees on real ones. What it
+    computes to see it is computed.
+    """
+    from transformers import masking_utils
+
+    plain = masking_utils.find_packed_sequence_indices
+
+    def one_text_a_row(position_ids: Tensor) -> Tensor | None:
+        found: Tensor = plain(position_ids)
+        (found[:, -1] == 0).all()
+        return None
+
+    masking_utils.find_packed_sequence_indices = one_text_a_row
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = plain

@@ -70,9 +70,19 @@ def _worst_moments(
     worst: dict[str, tuple[int, int, int, int | None]] = {}
     segments = Segments() if device == "cuda" else None
     total = 0
+    starts: dict[int, list[str]] = {}
     for name, start, _ in spans:
         worst.setdefault(name, (-1, max(start - 1, 0), 0, None))
+        starts.setdefault(start, []).append(name)
+
+    def begin(index: int) -> None:
+        """What a phase finds when it begins counts, too: one may do nothing but free, or nothing at all."""
+        for name in starts.get(index, ()):
+            if total > worst[name][0]:
+                worst[name] = (total, max(index - 1, 0), total, segments.reserved_nbytes if segments else None)
+
     for index, (number, sign) in enumerate(ledger.events):
+        begin(index)
         nbytes = ledger.storages[number].nbytes
         total += sign * _held(nbytes, device)
         if segments is not None:
@@ -86,6 +96,7 @@ def _worst_moments(
         if segments is not None:
             reserved = max(reserved or 0, segments.reserved_nbytes)
         worst[phase] = (peak, at, total, reserved)
+    begin(len(ledger.events))
     return worst
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memfit.packed.routing import ROUTING
 
-from .ask import ask_attention, ask_call, ask_product, ask_recurrent
+from .ask import ask_attention, ask_call, ask_eigenvectors, ask_product, ask_recurrent
 
 _HALVES: Final = (torch.bfloat16, torch.float16)
 Scratch = tuple[list[int], list[int]]
@@ -124,8 +124,11 @@ def _is_dense(tensor: Tensor) -> bool:
 def _grouped_product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     """cpu/GroupedBlas.cpp: one product after another, so the scratch of the largest group."""
     left, right = args[:2]
-    if left.dtype not in _HALVES or right.dim() != 3:
+    if left.dtype not in _HALVES:
         return NONE
+    if right.dim() == 2:
+        inner = right.shape[0] if ROUTING.get() == "worst" else -(-right.shape[0] // out.shape[0])
+        return [], [ask_product(left.narrow(1, 0, inner), right.narrow(0, 0, inner))]
     rows = left.shape[0] if ROUTING.get() == "worst" else -(-left.shape[0] // right.shape[0])
     return [], [ask_product(left.narrow(0, 0, rows), right.select(0, 0))]
 
@@ -143,6 +146,12 @@ def _convolution(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
 def _recurrent(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     """mkldnn/RNN.cpp: the biases added up, the weights in oneDNN's layout, and its scratchpad."""
     return [], [ask_recurrent(func, args)]
+
+
+def _eigenvectors(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """BatchLinearAlgebra.cpp: LAPACK's work arrays, by the size alone."""
+    matrix = args[0]
+    return [], [ask_eigenvectors(tuple(matrix.shape), matrix.dtype)]
 
 
 def _safe_softmax(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
@@ -182,6 +191,7 @@ _RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
     aten._grouped_mm: _grouped_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._safe_softmax: _safe_softmax,
+    aten._linalg_eigh: _eigenvectors,
     aten.convolution: _convolution,
     aten.mkldnn_rnn_layer: _recurrent,
     aten.embedding: _embedding,

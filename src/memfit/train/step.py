@@ -1,0 +1,381 @@
+"""One training step, in order: micro-batches, loss, backward, update; as a recipe says, on fake tensors or real ones.
+
+    for each micro-batch:  forward -> loss -> backward (blocks may be updated in it) -> gradients add up
+    then:                  clip -> update what is left
+
+`TrainStep` is what a loop calls, one's own or memfit's, and what a dry run follows.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memfit.account.watch import Unwatched, Watch
+from memfit.errors import MemfitError, UsageError
+from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.technique.checkpoint import Checkpoint, Segment
+from memfit.technique.chunk_loss import ChunkLoss, HeadCall, rows_of_gradient
+from memfit.technique.precision import LossScale, Precision
+from memfit.technique.row_gradients import RowGradients, known_lookup, rows_on
+
+from .gradients import Accumulated, clip_coefficient, trained
+from .hyper import Hyper
+from .objective import Batch, LanguageModel, Objective, objective_of, output_head, without_head
+from .recipe import Recipe
+from .update import Mover
+
+
+class LossNotFinite(MemfitError):
+    """The loss is no number, or infinite. Nothing was updated with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step found."""
+
+    loss: float
+    """Mean over the labels that count."""
+    labels: int
+    gradient_norm: float | None
+    """Before clipping; None where nothing asked for it."""
+    skipped: bool = False
+    """Nothing was updated, as a gradient was infinite in fp16; the next step's loss scale is half."""
+
+
+class TrainStep:
+    """A model, trained by a recipe: `step(batch)` is one step.
+
+    Args:
+        model: its parameters that require a gradient are trained. It is changed: cast, its blocks wrapped. `close`
+            unwraps them.
+        recipe: how.
+        hyper: learning rate, weight decay, clipping.
+        loss: `loss(model, batch)` -> mean over the batch's rows, for models whose class says nothing of it.
+        watch: is told the phases.
+        directory: where states go that wait on the disk; default: a temporary one.
+        seed: of stochastic rounding and random projections.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        hyper: Hyper | None = None,
+        loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+        watch: Watch | None = None,
+        directory: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.recipe = model, recipe
+        self.hyper = hyper or Hyper()
+        self.watch: Watch = watch or Unwatched()
+        self.precision = Precision(kind=recipe.precision)
+        self.precision.apply(model)
+        model.train()
+        chunks = None if recipe.chunk_nbytes is None else ChunkLoss(chunk_nbytes=recipe.chunk_nbytes)
+        self.objective: Objective = objective_of(model, chunks=chunks, loss=loss)
+        self.scaler = LossScale() if recipe.precision == "fp16" else None
+        self.steps = 0
+        """Steps done."""
+        self._tables = self._find_tables() if recipe.rows else {}
+        self.gradients = Accumulated(recipe.gradients, self._tables)
+        self.mover = Mover(model, recipe, self.hyper, directory=directory, seed=seed)
+        self._squares: Tensor | None = None
+        self._coefficient: Tensor | None = None
+        self._counting = self._last = False
+        self._updated = 0
+        self._uses: dict[int, int] = {}
+        self._expected: dict[int, int] = {}
+        self._stack = ExitStack()
+        self.segments: list[Segment] = self._stack.enter_context(
+            Checkpoint(blocks=recipe.recompute, slices=recipe.slices, store=recipe.store).on(model, done=self._done)
+        )
+        self._hook()
+
+    # -- a step -----------------------------------------------------------------------------------------
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """Train on one batch: the model, its states and `steps` move by one.
+
+        Raises:
+            LossNotFinite: the loss is NaN or infinite; nothing was updated.
+            UsageError: no label of the batch counts.
+        """
+        labels = self.objective.count(batch)
+        if labels == 0:
+            raise UsageError("all labels of the batch are ignored: it has nothing to learn from. Leave it out.")
+        scale = (self.scaler.value if self.scaler else 1.0) / labels
+        parts = self._micro_batches(batch)
+        random = torch.get_rng_state() if self._two_passes and not _is_fake(batch) else None
+        self._coefficient, norm = None, None
+        self._updated = 0
+        if self._two_passes:
+            norm = self._pass_for_norm(parts, scale, labels, random)
+            if norm is not None and not math.isfinite(norm):
+                return self._skip(labels, norm)
+        loss = self._pass(parts, scale, labels)
+        with self.watch.phase("step"), torch.no_grad():
+            if not self._two_passes and (self.hyper.clip is not None or self.scaler is not None):
+                norm = self._norm_of_all(labels)
+                if norm is not None and not math.isfinite(norm):
+                    return self._skip(labels, norm, loss)
+            for name, parameter in trained(self.model):
+                if self.gradients.has(parameter):
+                    self._update(name, parameter)
+        self.steps += 1
+        if self.scaler is not None:
+            self.scaler.grow()
+        return Outcome(loss=loss, labels=labels, gradient_norm=norm)
+
+    @property
+    def updates_begun(self) -> bool:
+        """Whether the step that is running, or was left by an error, has updated anything."""
+        return self._updated > 0
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int, Tensor | None]:
+        """(mean loss over the labels that count, how many, scores [B, C] of a classifier); nothing is learned."""
+        labels = self.objective.count(batch)
+        total: Tensor | None = None
+        self.model.eval()
+        try:
+            outs = []
+            for part in self._micro_batches(batch):
+                with self._forward_mode():
+                    out = self.objective.forward(self.model, part)
+                with self.precision.on(batch["labels"].device if "labels" in batch else torch.device("cpu")):
+                    loss = self.objective.loss(self.model, out, part, scale=1.0 / max(labels, 1), keep=None)
+                total = loss if total is None else total + loss
+                if out.dim() == 2:
+                    outs.append(out)
+                del out, loss
+        finally:
+            self.model.train()
+        assert total is not None
+        found = torch.cat(outs) if outs else None
+        return (0.0 if is_fake(total) else float(total)), labels, found
+
+    def close(self) -> None:
+        """Unwrap the model: it is an ordinary one again, with the weights it has now."""
+        self._stack.close()
+
+    def discard(self) -> None:
+        """Drop the gradients of a step that was left by an error."""
+        for _, parameter in trained(self.model):
+            self.gradients.clear(parameter)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the head leaves what its gradient's rows are made of."""
+        head = output_head(self.model)
+        return head is not None and id(head.weight) in self._tables
+
+    # -- parts ------------------------------------------------------------------------------------------
+
+    @property
+    def _two_passes(self) -> bool:
+        """An update inside the backward pass needs the norm of the whole gradient first: a pass for it alone."""
+        return self.recipe.in_backward and (self.hyper.clip is not None or self.scaler is not None)
+
+    def _pass_for_norm(self, parts: list[Batch], scale: float, labels: int, random: Tensor | None) -> float | None:
+        device = next(self.model.parameters()).device
+        self._squares, self._counting = torch.zeros((), dtype=torch.float64, device=device), True
+        self._pass(parts, scale, labels)
+        with self.watch.phase("backward"), torch.no_grad():
+            for _, parameter in trained(self.model):
+                if self.gradients.has(parameter):
+                    self.gradients.add_squares(parameter, self._squares)
+                    self.gradients.clear(parameter)
+            norm = self._found_norm(self._squares)
+        self._squares, self._counting = None, False
+        if random is not None:
+            torch.set_rng_state(random)
+        return norm
+
+    def _norm_of_all(self, labels: int) -> float | None:
+        device = next(self.model.parameters()).device
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        for _, parameter in trained(self.model):
+            if self.gradients.has(parameter):
+                self.gradients.add_squares(parameter, squares)
+        return self._found_norm(squares)
+
+    def _found_norm(self, squares: Tensor) -> float | None:
+        """The norm, as if nothing had been scaled, and the coefficient that undoes the scale and clips."""
+        unscale = 1.0 / self.scaler.value if self.scaler else 1.0
+        squares.mul_(unscale * unscale)
+        coefficient = torch.full_like(squares, unscale)
+        if self.hyper.clip is not None:
+            coefficient.mul_(clip_coefficient(squares, self.hyper.clip))
+        wide = torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
+        self._coefficient = coefficient.to(wide)
+        return None if is_fake(squares) else math.sqrt(float(squares))
+
+    def _skip(self, labels: int, norm: float, loss: float = math.nan) -> Outcome:
+        self.discard()
+        if self.scaler is None:
+            raise LossNotFinite(f"the gradient's norm is {norm} at step {self.steps + 1}; nothing was updated.")
+        self.scaler.shrink()
+        return Outcome(loss=loss, labels=labels, gradient_norm=norm, skipped=True)
+
+    def _pass(self, parts: list[Batch], scale: float, labels: int) -> float:
+        """Forward and backward over all micro-batches; the mean loss."""
+        total = 0.0
+        for number, part in enumerate(parts):
+            self._last = number == len(parts) - 1
+            self._expected = dict(self._uses)
+            with self.watch.phase("forward"), self._forward_mode():
+                out = self.objective.forward(self.model, part)
+            with self.watch.phase("loss"), self.precision.on(out.device):
+                loss = self.objective.loss(self.model, out, part, scale=scale, keep=self._keep if self._keeps else None)
+                del out
+                if not is_fake(loss):
+                    total += float(loss.detach())
+            if not math.isfinite(total):
+                self.discard()
+                raise LossNotFinite(f"the loss is {total} at step {self.steps + 1}; nothing was updated.")
+            with self.watch.phase("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+        return total / (scale * labels)
+
+    def _forward_mode(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(without_head(self.model, self.objective))
+        if self._tables:
+            lookups = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and id(m.weight) in self._tables]
+            stack.enter_context(rows_on(lookups, self._tables))
+        stack.enter_context(self.precision.on(next(self.model.parameters()).device))
+        return stack
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        rows = next(iter(batch.values())).shape[0]
+        size = min(self.recipe.micro_batch or rows, rows)
+        starts = list(range(0, rows, size))
+        fake = _is_fake(batch)
+        # The first micro-batch meets no gradients, the second does, the last updates: those between are alike.
+        # (But where rows of a table's gradient are made, each leaves something until the update.)
+        chosen = blocks_to_run(starts) if fake and not self._tables else starts
+        return [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in chosen]
+
+    # -- gradients and updates --------------------------------------------------------------------------
+
+    def _hook(self) -> None:
+        """Count where each parameter is used, and hook those whose gradients are moved or used at once."""
+        inside: dict[int, int] = {}
+        for segment in self.segments:
+            for parameter in {id(p): p for p in segment.block.parameters()}.values():
+                inside[id(parameter)] = inside.get(id(parameter), 0) + 1
+        self._uses = inside
+        outside = {id(p) for p in self._used_outside(inside)}
+        for key in outside:
+            self._uses.pop(key, None)
+        self._names = {id(parameter): name for name, parameter in trained(self.model)}
+        stacked = self._in_stacks()
+        for _, parameter in trained(self.model):
+            key = id(parameter)
+            alone = key in stacked and key not in self._uses and key not in outside
+            if self.recipe.gradients != "weights" or (self.recipe.in_backward and alone):
+                act = self._arrived_alone if self.recipe.in_backward and alone else self.gradients.arrived
+                handle = parameter.register_post_accumulate_grad_hook(act)  # type: ignore[no-untyped-call]
+                self._stack.callback(handle.remove)
+        for segment in self.segments:
+            segment.may_retry = self.recipe.in_backward and self.recipe.gradients == "weights"
+
+    def _used_outside(self, inside: dict[int, int]) -> list[nn.Parameter]:
+        """Parameters of checkpointed blocks that modules outside of them hold as well."""
+        blocks = tuple(segment.name + "." for segment in self.segments)
+        found = []
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in inside and not name.startswith(blocks):
+                found.append(parameter)
+        return found
+
+    def _in_stacks(self) -> set[int]:
+        """Parameters that belong to one block of a stack: their gradient is whole when it arrives."""
+        from memfit.account.replay import stacked_blocks
+
+        count: dict[int, int] = {}
+        for _, block in stacked_blocks(self.model):
+            for key in {id(p) for p in block.parameters()}:
+                count[key] = count.get(key, 0) + 1
+        names: dict[int, int] = {}
+        for _, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[id(parameter)] = names.get(id(parameter), 0) + 1
+        return {key for key, number in count.items() if number == 1 and names[key] == 1}
+
+    def _arrived_alone(self, parameter: Tensor) -> None:
+        self.gradients.arrived(parameter)
+        if self._last:
+            self._complete(parameter)  # type: ignore[arg-type]
+
+    def _done(self, segment: Segment) -> None:
+        """The gradients of a checkpointed block are whole for this micro-batch."""
+        if not self.recipe.in_backward:
+            return
+        for parameter in {id(p): p for p in segment.block.parameters() if p.requires_grad}.values():
+            key = id(parameter)
+            if key not in self._expected:
+                continue
+            self._expected[key] -= 1
+            if self._expected[key] == 0 and self._last:
+                self._complete(parameter)
+
+    @torch.no_grad()
+    def _complete(self, parameter: nn.Parameter) -> None:
+        """A gradient is whole for the batch: count it, or use it, and free it."""
+        if not self.gradients.has(parameter):
+            return
+        if self._counting:
+            assert self._squares is not None
+            self.gradients.add_squares(parameter, self._squares)
+            self.gradients.clear(parameter)
+        else:
+            self._update(self._names[id(parameter)], parameter)
+
+    def _update(self, name: str, parameter: nn.Parameter) -> None:
+        self._updated += 1
+        self.mover.move(name, parameter, self.gradients, step=self.steps + 1, coefficient=self._coefficient)
+        self.gradients.clear(parameter)
+
+    def _keep(self, call: HeadCall) -> None:
+        """What is left of a head's call goes to the gradient of its table."""
+        head = output_head(self.model)
+        assert head is not None
+        bias = head.bias
+
+        def make(table: Tensor, start: int, stop: int) -> Tensor:
+            return rows_of_gradient(call, table, bias, start, stop)
+
+        self._tables[id(head.weight)].add_head(call.hidden_ND.shape[0], make)
+
+    def _find_tables(self) -> dict[int, RowGradients]:
+        """Trained embeddings and the head whose gradients can be made by rows."""
+        if not isinstance(self.objective, LanguageModel) or self.objective.chunks is None:
+            raise UsageError("gradients by rows need the loss in chunks, which this model does not allow.")
+        head = output_head(self.model)
+        assert head is not None
+        users: dict[int, list[nn.Module]] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(id(parameter), []).append(module)
+        found: dict[int, RowGradients] = {}
+        for module in self.model.modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter) or not weight.requires_grad or weight.dim() != 2:
+                continue
+            if all(user is head or known_lookup(user) for user in users[id(weight)]) and isinstance(
+                module, nn.Embedding | nn.Linear
+            ):
+                found[id(weight)] = RowGradients(weight)
+        return found
+
+
+def _is_fake(batch: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) and is_fake(value) for value in batch.values())

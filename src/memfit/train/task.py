@@ -1,0 +1,148 @@
+"""Training as a task: two steps, the first of which makes the optimizer's states, then evaluation, save and resume.
+
+The same lines run on fake tensors, to predict, and on real ones, to measure.
+"""
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from memfit.account.account import Kind
+from memfit.account.dry_run import hold_model
+from memfit.account.watch import Watch
+from memfit.errors import UsageError
+from memfit.task.infer import vocabulary
+
+from .hyper import Hyper
+from .objective import Classifier, LanguageModel
+from .recipe import Recipe
+from .save import restore_states, save_states
+from .states import InMemory
+from .step import TrainStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train on `batch` texts of `sequence` tokens a step."""
+
+    batch: int = 8
+    sequence: int = 512
+    recipe: Recipe = field(default_factory=Recipe)
+    hyper: Hyper = field(default_factory=Hyper)
+    learns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "sequence"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": "train", "batch": self.batch, "sequence": self.sequence,
+            "recipe": self.recipe.to_json(), "hyper": self.hyper.to_json(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Train":
+        return cls(
+            batch=data["batch"], sequence=data["sequence"],
+            recipe=Recipe.from_json(data["recipe"]), hyper=Hyper.from_json(data["hyper"]),
+        )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are loaded in."""
+        from memfit.technique.precision import Precision
+
+        return Precision(kind=self.recipe.precision).dtype
+
+    def with_recipe(self, recipe: Recipe) -> "Train":
+        return replace(self, recipe=recipe)
+
+    def run(self, model: nn.Module, watch: Watch) -> None:
+        """Run every phase on `model`, telling `watch` where the task is."""
+        with watch.phase("load"):
+            trainable(model)
+            told = _Steps(watch)
+            step = TrainStep(model, self.recipe, hyper=self.hyper, watch=told)
+            hold_model(model, watch)
+            batch = made_up_batch(model, step.objective, self.batch, self.sequence)
+        try:
+            told.prefix = "first "
+            step(batch)
+            tell_states(step, watch)
+            told.prefix = ""
+            step(batch)
+            with watch.phase("evaluation"):
+                step.evaluate(batch)
+            with watch.phase("save"):
+                saved = save_states(step, None)
+            with watch.phase("resume"):
+                restore_states(step, saved)
+        finally:
+            step.close()
+
+
+def trainable(model: nn.Module) -> None:
+    """Let every float parameter be trained, unless some are chosen already (adapters)."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+
+def made_up_batch(model: nn.Module, objective: Any, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Random token ids [B, T] and labels, as `objective` wants them."""
+    config = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if isinstance(most, int) and tokens > most and not getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"sequences of {tokens} tokens, and the model's context has {most} (max_position_embeddings). "
+            "Choose a shorter --sequence."
+        )
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    ids = torch.randint(0, vocabulary(model), (rows, tokens), generator=generator).to(device)
+    if isinstance(objective, LanguageModel):
+        return {"input_ids": ids, "labels": ids.clone()}
+    if isinstance(objective, Classifier):
+        classes = getattr(config, "num_labels", 2)
+        labels = torch.randint(0, classes, (rows,), generator=generator).to(device)
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0  # rows are of different lengths: a mask without a gap would be dropped by some models
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids}
+
+
+def tell_states(step: TrainStep, watch: Watch) -> None:
+    """Name the optimizer's states."""
+    states = step.mover.states
+    if isinstance(states, InMemory):
+        for name, tensors in states.tensors.items():
+            for tensor in tensors.values():
+                watch.holds("optimizer", name.rpartition(".")[0], tensor)
+
+
+class _Steps:
+    """A watch that calls the phases of the first step by names of their own."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.prefix = watch, ""
+
+    @property
+    def may_skip(self) -> bool:
+        return self.watch.may_skip
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self.watch.phase(self.prefix + name)
+
+    def holds(self, kind: Kind, module: str, tensor: Tensor) -> None:
+        self.watch.holds(kind, module, tensor)
+
+
+def tokens_of(task: Train) -> int:
+    """Tokens of a step."""
+    return math.prod((task.batch, task.sequence))

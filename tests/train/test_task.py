@@ -1,0 +1,129 @@
+"""The account of training: predicted on fakes, measured by the allocator's own events, phase by phase."""
+
+import gc
+
+import pytest
+import torch
+import transformers as hf
+
+from memfit.account.dry_run import dry_run
+from memfit.account.meter import Meter
+from memfit.account.replay import stacked_blocks
+from memfit.errors import UsageError
+from memfit.models import load_model
+from memfit.source.source import source_from_config
+from memfit.train.hyper import Hyper
+from memfit.train.recipe import Recipe
+from memfit.train.task import Train
+
+DECODER = {
+    "vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+ALL = "all blocks"
+RECIPES = {
+    "plain": Recipe(chunk_nbytes=None),
+    "chunked": Recipe(chunk_nbytes=1 << 17),
+    "micro": Recipe(micro_batch=1, gradients="fp32"),
+    "recomputed": Recipe(recompute=(ALL,), slices=2),
+    "frugal": Recipe(
+        recompute=(ALL,), slices=4, in_backward=True, rows=True, chunk_nbytes=1 << 17, precision="stochastic",
+        state_bits=8,
+    ),
+    "master": Recipe(recompute=(ALL,), precision="master", state_bits=4, in_backward=True),
+    "autocast": Recipe(precision="autocast", recompute=(ALL,), state_bits=16),
+    "int8": Recipe(gradients="int8", micro_batch=2, recompute=(ALL,), store="int8"),
+    "disk": Recipe(states="disk", recompute=(ALL,), store="disk"),
+    "kahan": Recipe(precision="kahan", optimizer="sgd"),
+    "adafactor": Recipe(optimizer="adafactor"),
+    "galore": Recipe(optimizer="galore"),
+    "apollo": Recipe(optimizer="apollo"),
+    "muon": Recipe(optimizer="muon"),
+}  # fmt: skip
+TOLERANCE = 8192
+"""Bytes: what chance draws keep its state, and numbers of a few bytes."""
+
+
+def configs():
+    return {
+        "llama": hf.LlamaConfig(**DECODER),
+        "gemma3": hf.Gemma3TextConfig(**DECODER, head_dim=16, sliding_window=8),
+        "mixtral": hf.MixtralConfig(**DECODER, num_local_experts=4),
+        "gpt2": hf.GPT2Config(vocab_size=2000, n_embd=64, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2),
+        "bert": hf.BertConfig(
+            vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+            architectures=["BertForSequenceClassification"],
+        ),
+    }  # fmt: skip
+
+
+def both(config, recipe, *, clip=None, whole=False):
+    source = source_from_config(config)
+    names = tuple(name for name, _ in stacked_blocks(source.build(dtype=torch.float32)))
+    if recipe.recompute:
+        recipe = Recipe(**(recipe.to_json() | {"recompute": names}))
+    task = Train(batch=4, sequence=32, recipe=recipe, hyper=Hyper(clip=clip, rank=16))
+    predicted = dry_run(lambda: load_model(source, dtype=task.dtype), task, whole=whole)
+    gc.collect()  # what an earlier test left in cycles must not end within this measurement
+    meter = Meter()
+    with meter.phase("load"):
+        model = load_model(source, dtype=task.dtype)
+    task.run(model, meter)
+    return predicted, meter.account()
+
+
+def check(predicted, measured):
+    assert [phase.name for phase in predicted.phases] == [phase.name for phase in measured.phases]
+    for phase in predicted.phases:
+        assert abs(phase.peak_nbytes - measured.phase(phase.name).peak_nbytes) <= TOLERANCE, phase.name
+        assert abs(phase.end_nbytes - measured.phase(phase.name).end_nbytes) <= TOLERANCE, phase.name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_lever_is_predicted(name):
+    check(*both(hf.LlamaConfig(**DECODER), RECIPES[name]))
+
+
+@pytest.mark.parametrize("recipe", ["plain", "frugal", "master"])
+@pytest.mark.parametrize("name", ["gemma3", "mixtral", "gpt2", "bert"])
+def test_every_kind_of_model_is_predicted(name, recipe):
+    chosen = RECIPES[recipe]
+    if name == "bert":
+        chosen = Recipe(**(chosen.to_json() | {"rows": False, "recompute": chosen.recompute}))
+    check(*both(configs()[name], chosen))
+
+
+def test_clipping_in_two_passes_is_predicted():
+    check(*both(hf.LlamaConfig(**DECODER), RECIPES["frugal"], clip=1.0))
+
+
+def test_states_are_named_and_the_first_step_makes_them():
+    predicted, _ = both(hf.LlamaConfig(**DECODER), RECIPES["plain"])
+    weights = sum(entry.nbytes for entry in predicted.entries if entry.kind == "parameter")
+    states = sum(entry.nbytes for entry in predicted.entries if entry.kind == "optimizer")
+    assert states == 2 * weights
+    assert predicted.phase("forward").peak_nbytes - predicted.phase("first forward").peak_nbytes == states
+
+
+def test_each_lever_lowers_the_peak_it_is_for():
+    def peak(**settings):
+        return both(hf.LlamaConfig(**DECODER), Recipe(**settings))[0].peak_nbytes
+
+    plain = peak(chunk_nbytes=None, precision="master")
+    chunked = peak(chunk_nbytes=1 << 17, precision="master")
+    rows = peak(chunk_nbytes=1 << 17, precision="master", rows=True, recompute=(ALL,), in_backward=True)
+    low = peak(
+        chunk_nbytes=1 << 17, precision="master", rows=True, recompute=(ALL,), in_backward=True, state_bits=8
+    )
+    assert plain > chunked > rows > low
+
+
+def test_a_sequence_longer_than_the_context_is_refused():
+    config = hf.LlamaConfig(**DECODER, max_position_embeddings=16)
+    with pytest.raises(UsageError, match="32 tokens, and the model's context has 16"):
+        both(config, RECIPES["plain"])
+
+
+def test_a_task_is_read_back_from_json():
+    task = Train(batch=2, sequence=8, recipe=RECIPES["frugal"], hyper=Hyper(clip=None, betas=(0.8, 0.9)))
+    assert Train.from_json(task.to_json()) == task
