@@ -64,9 +64,11 @@ class Loaded:
         """What was born and what ended in loading and in the task, in order."""
         follow = self.follow.again(self.held)
         blocks = Blocks(follow, products=self.products)
+        learns = getattr(task, "learns", False)
+        if learns:
+            self.held.clear()  # What training casts or packs ends; and no other task is run on what has learned.
         # A block that learns leaves gradients and a graph behind, which no recording tells: it is traced.
-        whole = self.whole or getattr(task, "learns", False)
-        replayed = nullcontext() if whole else blocks.on(self.model)
+        replayed = nullcontext() if self.whole or learns else blocks.on(self.model)
         with no_collection(), values_as_usual(), self.mode, follow, follow.inside(self.model), replayed:
             task.run(self.model, follow)
         return follow.ledger

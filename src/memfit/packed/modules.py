@@ -53,9 +53,12 @@ class PackedLinear(nn.Module):
             self.store.load_from(read, prefix)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self.store.matmul(input)
-        # In place: y is fresh, and a second copy of it would be the peak of a wide head.
-        return y if self.bias is None else y.add_(self.bias)
+        if self.bias is None:
+            return self.store.matmul(input)
+        # In place: y is fresh, and a second copy of it would be the peak of a wide head. And before it is viewed,
+        # as the backward pass copies the gradient of a view that was changed.
+        y = self.store.matmul(input.reshape(-1, self.in_features)).add_(self.bias)
+        return y.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return (

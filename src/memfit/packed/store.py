@@ -5,6 +5,7 @@ Every transient is bounded: a dense copy is made of a few rows at a time and dro
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from memfit.errors import BrokenInput, UsageError
 from memfit.packed import nibbles
 from memfit.packed.bits import PLANES, join_planes, split_planes, unpack_unsigned, unpack_zeros
 from memfit.packed.fake import blocks_to_run
+from memfit.packed.gradient import product
 from memfit.packed.kernel import KERNEL_NAMES, Kernel, choose_kernel
 from memfit.packed.scheme import Scheme
 
@@ -36,6 +38,9 @@ FEW_ROWS: Final = 32
 With AMX the dense product is ahead from about 45 rows on (1770 against 163 GFLOP/s, and the unpacking);
 without, only from about 200 (82 against 70 GFLOP/s a core).
 """
+
+_FEWEST_INPUTS: Final = 8
+"""So many inputs of a segment are unpacked at once even where the rows are too many for the workspace."""
 
 
 class PackedWeight(nn.Module):
@@ -234,6 +239,8 @@ class PackedWeight(nn.Module):
     def matmul(self, x: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         """x [..., K] times rows start to stop of the weight, transposed: [..., stop − start].
 
+        x gets its gradient, if it wants one (`product_back`); the weight is frozen.
+
         Raises:
             TypeError: the kernel cannot take activations of this type, or only by a path many times slower.
         """
@@ -243,15 +250,75 @@ class PackedWeight(nn.Module):
                 f"{self.scheme.name} runs on {KERNEL_NAMES[self.kernel]}, which takes bfloat16 activations; "
                 f"got {str(x.dtype).removeprefix('torch.')}. Run the model in bfloat16."
             )
-        x_MK = x.reshape(-1, self.shape[1])
+        y = product(self, x.reshape(-1, self.shape[1]), start, stop)
+        # A view of the product could not be changed in place without a copy of its gradient in the backward pass.
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], stop - start)
+
+    def product(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """x [M, K] times rows start to stop, transposed, without a gradient: [M, stop − start]."""
         by_row = self.groups == 1 and self.zero is None and x.dtype == torch.bfloat16
-        if x_MK.shape[0] > FEW_ROWS or not (self.kernel == "nibbles" or by_row):
-            y = self._matmul_dense(x_MK, start, stop)
-        elif self.kernel == "nibbles":
-            y = self._matmul_nibbles(x_MK.contiguous(), start, stop)
-        else:
-            y = self._matmul_int8(x_MK.contiguous(), start, stop)
-        return y.view(*x.shape[:-1], stop - start)
+        if x.shape[0] > FEW_ROWS or not (self.kernel == "nibbles" or by_row):
+            return self._matmul_dense(x, start, stop)
+        if self.kernel == "nibbles":
+            return self._matmul_nibbles(x.contiguous(), start, stop)
+        return self._matmul_int8(x.contiguous(), start, stop)
+
+    def product_back(self, g: Tensor, start: int, stop: int) -> Tensor:
+        """The gradient of `product`'s x: g [M, stop − start] times rows start to stop, [M, K] in g's dtype.
+
+        The weight is cut by inputs, not by rows: each output is then one sum over all rows, and no sums in a
+        wider type, of the size of x, have to be kept between blocks.
+        """
+        segments, length = self._segments
+        blocks = blocks_to_run(self._column_blocks(stop - start))
+        if len(blocks) == 1:
+            return self._times_back(g, start, stop, *blocks[0])
+        out = g.new_empty(g.shape[0], self.shape[1])
+        by_segment = out.view(-1, segments, length)
+        for low, high in blocks:
+            part = self._times_back(g, start, stop, low, high)
+            by_segment[:, :, low:high].copy_(part.view(-1, segments, high - low))
+            del part
+        return out
+
+    @property
+    def _segments(self) -> tuple[int, int]:
+        """(S, L): a row's K inputs are S segments of L, and input s·L + j is in byte j of the narrowest plane."""
+        segments = (4 if self.kernel == "nibbles" else 8) // min(self.widths)
+        return segments, self.shape[1] // segments
+
+    def _column_blocks(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Cut the inputs of each segment into blocks of which S · `rows` values are at most the workspace."""
+        segments, length = self._segments
+        most = WORKSPACE_NBYTES // (2 * segments * rows)
+        if self.groups == 1:
+            return _blocks(length, most, _FEWEST_INPUTS)
+        # No block may cut a run of inputs that have one scale but where another block begins as well.
+        unit = math.gcd(length, self.group)
+        while most < unit and unit % 2 == 0 and unit > _FEWEST_INPUTS:
+            unit //= 2
+        return _blocks(length, most, unit)
+
+    def _times_back(self, g: Tensor, start: int, stop: int, low: int, high: int) -> Tensor:
+        """g [M, stop − start] times inputs low to high of every segment: [M, S · (high − low)]."""
+        _, length = self._segments
+        nibbled = self.kernel == "nibbles"
+        step = nibbles.ROWS if nibbled else 1
+        rows = slice(start // step, -(-stop // step))
+        # The groups of the runs of inputs that have one scale, run by run.
+        unit = high - low if self.groups == 1 else math.gcd(length, self.group, low, high)
+        first = torch.arange(0, self.shape[1], length, device=g.device)[:, None]
+        run = torch.arange(low, high, unit, device=g.device)
+        group = first.add(run).floor_divide_(self.group).view(-1)
+        if self.groups == 1:
+            group = group[:1]
+        planes = [_columns(plane[rows], length, low, high) for plane in self.planes]
+        whole = slice(start, rows.stop * step)
+        if nibbled:
+            scale, zero = self.scale[group, whole], None if self.zero is None else self.zero[group, whole]
+            return F.linear(g, self._turn(planes, scale, zero)[:, : stop - start])
+        scale, zero = self.scale[whole, group], None if self.zero is None else self.zero[whole, group]
+        return g @ self._dequantize(self._join(planes), scale, zero, g.dtype)
 
     def _matmul_int8(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Few rows [M, K] on the int8 kernel; narrower values with one scale a row are widened for it."""
@@ -314,18 +381,23 @@ class PackedWeight(nn.Module):
         return F.linear(x, self.dense_rows(start, stop, dtype=x.dtype))
 
     def _dense_turned(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop as columns: bf16 [K, stop − start]; the layout has the inputs first already."""
-        step, inputs, whole = nibbles.ROWS, self.shape[1], stop + -stop % nibbles.ROWS
+        """Rows start to stop as columns: bf16 [K, stop − start]."""
+        step, whole = nibbles.ROWS, stop + -stop % nibbles.ROWS
         planes = [plane[start // step : whole // step] for plane in self.planes]
-        blocks = planes[0].shape[0]
+        zero = None if self.zero is None else self.zero[:, start:whole]
+        return self._turn(planes, self.scale[:, start:whole], zero)[:, : stop - start]
+
+    def _turn(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Planes [n/64, k·p/4, 32] of nibbles, scale and zero [c, n] → bf16 [k, n]: the inputs are first already."""
+        blocks, inputs = planes[0].shape[0], planes[0].shape[1] * 4 // self.widths[0]
         dense = torch.empty(inputs, blocks, 2, 32, dtype=torch.bfloat16, device=self.scale.device)
         for half in (0, 1):
             dense[:, :, half].copy_(nibbles.unpack_half(planes, self.scheme.bits, half).transpose(0, 1))
-        by_group = dense.view(self.groups, self.group, whole - start)
-        if self.zero is not None:
-            by_group.sub_(self.zero[:, None, start:whole].to(dense.dtype))
-        by_group.mul_(self.scale[:, None, start:whole])
-        return dense.view(inputs, whole - start)[:, : stop - start]
+        by_group = dense.view(scale.shape[0], -1, scale.shape[1])
+        if zero is not None:
+            by_group.sub_(zero[:, None].to(dense.dtype))
+        by_group.mul_(scale[:, None])
+        return dense.view(inputs, -1)
 
     def _join(self, planes: list[Tensor]) -> Tensor:
         """int8 q [n, K] of the same rows of every plane."""
@@ -334,10 +406,10 @@ class PackedWeight(nn.Module):
         return join_planes(planes, self.widths).sub_(1 << (self.scheme.bits - 1)).view(torch.int8)
 
     def _dequantize(self, q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """(q − z) · s, in `dtype`, as compressed-tensors' `_dequantize`. q [n, K], scale and zero [n, G]."""
+        """(q − z) · s, in `dtype`, as compressed-tensors' `_dequantize`. q [n, k], scale and zero [n, c]."""
         dense = torch.empty(q.shape, dtype=dtype, device=q.device)
         dense.copy_(q)  # every integer of at most 8 bits, and every difference of two, is exact in bf16
-        by_group = dense.view(-1, self.groups, self.group)
+        by_group = dense.view(q.shape[0], scale.shape[1], q.shape[1] // scale.shape[1])
         if zero is not None:
             by_group.sub_(zero.to(dtype)[..., None])
         by_group.mul_(scale.to(dtype)[..., None])
@@ -349,6 +421,12 @@ def _blocks(rows: int, most: int, multiple: int) -> Iterator[tuple[int, int]]:
     step = max(most // multiple, 1) * multiple
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+def _columns(plane: Tensor, length: int, low: int, high: int) -> Tensor:
+    """A plane [n, m·L, ...] with inputs low to high of each segment alone: [n, m · (high − low), ...], a plane too."""
+    by_segment = plane.view(plane.shape[0], -1, length, *plane.shape[2:])
+    return by_segment[:, :, low:high].flatten(1, 2)
 
 
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

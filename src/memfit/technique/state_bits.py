@@ -7,7 +7,7 @@ largest. It is the closed form of what a table of levels does (dynamic maps: Det
 al., 2023), at the price of one or two square roots. A second moment that is not 0 never becomes 0, as it is what an
 update is divided by.
 
-    moment 1   8 bits: signed, p = 2, c_max = 127, blocks of 256      4 bits: signed, p = 2, c_max = 7, blocks of 128
+    moment 1   8 bits: signed, p = 4, c_max = 127, blocks of 256      4 bits: signed, p = 2, c_max = 7, blocks of 128
     moment 2   8 bits: p = 4, c = 1 .. 255, blocks of 256             4 bits: p = 2, c = 1 .. 16, blocks of 128
 """
 
@@ -55,7 +55,8 @@ class Code:
             flat[:count].copy_(codes)
             flat[count:].zero_()
             if self.signed:
-                return value.mul_(value.abs()).mul_(scales.unsqueeze(1).div(127.0**2)).view(-1)[:count]
+                value.mul_(value.abs())
+                return value.mul_(value.abs()).mul_(scales.unsqueeze(1).div(127.0**4)).view(-1)[:count]
             return value.square_().square_().mul_(scales.unsqueeze(1).div(255.0**4)).view(-1)[:count]
         # Two codes a byte: the first half of a block in the low bits, the second in the high ones. Only whole
         # blocks and the tensor's last, which is then shorter, have codes.
@@ -78,7 +79,7 @@ class Code:
         size.div_(scales.unsqueeze(1).clamp(min=_TINY)).sqrt_()
         if self.bits == 8:
             if self.signed:
-                torch.copysign(size.mul_(127.0).round_(), blocks, out=size)
+                torch.copysign(size.sqrt_().mul_(127.0).round_(), blocks, out=size)
             else:
                 size.sqrt_().mul_(255.0).round_().clamp_(min=1.0)
             codes.copy_(size.view(-1)[:count])

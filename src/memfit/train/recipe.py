@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from memfit.technique.adapters import Adapters
 from memfit.technique.checkpoint import STORES, Store
 
 Precision = Literal["fp32", "autocast", "master", "stochastic", "kahan", "bf16", "fp16"]
@@ -43,6 +44,8 @@ class Recipe:
     """What gradients add up in: the weights' dtype, `fp32`, or `int8` with error feedback."""
     states: Place = "memory"
     """Where optimizer states wait between updates (exact)."""
+    adapters: Adapters | None = None
+    """Train low-rank adapters alone, the model frozen, perhaps packed; None: train the whole model."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -65,4 +68,8 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Recipe":
-        return cls(**(data | {"recompute": tuple(data["recompute"])}))
+        adapters = data.get("adapters")
+        if adapters is not None:
+            targets = adapters["targets"]
+            adapters = Adapters(**(adapters | {"targets": None if targets is None else tuple(targets)}))
+        return cls(**(data | {"recompute": tuple(data["recompute"]), "adapters": adapters}))

@@ -15,7 +15,10 @@ from memfit.account.account import Kind
 from memfit.account.dry_run import hold_model
 from memfit.account.watch import Watch
 from memfit.errors import UsageError
+from memfit.packed.scheme import Scheme
 from memfit.task.infer import vocabulary
+from memfit.technique.precision import Precision
+from memfit.technique.quantize import quantize
 
 from .hyper import Hyper
 from .objective import Classifier, LanguageModel
@@ -56,8 +59,6 @@ class Train:
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are loaded in."""
-        from memfit.technique.precision import Precision
-
         return Precision(kind=self.recipe.precision).dtype
 
     def with_recipe(self, recipe: Recipe) -> "Train":
@@ -66,7 +67,7 @@ class Train:
     def run(self, model: nn.Module, watch: Watch) -> None:
         """Run every phase on `model`, telling `watch` where the task is."""
         with watch.phase("load"):
-            trainable(model)
+            make_trainable(model, self.recipe)
             told = _Steps(watch)
             step = TrainStep(model, self.recipe, hyper=self.hyper, watch=told)
             hold_model(model, watch)
@@ -87,11 +88,18 @@ class Train:
             step.close()
 
 
-def trainable(model: nn.Module) -> None:
-    """Let every float parameter be trained, unless some are chosen already (adapters)."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+def make_trainable(model: nn.Module, recipe: Recipe) -> None:
+    """Give the model its adapters; without, let every float parameter be trained, unless some are chosen already."""
+    if recipe.adapters is not None:
+        recipe.adapters.apply(model, quantize=_rounded)
+    elif not any(parameter.requires_grad for parameter in model.parameters()):
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+
+
+def _rounded(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
+    found = quantize(weight, scheme)
+    return found.q, found.scale, found.zero
 
 
 def made_up_batch(model: nn.Module, objective: Any, rows: int, tokens: int) -> dict[str, Tensor]:
