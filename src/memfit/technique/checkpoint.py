@@ -344,7 +344,7 @@ def encode_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(flat.shape, dtype=torch.int8, device=tensor.device)
     scales = torch.empty(flat.shape[0], 1, dtype=torch.float32, device=tensor.device)
     step = max(1, _ROWS_AT_ONCE // width)
-    for start in range(0, flat.shape[0], step):
+    for start in blocks_to_run(range(0, flat.shape[0], step)):
         rows = flat[start : start + step].to(torch.float32, copy=True)
         scale = scales[start : start + step]
         torch.amax(rows.abs(), -1, keepdim=True, out=scale)
@@ -359,7 +359,7 @@ def decode_rows(codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
     flat = codes.reshape(-1, width)
     out = torch.empty(flat.shape, dtype=dtype, device=codes.device)
     step = max(1, _ROWS_AT_ONCE // width)
-    for start in range(0, flat.shape[0], step):
+    for start in blocks_to_run(range(0, flat.shape[0], step)):
         rows = flat[start : start + step].to(torch.float32)
         out[start : start + step].copy_(rows.mul_(scales[start : start + step]))
     return out.view(codes.shape)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memfit.packed.fake import blocks_to_run
+
 IGNORED: Final = -100
 _HALVES: Final = (torch.bfloat16, torch.float16)
 _TILE: Final = 1 << 20
@@ -101,7 +103,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[2] else None
         lse = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) if options.keep is not None else None
         step = max(1, options.chunk_nbytes // (weight.shape[0] * wide.itemsize))
-        for start in range(0, hidden.shape[0], step):
+        for start in blocks_to_run(range(0, hidden.shape[0], step)):
             rows = slice(start, start + step)
             x, y = hidden[rows], labels[rows]
             z, slope = logits(x, weight, bias, options.head)
@@ -177,7 +179,7 @@ def _add_products(whole_VD: Tensor, g_cV: Tensor, x_cD: Tensor) -> None:
         whole_VD.addmm_(g_cV.t(), x_cD)
         return
     step = max(1, _TILE // whole_VD.shape[1])
-    for start in range(0, whole_VD.shape[0], step):
+    for start in blocks_to_run(range(0, whole_VD.shape[0], step)):
         rows = slice(start, start + step)
         product = torch.mm(g_cV[:, rows].t(), x_cD)
         whole_VD[rows].add_(product.to(whole_VD.dtype))
