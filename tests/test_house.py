@@ -16,9 +16,10 @@ MOST_LINES = 450
 TEXTS = {".py", ".md", ".toml", ".html", ".txt", ".json", ".cfg", ".sh", ""}
 
 PUBLIC = (
-    "Account", "Allowed", "BrokenInput", "DoesNotFit", "Entry", "Infer", "Interrupted", "MemfitError",
-    "OverBudget", "Phase", "Plan", "QualityMissed", "Report", "Text", "UsageError",
-    "account", "compare", "evaluate", "fit", "load", "measure", "plan",
+    "Account", "Adapters", "Allowed", "BrokenInput", "DoesNotFit", "Entry", "Hyper", "Infer", "Interrupted",
+    "LossNotFinite", "MemfitError", "OverBudget", "Phase", "Plan", "QualityMissed", "Recipe", "Report", "Text",
+    "Train", "TrainPlan", "TrainStep", "UsageError",
+    "account", "compare", "evaluate", "fit", "load", "measure", "plan", "train_step",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Give memfit a language model and a memory budget: it makes the model fit, and proves it.
 
 account   who will hold which bytes, when; no weights read
-plan      what to do to fit a budget, and what it will cost
+plan      what to do to fit a budget, to run or to train, and what it will cost
+train_step  a step of training as planned, for a loop of one's own
 fit       do it, measure it, report it
 evaluate  quality and speed of a fitted model beside the original
 measure   the task on the real model, in a fresh process
@@ -25,22 +26,35 @@ from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
 from memfit.report.report import Report
 from memfit.task.infer import Infer
+from memfit.technique.adapters import Adapters
+from memfit.train.hyper import Hyper
+from memfit.train.plan import TrainPlan
+from memfit.train.recipe import Recipe
+from memfit.train.step import LossNotFinite, TrainStep
+from memfit.train.task import Train, train_step
 
 __all__ = [
     "Account",
+    "Adapters",
     "Allowed",
     "BrokenInput",
     "DoesNotFit",
     "Entry",
+    "Hyper",
     "Infer",
     "Interrupted",
+    "LossNotFinite",
     "MemfitError",
     "OverBudget",
     "Phase",
     "Plan",
     "QualityMissed",
+    "Recipe",
     "Report",
     "Text",
+    "Train",
+    "TrainPlan",
+    "TrainStep",
     "UsageError",
     "account",
     "compare",
@@ -49,4 +63,5 @@ __all__ = [
     "load",
     "measure",
     "plan",
+    "train_step",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -50,6 +50,9 @@ from memfit.steps import (
 from memfit.study import KV_PRICES, Study
 from memfit.task.infer import Infer
 from memfit.text import Text, text_of, write_windows
+from memfit.train.plan import TrainPlan
+from memfit.train.task import Train
+from memfit.train_planning import plan_to_train
 from memfit.units import format_size, parse_size
 from memfit.worker import run_job
 
@@ -59,7 +62,7 @@ Progress = Callable[[str], None]
 
 def account(
     model: str | Path | nn.Module,
-    task: Infer | None = None,
+    task: Infer | Train | None = None,
     *,
     device: str = "cpu",
     routing: str = "balanced",
@@ -69,7 +72,7 @@ def account(
 
     Args:
         model: a hub id, a directory, a `.gguf` file, or any live module (which is left as it is).
-        task: default: one prompt of 512 tokens and 32 new ones.
+        task: `Infer` or `Train`; default: one prompt of 512 tokens and 32 new ones.
         device: `cpu` or `cuda`; nothing needs to be installed for it.
         routing: where experts are chosen by data, `balanced` or `worst`.
         resident: predict the process's resident peak too, for which this machine is measured once, in two minutes.
@@ -87,14 +90,37 @@ def account(
             made = dry_run(lambda: fake_copy(model), task, device=device)
         else:
             source = open_source(model, weights=False)
-            task = replace(task, kv_bits=source.kv_bits) if task.kv_bits == 16 else task
-            made = account_of(source, task, device=device)
+            if isinstance(task, Train):
+                made = account_of(source, task, device=device, dtype=task.dtype)
+            else:
+                task = replace(task, kv_bits=source.kv_bits) if task.kv_bits == 16 else task
+                made = account_of(source, task, device=device)
         return _with_resident(made, outside_of_machine() if resident and device == "cpu" else known_outside())
     finally:
         ROUTING.reset(token)
 
 
+@overload
+def plan(model: str | Path, budget: str | int, *, task: Train, **options: Any) -> TrainPlan: ...
+
+
+@overload
+def plan(model: str | Path, budget: str | int, *, task: Infer | None = None, **options: Any) -> Plan: ...
+
+
 def plan(
+    model: str | Path, budget: str | int, *, task: Infer | Train | None = None, **options: Any
+) -> Plan | TrainPlan:
+    """A plan whose traced peak is within `budget`: to run the model (`plan_to_run`) or to train it.
+
+    Options: see `plan_to_run`; for a `Train` task `memfit.train_planning.plan_to_train`.
+    """
+    if isinstance(task, Train):
+        return plan_to_train(model, budget, task=task, **options)
+    return plan_to_run(model, budget, task=task, **options)
+
+
+def plan_to_run(
     model: str | Path,
     budget: str | int,
     *,

@@ -12,7 +12,7 @@ from torch import nn
 
 from memfit import __version__
 from memfit.account.account import Account
-from memfit.account.dry_run import trace
+from memfit.account.dry_run import Task, trace
 from memfit.account.replay import Products
 from memfit.account.settle import settle
 from memfit.errors import DoesNotFit
@@ -128,7 +128,7 @@ def predict(
 
 
 def account_of(
-    source: Source, task: Infer, *, device: str = "cpu", dtype: torch.dtype | None = None
+    source: Source, task: Task, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> Account:
     """The account of the model as it is."""
     return settle(trace(lambda: load_model(source, dtype=dtype), task, device=device), device=device)

@@ -2,43 +2,38 @@
 
 Ways to train are in tiers by what they change in what is learned: nothing, then fewer bits of optimizer states, then
 weights without a master, then adapters. A later tier is looked at only if nothing of an earlier one fits. Within a tier
-the ways are tried from the fastest on; one that failed rules out all that use no lever more. The way that wins is traced
-whole. Deep stacks are tried on the first few of their blocks and drawn out to all: peaks grow by the block.
+the ways are tried from the fastest on; one that failed rules out all that use no lever more. The way that wins is
+traced whole. Deep stacks are tried on the first few of their blocks and drawn out to all: peaks grow by the block.
 """
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from memfit.account.account import Account
-from memfit.account.dry_run import dry_run, no_collection
+from memfit.account.dry_run import dry_run
 from memfit.account.replay import stacked_blocks
 from memfit.errors import DoesNotFit, UsageError
+from memfit.models import load_model
+from memfit.planning import account_of
+from memfit.source.check import check
+from memfit.source.source import Source, open_source
 from memfit.technique.adapters import Adapters
-from memfit.technique.row_gradients import known_lookup
-from memfit.train.objective import output_head, why_no_chunks
 from memfit.train.plan import TrainPlan
-from memfit.train.recipe import Recipe
+from memfit.train.recipe import Recipe, describe
 from memfit.train.task import Train
-from memfit.units import format_size
-
-Make = Callable[[torch.dtype], nn.Module]
-"""From a dtype to the model with its weights in it; called on fake tensors."""
+from memfit.train.work import Make, Shape, products_per_second, seconds_of, shape_of
+from memfit.units import format_size, parse_size
 
 _DEEP: Final = 6
 """Blocks of a stack from which on ways are tried on fewer."""
 _CUTS: Final = (2, 4)
 """Blocks that they are tried on."""
-_DISK_NBYTES: Final = 1.0e9
-"""Bytes a second to a disk and back: an estimate, on the low side of what is common."""
-_EACH_SLICE: Final = 0.02
-"""Share of a step's time that each doubling of slices or micro-batches costs: products get smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +54,43 @@ class Way:
     """How far each lever is pulled: a way with no lever further takes no fewer bytes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What counts of a model: parameters of its blocks, of its head, of all; the names of its blocks."""
+def plan_to_train(
+    model: str | Path,
+    budget: str | int,
+    *,
+    task: Train,
+    full: bool = True,
+    adapters: bool = True,
+    slowdown: float | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> TrainPlan:
+    """The fastest way to train the task's batch within `budget` that changes least of what is learned.
 
-    blocks: tuple[str, ...]
-    in_blocks: int
-    in_head: int
-    parameters: int
-    chunks: bool
-    tables: bool
+    Args:
+        budget: bytes at the peak of a step, of evaluation and of saving; a share is of what plain training takes.
+        task: batch, sequence and hyperparameters; of its recipe, the optimizer.
+        full: whether the whole model may be trained; adapters: whether adapters may, if nothing else fits.
+        slowdown: the most times the duration of a plain step.
+
+    Raises:
+        DoesNotFit: nothing fits; names the smallest budget and the way that takes it.
+    """
+    source = open_source(model)
+    check(source)
+    stored = stored_dtype(source)
+
+    def make(dtype: torch.dtype) -> nn.Module:
+        return load_model(source, dtype=dtype)
+
+    whole = None
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        plain = task.with_recipe(plain_recipe(stored, task))
+        whole = account_of(source, plain, device=device, dtype=plain.dtype).peak_nbytes
+    return plan_training(
+        make, source.name, task, parse_size(budget, whole_nbytes=whole), stored=stored, full=full,
+        adapters=adapters, slowdown=slowdown, device=device, progress=progress,
+    )  # fmt: skip
 
 
 def plan_training(
@@ -105,7 +127,7 @@ def plan_training(
     tracer = _Tracer(make, task, device, shape)
     rate = products_per_second(torch.float32 if stored == torch.float32 else torch.bfloat16)
     nearest: tuple[int, str] | None = None
-    plain = _seconds(shape, task, Recipe(), rate)
+    plain = seconds_of(shape, task, Recipe(), rate)
     for tier in tiers(task, stored, full=full, adapters=adapters):
         ways = list(_ways(shape, task, tier, rate, slowdown, plain))
         if not ways:
@@ -123,7 +145,7 @@ def plan_training(
             if account.peak_nbytes > budget_nbytes and recipe != chosen.recipe:
                 recipe, account = chosen.recipe, tracer.whole(chosen.recipe)
             if account.peak_nbytes <= budget_nbytes:
-                seconds = _seconds(shape, task, recipe, rate)
+                seconds = seconds_of(shape, task, recipe, rate)
                 return TrainPlan(
                     model=name, task=task.with_recipe(recipe), budget_nbytes=budget_nbytes,
                     predicted=account.to_json(), changes=tier.changes, seconds=seconds, slowdown=seconds / plain,
@@ -134,16 +156,33 @@ def plan_training(
 
 def _refusal(nearest: tuple[int, str] | None, budget_nbytes: int, task: Train, slowdown: float | None) -> DoesNotFit:
     if nearest is None:
-        raise UsageError(f"no way to train is at most {slowdown} times as slow as plain training. Allow more --slowdown.")
+        raise UsageError(f"no way to train takes at most {slowdown} times as long as plain training. Allow more.")
     least, how = nearest
     helps = ""
     if task.batch > 1 or task.sequence > 1:
-        helps = f" A batch of {max(1, task.batch // 2)} or a sequence of {max(1, task.sequence // 2)} tokens takes less."
+        helps = f" A batch of {max(1, task.batch // 2)} takes less, as do shorter sequences."
     return DoesNotFit(
         f"{format_size(budget_nbytes)} allowed, {format_size(least)} needed at the least, with {how}. "
         f"The smallest budget that works is {least} bytes.{helps}",
         smallest_nbytes=least,
     )
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype of most of a checkpoint's weights; of a config alone, what it says, or bf16."""
+    nbytes: dict[torch.dtype, int] = {}
+    if source.checkpoint is not None:
+        for info in source.tensors.values():
+            nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
+        return max(nbytes, key=nbytes.__getitem__, default=torch.bfloat16)
+    said = getattr(source.config, "dtype", None)
+    return said if isinstance(said, torch.dtype) else torch.bfloat16
+
+
+def plain_recipe(stored: torch.dtype, task: Train) -> Recipe:
+    """Plain training: nothing saved, as a user would write it. Shares of its peak are what a budget in % means."""
+    half = stored in (torch.bfloat16, torch.float16)
+    return Recipe(precision="master" if half else "fp32", optimizer=task.recipe.optimizer, chunk_nbytes=None)
 
 
 # -- what may be chosen -------------------------------------------------------------------------------
@@ -191,9 +230,8 @@ def _ways(
     splits = [1 << n for n in range(task.batch.bit_length()) if 1 << n <= task.batch]
     rows = (False, True) if shape.tables and whole and tier.settings["optimizer"] in ("adamw", "sgd") else (False,)
     recomputes: tuple[tuple[str, ...], ...] = ((), shape.blocks) if shape.blocks else ((),)
-    options = itertools.product(
-        recomputes, splits, rows, (False, True) if whole else (False,), ("memory", "disk"), ("memory", "disk")
-    )
+    places: tuple[Literal["memory", "disk"], ...] = ("memory", "disk")
+    options = itertools.product(recomputes, splits, rows, (False, True) if whole else (False,), places, places)
     for recompute, split, by_rows, in_backward, states, store in options:
         if (store == "disk" and not recompute) or (in_backward and not recompute and split > 1):
             continue
@@ -208,7 +246,7 @@ def _ways(
             **settings, recompute=recompute, rows=by_rows, in_backward=in_backward, states=states, store=store,
             chunk_nbytes=chunk,
         )  # fmt: skip
-        seconds = _seconds(shape, task, recipe, rate)
+        seconds = seconds_of(shape, task, recipe, rate)
         if slowdown is not None and seconds > slowdown * plain:
             continue
         levers = (
@@ -302,92 +340,3 @@ def _cut(model: nn.Module, count: int) -> None:
         stack = model.get_submodule(name)
         assert isinstance(stack, nn.ModuleList)
         del stack[count:]
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "num_hidden_layers"):
-        config.num_hidden_layers = min(count, config.num_hidden_layers)
-
-
-def shape_of(make: Make) -> Shape:
-    """What counts of the model that `make` makes."""
-    with no_collection(), FakeTensorMode(allow_non_fake_inputs=True):
-        model = make(torch.bfloat16)
-        blocks = tuple(stacked_blocks(model))
-        head = output_head(model)
-        in_blocks = sum(p.numel() for _, block in blocks for p in block.parameters())
-        chunks = why_no_chunks(model) is None and not type(model).__name__.endswith("ForSequenceClassification")
-        return Shape(
-            blocks=tuple(name for name, _ in blocks),
-            in_blocks=in_blocks,
-            in_head=0 if head is None else head.weight.numel(),
-            parameters=sum(p.numel() for p in model.parameters()),
-            chunks=chunks,
-            tables=chunks and any(known_lookup(module) for module in model.modules()),
-        )
-
-
-# -- time ---------------------------------------------------------------------------------------------
-
-
-def _seconds(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
-    """Of a step, from counted work: 2 operations for each weight and token and pass; 20 bytes for each weight moved."""
-    tokens = task.batch * task.sequence
-    forward = 2.0 * shape.in_blocks * tokens / rate
-    head = 2.0 * shape.in_head * tokens / rate
-    share = len(recipe.recompute) / max(len(shape.blocks), 1)
-    whole = recipe.adapters is None
-    seconds = forward * (3 if whole else 2) + head * (3 if whole else 2) + share * forward
-    clipped = task.hyper.clip is not None
-    if recipe.rows:
-        seconds += head * (3 if clipped else 1)
-    if recipe.in_backward and clipped:
-        seconds += forward * (3 + share) + head * 3
-    parts = max(recipe.slices, -(-task.batch // (recipe.micro_batch or task.batch)))
-    seconds *= 1.0 + _EACH_SLICE * (parts.bit_length() - 1)
-    if whole:
-        seconds += shape.parameters * (4e-9 if recipe.state_bits >= 16 else 6e-9)
-        if recipe.states == "disk":
-            seconds += 2 * shape.parameters * recipe.state_bits / 4 / _DISK_NBYTES
-    if recipe.store == "disk":
-        width = (shape.in_blocks / max(len(shape.blocks), 1) / 12) ** 0.5
-        seconds += 2 * len(recipe.recompute) * tokens * width * 2 / _DISK_NBYTES
-    return seconds
-
-
-def products_per_second(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of this machine's products, by a short probe."""
-    left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    left @ right
-    started, turns = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.05:
-        left @ right
-        turns += 1
-    return 2.0 * 512 * 1024 * 1024 * turns / (time.perf_counter() - started)
-
-
-def describe(recipe: Recipe, blocks: int) -> str:
-    """A recipe in words."""
-    parts = [
-        {
-            "fp32": "fp32 weights", "autocast": "fp32 weights and bf16 products",
-            "master": "bf16 weights with an fp32 master", "stochastic": "bf16 weights rounded stochastically",
-            "kahan": "bf16 weights with a remainder", "bf16": "bf16 weights", "fp16": "fp16 weights, an fp32 master",
-        }[recipe.precision],
-        f"{recipe.optimizer} with states of {recipe.state_bits} bits",
-    ]  # fmt: skip
-    if recipe.adapters is not None:
-        base = f" over {recipe.adapters.base_bits}-bit weights" if recipe.adapters.base_bits < 16 else ""
-        parts.append(f"{recipe.adapters.kind} adapters of rank {recipe.adapters.rank}{base}")
-    if recipe.micro_batch is not None:
-        parts.append(f"micro-batches of {recipe.micro_batch}")
-    if recipe.recompute:
-        parts.append(f"{len(recipe.recompute)} of {blocks} blocks recomputed")
-    if recipe.slices > 1:
-        parts.append(f"in {recipe.slices} slices")
-    if recipe.in_backward:
-        parts.append("updates within the backward pass")
-    if recipe.rows:
-        parts.append("embedding and head updated by rows")
-    for place, what in ((recipe.states, "optimizer states"), (recipe.store, "inputs of blocks")):
-        if place != "memory":
-            parts.append(f"{what} in {place}" if place == "int8" else f"{what} on the {place}")
-    return ", ".join(parts)

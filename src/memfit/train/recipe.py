@@ -73,3 +73,32 @@ class Recipe:
             targets = adapters["targets"]
             adapters = Adapters(**(adapters | {"targets": None if targets is None else tuple(targets)}))
         return cls(**(data | {"recompute": tuple(data["recompute"]), "adapters": adapters}))
+
+
+def describe(recipe: Recipe, blocks: int) -> str:
+    """A recipe in words."""
+    parts = [
+        {
+            "fp32": "fp32 weights", "autocast": "fp32 weights and bf16 products",
+            "master": "bf16 weights with an fp32 master", "stochastic": "bf16 weights rounded stochastically",
+            "kahan": "bf16 weights with a remainder", "bf16": "bf16 weights", "fp16": "fp16 weights, an fp32 master",
+        }[recipe.precision],
+        f"{recipe.optimizer} with states of {recipe.state_bits} bits",
+    ]  # fmt: skip
+    if recipe.adapters is not None:
+        base = f" over {recipe.adapters.base_bits}-bit weights" if recipe.adapters.base_bits < 16 else ""
+        parts.append(f"{recipe.adapters.kind} adapters of rank {recipe.adapters.rank}{base}")
+    if recipe.micro_batch is not None:
+        parts.append(f"micro-batches of {recipe.micro_batch}")
+    if recipe.recompute:
+        parts.append(f"{len(recipe.recompute)} of {blocks} blocks recomputed")
+    if recipe.slices > 1:
+        parts.append(f"in {recipe.slices} slices")
+    if recipe.in_backward:
+        parts.append("updates within the backward pass")
+    if recipe.rows:
+        parts.append("embedding and head updated by rows")
+    for place, what in ((recipe.states, "optimizer states"), (recipe.store, "inputs of blocks")):
+        if place != "memory":
+            parts.append(f"{what} in {place}" if place == "int8" else f"{what} on the {place}")
+    return ", ".join(parts)

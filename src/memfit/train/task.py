@@ -3,10 +3,10 @@
 The same lines run on fake tensors, to predict, and on real ones, to measure.
 """
 
-import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from .recipe import Recipe
 from .save import restore_states, save_states
 from .states import InMemory
 from .step import TrainStep
+
+if TYPE_CHECKING:
+    from .plan import TrainPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,27 @@ class _Steps:
         self.watch.holds(kind, module, tensor)
 
 
-def tokens_of(task: Train) -> int:
-    """Tokens of a step."""
-    return math.prod((task.batch, task.sequence))
+def train_step(
+    model: nn.Module,
+    plan: "TrainPlan | Train",
+    *,
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
+    directory: str | None = None,
+    seed: int = 0,
+) -> TrainStep:
+    """What trains `model` as planned, in a loop of one's own: `step(batch)` is one step, and tells its loss.
+
+    Args:
+        model: is changed: cast, given adapters if the plan has any, its blocks wrapped. `step.close()` unwraps them.
+            If none of its parameters requires a gradient, all are trained.
+        plan: of `memfit.plan`, or a task with a recipe of one's own.
+        loss: `loss(model, batch)` -> mean over the batch's rows; default: by the model's class.
+        directory: where states go that the plan puts on the disk.
+        seed: of stochastic rounding.
+
+    A batch has `input_ids` and `labels` (−100 is ignored) of a language model; or `input_ids`, `attention_mask` and one
+    label a row of a classifier.
+    """
+    task = plan if isinstance(plan, Train) else plan.task
+    make_trainable(model, task.recipe)
+    return TrainStep(model, task.recipe, hyper=task.hyper, loss=loss, directory=directory, seed=seed)

@@ -1,0 +1,92 @@
+"""What a step costs in time: from counted work, at the speed of this machine's products."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from memfit.account.dry_run import no_collection
+from memfit.account.replay import stacked_blocks
+from memfit.technique.row_gradients import known_lookup
+
+from .objective import output_head, why_no_chunks
+from .recipe import Recipe
+from .task import Train
+
+Make = Callable[[torch.dtype], nn.Module]
+"""From a dtype to the model with its weights in it; called on fake tensors."""
+
+_DISK_NBYTES: Final = 1.0e9
+"""Bytes a second to a disk and back: an estimate, on the low side of what is common."""
+_EACH_SLICE: Final = 0.02
+"""Share of a step's time that each doubling of slices or micro-batches costs: products get smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What counts of a model: parameters of its blocks, of its head, of all; the names of its blocks."""
+
+    blocks: tuple[str, ...]
+    in_blocks: int
+    in_head: int
+    parameters: int
+    chunks: bool
+    tables: bool
+
+
+def shape_of(make: Make) -> Shape:
+    """What counts of the model that `make` makes."""
+    with no_collection(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = make(torch.bfloat16)
+        blocks = tuple(stacked_blocks(model))
+        head = output_head(model)
+        in_blocks = sum(p.numel() for _, block in blocks for p in block.parameters())
+        chunks = why_no_chunks(model) is None and not type(model).__name__.endswith("ForSequenceClassification")
+        return Shape(
+            blocks=tuple(name for name, _ in blocks),
+            in_blocks=in_blocks,
+            in_head=0 if head is None else head.weight.numel(),
+            parameters=sum(p.numel() for p in model.parameters()),
+            chunks=chunks,
+            tables=chunks and any(known_lookup(module) for module in model.modules()),
+        )
+
+
+def seconds_of(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
+    """Of a step, from counted work: 2 operations for each weight and token and pass; 20 bytes for each weight moved."""
+    tokens = task.batch * task.sequence
+    forward = 2.0 * shape.in_blocks * tokens / rate
+    head = 2.0 * shape.in_head * tokens / rate
+    share = len(recipe.recompute) / max(len(shape.blocks), 1)
+    whole = recipe.adapters is None
+    seconds = forward * (3 if whole else 2) + head * (3 if whole else 2) + share * forward
+    clipped = task.hyper.clip is not None
+    if recipe.rows:
+        seconds += head * (3 if clipped else 1)
+    if recipe.in_backward and clipped:
+        seconds += forward * (3 + share) + head * 3
+    parts = max(recipe.slices, -(-task.batch // (recipe.micro_batch or task.batch)))
+    seconds *= 1.0 + _EACH_SLICE * (parts.bit_length() - 1)
+    if whole:
+        seconds += shape.parameters * (4e-9 if recipe.state_bits >= 16 else 6e-9)
+        if recipe.states == "disk":
+            seconds += 2 * shape.parameters * recipe.state_bits / 4 / _DISK_NBYTES
+    if recipe.store == "disk":
+        width = (shape.in_blocks / max(len(shape.blocks), 1) / 12) ** 0.5
+        seconds += 2 * len(recipe.recompute) * tokens * width * 2 / _DISK_NBYTES
+    return seconds
+
+
+def products_per_second(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of this machine's products, by a short probe."""
+    left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    left @ right
+    started, turns = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.05:
+        left @ right
+        turns += 1
+    return 2.0 * 512 * 1024 * 1024 * turns / (time.perf_counter() - started)

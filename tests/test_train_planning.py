@@ -1,0 +1,70 @@
+"""Planning to train: within the budget, the least change first, and told when nothing fits."""
+
+import json
+
+import pytest
+import torch
+
+import memfit
+from memfit import demo
+from memfit.models import load_model
+from memfit.source.source import open_source
+from memfit.train.plan import TrainPlan
+
+TASK = memfit.Train(batch=2, sequence=64, hyper=memfit.Hyper(clip=None))
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Budget to plan, of the demo model."""
+    return {share: memfit.plan(demo.model_directory(), share, task=TASK) for share in ("100%", "60%", "25%")}
+
+
+def test_every_plan_is_within_its_budget(plans):
+    for plan in plans.values():
+        assert plan.fits and plan.peak_nbytes <= plan.budget_nbytes
+
+
+def test_what_is_learned_changes_only_where_nothing_else_fits(plans):
+    assert plans["100%"].changes == () == plans["60%"].changes
+    assert plans["25%"].changes
+    assert plans["100%"].recipe.state_bits == 32 and plans["100%"].recipe.precision == "master"
+    steps = [len(plan.changes) for plan in plans.values()]
+    assert steps == sorted(steps)
+
+
+def test_the_whole_budget_costs_no_time(plans):
+    assert plans["100%"].slowdown == pytest.approx(1.0, abs=0.5)
+
+
+def test_a_plan_is_what_the_account_says_and_what_a_step_takes(plans):
+    plan = plans["60%"]
+    found = memfit.account(demo.model_directory(), plan.task)
+    assert found.peak_nbytes == plan.peak_nbytes
+    model = load_model(open_source(demo.model_directory()))
+    step = memfit.train_step(model, plan)
+    ids = torch.randint(0, 100, (2, 64), generator=torch.Generator().manual_seed(0))
+    losses = [step({"input_ids": ids, "labels": ids}).loss for _ in range(3)]
+    assert losses[2] < losses[0]
+
+
+def test_a_plan_is_read_back(plans):
+    plan = plans["25%"]
+    assert TrainPlan.from_json(json.loads(plan.dumps())) == plan
+    with pytest.raises(memfit.BrokenInput, match="version 9"):
+        TrainPlan.from_json(plan.to_json() | {"version": 9})
+    with pytest.raises(memfit.BrokenInput, match="no training plan"):
+        TrainPlan.from_json({"version": 1})
+
+
+def test_nothing_fits_names_the_smallest_budget_which_then_works():
+    with pytest.raises(memfit.DoesNotFit, match="smallest budget that works") as found:
+        memfit.plan(demo.model_directory(), "1MiB", task=TASK, adapters=False)
+    smallest = found.value.smallest_nbytes
+    assert memfit.plan(demo.model_directory(), smallest, task=TASK, adapters=False).peak_nbytes <= smallest
+
+
+def test_adapters_are_planned_where_asked_for():
+    plan = memfit.plan(demo.model_directory(), "60%", task=TASK, full=False)
+    assert plan.recipe.adapters is not None
+    assert any("LoRA" in change for change in plan.changes)
