@@ -30,7 +30,7 @@ from memfit.train.task import Train
 from memfit.train.work import Make, Shape, products_per_second, seconds_of, shape_of
 from memfit.units import format_size, parse_size
 
-_DEEP: Final = 6
+_DEEP: Final = 4
 """Blocks of a stack from which on ways are tried on fewer."""
 _CUTS: Final = (2, 4)
 """Blocks that they are tried on."""
@@ -233,7 +233,10 @@ def _ways(
     places: tuple[Literal["memory", "disk"], ...] = ("memory", "disk")
     options = itertools.product(recomputes, splits, rows, (False, True) if whole else (False,), places, places)
     for recompute, split, by_rows, in_backward, states, store in options:
-        if (store == "disk" and not recompute) or (in_backward and not recompute and split > 1):
+        # The inputs of blocks are small beside the states: they go to the disk last, and are few ways more to try.
+        if store == "disk" and (states == "memory" or not recompute):
+            continue
+        if in_backward and not recompute and split > 1:
             continue
         settings = dict(tier.settings)
         if split > 1:
