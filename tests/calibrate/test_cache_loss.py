@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 from memfit.calibrate.cache_loss import cache_losses
-from memfit.packed.cache import make_cache
+from memfit.packed.cache import cache_argument, make_cache
 from memfit.source.load import load
 from memfit.source.source import source_from_config
 
@@ -19,7 +19,7 @@ def whole_model(source, ids, bits):
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits.double().log_softmax(-1)
         cache = make_cache(model.config, kv_bits=bits)
-        packed = model(ids, past_key_values=cache, use_cache=True).logits.double().log_softmax(-1)
+        packed = model(ids, use_cache=True, **{str(cache_argument(model)): cache}).logits.double().log_softmax(-1)
     return float((plain.exp() * (plain - packed)).sum(-1).mean())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memfit.packed.cache import make_cache
+from memfit.packed.cache import cache_argument, make_cache
 from memfit.packed.fake import is_fake
 from memfit.source.source import Source
 from memfit.task.infer import takes_cache
@@ -38,7 +38,7 @@ def cache_losses(
             options = plain
             if kind != 16:
                 cache = make_cache(streamed.model.config, kv_bits=kind)
-                options = plain | {"use_cache": True, "past_key_values": cache}
+                options = plain | {"use_cache": True, str(cache_argument(streamed.model)): cache}
             hidden = hidden_of(streamed.model(windows_WT, **options))[0]
             states[kind] = hidden.reshape(-1, hidden.shape[-1]).to(streamed.dtype)
         return _divergences(streamed, states)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.errors import UsageError
+from memfit.packed.cache import cache_argument
 
 Kind = Literal["causal", "masked", "seq2seq", "classifier", "encoder"]
 MakeCache = Callable[[], Any]
@@ -136,10 +137,9 @@ def _whole(model: nn.Module, kind: Kind, ids_BT: Tensor, make_cache: MakeCache |
 def _cache_options(model: nn.Module, make_cache: MakeCache | None) -> dict[str, Any]:
     if make_cache is None:
         return {"use_cache": False}
-    names = inspect.signature(model.forward).parameters
-    for argument in ("past_key_values", "cache_params"):
-        if argument in names:
-            return {argument: make_cache(), "use_cache": True}
+    argument = cache_argument(model)
+    if argument is not None:
+        return {argument: make_cache(), "use_cache": True}
     raise UsageError(f"{type(model).__name__} takes no cache, so its quality cannot be measured with one.")
 
 

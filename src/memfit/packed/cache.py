@@ -3,11 +3,12 @@
 B batch, H key-value heads, T tokens, D head width, b bits.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -250,6 +251,22 @@ class PackedSlidingCacheLayer(_Packed, DynamicSlidingWindowLayer):  # type: igno
 
 
 _WITHOUT_KEYS: Final = (DummyLayer, LinearAttentionLayer)
+
+# What models call their cache: transformers from 5.24, and before.
+_ARGUMENTS: Final = ("cache", "past_key_values", "cache_params")
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """The name under which `model.forward` takes its cache; None where it takes none."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in _ARGUMENTS if name in names), None)
+
+
+def keeps_keys(config: Any) -> bool:
+    """Whether a decoder of `config` keeps keys and values, and not the states of a recurrence alone."""
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    return not all(isinstance(layer, _WITHOUT_KEYS) for layer in DynamicCache(config=config).layers)
 
 
 def make_cache(config: Any, *, kv_bits: int = 16) -> Cache:

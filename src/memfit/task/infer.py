@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.account.watch import Watch
-from memfit.packed.cache import cache_tensors, make_cache, skip
+from memfit.packed.cache import cache_argument, cache_tensors, keeps_keys, make_cache, skip
 
 # Legend: B batch, T time, V vocabulary
 
@@ -80,18 +80,13 @@ def maker_of_caches(model: nn.Module, *, kv_bits: int) -> Any:
 
 def takes_cache(model: nn.Module) -> bool:
     """Whether the model is a decoder whose keys and values go to a cache that it can be given."""
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return _cache_argument(model) == "past_key_values" and not encodes
+    return _cache_argument(model) is not None and keeps_keys(model.config)
 
 
 def _cache_argument(model: nn.Module) -> str | None:
-    names = inspect.signature(model.forward).parameters
     if getattr(getattr(model, "config", None), "is_decoder", None) is False and not _generates(model):
         return None
-    for name in ("past_key_values", "cache_params"):
-        if name in names:
-            return name
-    return None
+    return cache_argument(model)
 
 
 def _generates(model: nn.Module) -> bool:
@@ -189,12 +184,8 @@ class _EncoderDecoder(_Runner):
         return self.decode(torch.full((self.task.batch, 1), start, dtype=torch.int64, device=self.device))
 
     def decode(self, token_B1: Tensor) -> Tensor:
-        out = self.model(
-            encoder_outputs=self.encoded,
-            decoder_input_ids=token_B1,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        given = {str(cache_argument(self.model)): self.cache}
+        out = self.model(encoder_outputs=self.encoded, decoder_input_ids=token_B1, use_cache=True, **given)
         return _likeliest(out.logits)
 
 
