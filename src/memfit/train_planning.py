@@ -26,8 +26,8 @@ from memfit.source.source import Source, open_source
 from memfit.technique.adapters import Adapters
 from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe, describe
-from memfit.train.task import Train
-from memfit.train.work import Make, Shape, products_per_second, seconds_of, shape_of
+from memfit.train.task import SteadyStep, Train
+from memfit.train.work import Make, Shape, products_per_second, seconds_of, shape_of, static_nbytes
 from memfit.units import format_size, parse_size
 
 _DEEP: Final = 4
@@ -51,7 +51,17 @@ class Way:
     recipe: Recipe
     seconds: float
     levers: tuple[int, ...]
-    """How far each lever is pulled: a way with no lever further takes no fewer bytes."""
+    """How far each lever is pulled: a way with no lever further takes no fewer bytes. The second and the third are
+    the parts that blocks, or all, are run in."""
+
+    @property
+    def parts(self) -> int:
+        return max(self.levers[1:3])
+
+    @property
+    def family(self) -> tuple[int, ...]:
+        """All ways that differ in the number of parts alone."""
+        return (self.levers[0], *self.levers[3:])
 
 
 def plan_to_train(
@@ -126,20 +136,15 @@ def plan_training(
     shape = shape_of(make)
     tracer = _Tracer(make, task, device, shape)
     rate = products_per_second(torch.float32 if stored == torch.float32 else torch.bfloat16)
-    nearest: tuple[int, str] | None = None
+    frugal: list[Recipe] = []
     plain = seconds_of(shape, task, Recipe(), rate)
     for tier in tiers(task, stored, full=full, adapters=adapters):
         ways = list(_ways(shape, task, tier, rate, slowdown, plain))
         if not ways:
             continue
-        frugal = max(ways, key=lambda way: way.levers)
-        least = tracer.peak(frugal.recipe)
-        if nearest is None or least < nearest[0]:
-            nearest = (least, describe(frugal.recipe, len(shape.blocks)))
-        if least > budget_nbytes:
-            continue
-        progress("searching the way that is fastest")
-        for chosen in _feasible(ways, tracer, budget_nbytes):
+        frugal.append(max(ways, key=lambda way: way.levers).recipe)
+        for chosen in _feasible(ways, tracer, budget_nbytes, progress):
+            progress("counting the whole of what was found")
             recipe = _keep_blocks(chosen.recipe, shape, tracer, budget_nbytes)
             account = tracer.whole(recipe)
             if account.peak_nbytes > budget_nbytes and recipe != chosen.recipe:
@@ -151,19 +156,24 @@ def plan_training(
                     predicted=account.to_json(), changes=tier.changes, seconds=seconds, slowdown=seconds / plain,
                     device=device,
                 )  # fmt: skip
-    raise _refusal(nearest, budget_nbytes, task, slowdown)
+    raise _refusal(frugal, tracer, budget_nbytes, slowdown)
 
 
-def _refusal(nearest: tuple[int, str] | None, budget_nbytes: int, task: Train, slowdown: float | None) -> DoesNotFit:
-    if nearest is None:
+def _refusal(frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdown: float | None) -> DoesNotFit:
+    if not frugal:
         raise UsageError(f"no way to train takes at most {slowdown} times as long as plain training. Allow more.")
-    least, how = nearest
+    task = tracer.task
+    # Of every tier the most frugal way; the whole of the smallest, as a user will ask for just that.
+    recipe = min(frugal, key=tracer.peak)
+    account = tracer.whole(recipe)
+    least, how = account.peak_nbytes, describe(recipe, len(tracer.shape.blocks))
+    worst = max(account.phases, key=lambda phase: phase.peak_nbytes)
     helps = ""
     if task.batch > 1 or task.sequence > 1:
         helps = f" A batch of {max(1, task.batch // 2)} takes less, as do shorter sequences."
     return DoesNotFit(
-        f"{format_size(budget_nbytes)} allowed, {format_size(least)} needed at the least, with {how}. "
-        f"The smallest budget that works is {least} bytes.{helps}",
+        f"{format_size(budget_nbytes)} allowed, {format_size(least)} needed at the least (in {worst.name}), with "
+        f"{how}. The smallest budget that works is {least} bytes.{helps}",
         smallest_nbytes=least,
     )
 
@@ -236,8 +246,8 @@ def _ways(
         # The inputs of blocks are small beside the states: they go to the disk last, and are few ways more to try.
         if store == "disk" and (states == "memory" or not recompute):
             continue
-        if in_backward and not recompute and split > 1:
-            continue
+        if split > 1 and not recompute and (in_backward or by_rows):
+            continue  # each micro-batch would leave rows until the update, or have its update wait for the last
         settings = dict(tier.settings)
         if split > 1:
             if recompute:
@@ -260,16 +270,45 @@ def _ways(
     yield from sorted(found, key=lambda way: (way.seconds, way.levers))
 
 
-def _feasible(ways: Sequence[Way], tracer: "_Tracer", budget_nbytes: int) -> Iterator[Way]:
-    """The ways that seem to fit, the fastest first; what pulls no lever further than one that failed is left out."""
+def _feasible(
+    ways: Sequence[Way], tracer: "_Tracer", budget_nbytes: int, progress: Callable[[str], None]
+) -> Iterator[Way]:
+    """The ways that seem to fit, the fastest first; what pulls no lever further than one that failed is left out.
+
+    Ways that differ in the number of parts alone are looked at together: the most parts tell whether any fits, and
+    halving finds the fewest that do.
+    """
     failed: list[tuple[int, ...]] = []
-    for way in ways:
+
+    def fits(way: Way) -> bool:
         if any(all(a <= b for a, b in zip(way.levers, other, strict=True)) for other in failed):
-            continue
-        if tracer.peak(way.recipe) <= budget_nbytes:
-            yield way
-        else:
+            return False
+        tried = tracer.lower_bound(way.recipe)
+        if tried <= budget_nbytes:
+            tried = tracer.peak(way.recipe)
+            progress(f"{format_size(tried)} with {describe(way.recipe, len(tracer.shape.blocks))}")
+        if tried > budget_nbytes:
             failed.append(way.levers)
+        return tried <= budget_nbytes
+
+    families: dict[tuple[int, ...], list[Way]] = {}
+    for way in ways:
+        families.setdefault(way.family, []).append(way)
+    found: set[tuple[int, ...]] = set()
+    if not fits(max(ways, key=lambda way: way.levers)):
+        return
+    for way in ways:
+        family = sorted(families[way.family], key=lambda one: one.parts)
+        if way.family not in found:
+            if not fits(family[-1]):
+                continue
+            found.add(way.family)
+            low, high = 0, len(family) - 1  # the fewest parts that fit are at one of low..high
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if fits(family[middle]) else (middle + 1, high)
+        if fits(way):
+            yield way
 
 
 def _keep_blocks(recipe: Recipe, shape: Shape, tracer: "_Tracer", budget_nbytes: int) -> Recipe:
@@ -308,8 +347,12 @@ class _Tracer:
             self._whole[recipe] = self._account(recipe, None)
         return self._whole[recipe]
 
+    def lower_bound(self, recipe: Recipe) -> int:
+        """Bytes that the recipe takes at the least, whatever the batch."""
+        return static_nbytes(self.shape, recipe)
+
     def peak(self, recipe: Recipe) -> int:
-        """The peak, of deep models from few of their blocks."""
+        """The peak of a steady step, of deep models from few of their blocks."""
         if recipe in self._whole or len(self.shape.blocks) <= _DEEP:
             return self.whole(recipe).peak_nbytes
         if recipe not in self._peaks:
@@ -333,6 +376,7 @@ class _Tracer:
         if count is not None:
             kept = {name for name in recipe.recompute if int(name.rpartition(".")[2]) < count}
             task = task.with_recipe(replace(recipe, recompute=tuple(n for n in recipe.recompute if n in kept)))
+            return dry_run(made, SteadyStep(task), device=self.device)
         return dry_run(made, task, device=self.device)
 
 

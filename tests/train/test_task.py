@@ -136,3 +136,24 @@ def test_a_task_is_read_back_from_json():
     for recipe in RECIPES.values():
         task = Train(batch=2, sequence=8, recipe=recipe, hyper=Hyper(clip=None, betas=(0.8, 0.9)))
         assert Train.from_json(json.loads(json.dumps(task.to_json()))) == task
+
+
+@pytest.mark.parametrize("name", ["recomputed", "frugal", "master", "int8", "disk", "qlora", "muon", "plain"])
+def test_work_like_earlier_work_is_told_from_it(name):
+    """Blocks and updates that are not traced again take what they took: event by event, under their own names."""
+    config = hf.LlamaConfig(**DECODER | {"num_hidden_layers": 5})
+    source = source_from_config(config)
+    names = tuple(name for name, _ in stacked_blocks(source.build(dtype=torch.float32)))
+    recipe = RECIPES[name]
+    recipe = replace(recipe, recompute=names) if recipe.recompute else recipe
+    task = Train(batch=4, sequence=32, recipe=recipe, hyper=Hyper(clip=1.0))
+    every, once = (dry_run(lambda: load_model(source, dtype=task.dtype), task, whole=whole) for whole in (True, False))
+    assert [phase.name for phase in once.phases] == [phase.name for phase in every.phases]
+    for phase in once.phases:
+        other = every.phase(phase.name)
+        # Numbers of 8 bytes end when Python drops them.
+        assert abs(phase.peak_nbytes - other.peak_nbytes) <= 64
+        assert abs(phase.end_nbytes - other.end_nbytes) <= 64
+        assert sum(phase.alive.values()) == phase.peak_nbytes
+        for kind, nbytes in phase.alive.items():
+            assert abs(nbytes - other.alive[kind]) <= 64

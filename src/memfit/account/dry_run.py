@@ -67,8 +67,9 @@ class Loaded:
         learns = getattr(task, "learns", False)
         if learns:
             self.held.clear()  # What training casts or packs ends; and no other task is run on what has learned.
-        # A block that learns leaves gradients and a graph behind, which no recording tells: it is traced.
-        replayed = nullcontext() if self.whole or learns else blocks.on(self.model)
+        # A block that learns leaves a graph behind, which no recording tells: it is traced, unless it is recomputed.
+        repeated = blocks.on_training() if learns else blocks.on(self.model)
+        replayed = nullcontext() if self.whole else repeated
         with no_collection(), values_as_usual(), self.mode, follow, follow.inside(self.model), replayed:
             task.run(self.model, follow)
         return follow.ledger

@@ -9,7 +9,7 @@ described so (an unknown object among the inputs, a storage that outlives the ca
 So the account of a whole model is exact at every moment, and costs one block of each kind.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from memfit.packed.fake import repeating
 from memfit.packed.store import PackedWeight
 
 from .fakes import make_fake, view_fake
@@ -45,7 +46,8 @@ class _View:
 class _Recording:
     """What one call of a block did."""
 
-    births: list[tuple[Storage, str]]
+    births: list[tuple[Storage, str | None]]
+    """Each storage, and its module's name below the block's; None: it is of no module of the block."""
     events: list[tuple[bool, int, int]]
     """(born in the call?, index among births or roles, +1 or −1)."""
     spec: TreeSpec
@@ -65,6 +67,7 @@ class Blocks:
         self.follow = follow
         self._known: dict[Any, _Recording | None] = {}
         self._products = {} if products is None else products
+        self._structures: dict[int, Any] = {}
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
@@ -81,6 +84,27 @@ class Blocks:
         finally:
             for block in wrapped:
                 del block.forward
+
+    @contextmanager
+    def on_training(self) -> Iterator[None]:
+        """What training does over and over, block by block and weight by weight (`packed.fake.repeated`)."""
+        with repeating(self._repeat), self.on_products():
+            yield
+
+    def _repeat(
+        self,
+        key: Any,
+        block: nn.Module | None,
+        name: str,
+        given: Callable[[], Sequence[Any]],
+        call: Callable[[], Any],
+    ) -> Any:
+        structure = None
+        if block is not None:
+            structure = self._structures.setdefault(id(block), None) or _structure(block)
+            self._structures[id(block)] = structure
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
+        return self._once(self._known, self._describe((key, structure, modes), None, given(), {}), name, call)
 
     @contextmanager
     def on_products(self) -> Iterator[None]:
@@ -236,7 +260,8 @@ class Blocks:
             return out
         births = []
         for storage in ledger.storages[first_birth:]:
-            births.append((storage, storage.module.removeprefix(name)))
+            own = storage.module.startswith(name)
+            births.append((storage, storage.module.removeprefix(name) if own else None))
         known[key] = _Recording(births, events, spec, outputs, states)
         return out
 
@@ -251,8 +276,9 @@ class Blocks:
                 ledger.ended(inputs[index])
             elif sign > 0:
                 storage, below = recording.births[index]
+                module = storage.module if below is None else name + below
                 numbers[index] = ledger.born(
-                    Storage(storage.nbytes, storage.kind, name + below, storage.operator, storage.dtype)
+                    Storage(storage.nbytes, storage.kind, module, storage.operator, storage.dtype)
                 )
             else:
                 ledger.ended(numbers[index])

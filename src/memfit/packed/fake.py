@@ -1,9 +1,11 @@
 """Fake tensors have shapes and dtypes and no storage; what only makes sense on real ones is guarded here."""
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -26,3 +28,33 @@ def blocks_to_run(blocks: Iterable[_Block]) -> list[_Block]:
     if len(found) > 3 and any(isinstance(mode, FakeTensorMode) for mode in modes):
         return [*found[:2], found[-1]]
     return found
+
+
+Repeat = Callable[[Any, nn.Module | None, str, Callable[[], Sequence[Any]], Callable[[], Any]], Any]
+_repeat: Repeat | None = None
+
+
+def repeated(
+    key: Any, block: nn.Module | None, name: str, given: Callable[[], Sequence[Any]], call: Callable[[], Any]
+) -> Any:
+    """What `call` does and returns: in a dry run, work like earlier work is told from that and not run.
+
+    Args:
+        key: what decides the course of `call` beside the block and what is given; hashable.
+        block: whose structure decides it; of equal structure, equal work.
+        name: of the block or parameter, under which births are written down.
+        given: tells all tensors that `call` reads, changes or frees.
+        call: returns every tensor that it leaves behind, in tuples, lists or dicts.
+    """
+    return call() if _repeat is None else _repeat(key, block, name, given, call)
+
+
+@contextmanager
+def repeating(repeat: Repeat) -> Iterator[None]:
+    """Inside, `repeat` stands behind `repeated`."""
+    global _repeat
+    before, _repeat = _repeat, repeat
+    try:
+        yield
+    finally:
+        _repeat = before

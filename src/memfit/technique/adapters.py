@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from memfit.errors import UsageError
+from memfit.packed.fake import repeated
 from memfit.packed.modules import (
     PackedLinear,
     is_experts,
@@ -26,6 +27,7 @@ from memfit.packed.modules import (
     why_not_packed,
 )
 from memfit.packed.scheme import BITS, GROUPS, Scheme
+from memfit.packed.store import PackedWeight
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -255,14 +257,22 @@ def _pack(model: nn.Module, schemes: dict[str, Scheme], quantize: Quantize) -> N
         module, packed = plain.pop(name), packed_modules(model.get_submodule(name))[""]
         if isinstance(packed, PackedLinear):
             if not packed.tied:
-                packed.store.fill(*quantize(module.get_parameter("weight").detach(), packed.store.scheme))
+                _fill(packed.store, quantize, module.get_parameter("weight").detach(), name)
         else:
             for part in ("gate_up_proj", "down_proj"):
                 store, weight = getattr(packed, part), module.get_parameter(part).detach()
-                store.fill(*quantize(weight.flatten(0, 1), store.scheme))
+                _fill(store, quantize, weight.flatten(0, 1), name)
                 del weight
                 delattr(module, part)
         del module
+
+
+def _fill(store: PackedWeight, quantize: Quantize, weight: Tensor, name: str) -> None:
+    def call() -> dict[str, Any]:
+        store.fill(*quantize(weight, store.scheme))
+        return dict(store._buffers)
+
+    store._buffers.update(repeated(("pack", store.scheme), None, name, lambda: (weight,), call))
 
 
 def _linear_of_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

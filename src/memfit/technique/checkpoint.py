@@ -10,21 +10,18 @@ What is kept of a block is its hidden input: as it is, in 8 bits, on the host, o
 
 import gc
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from memfit.errors import UsageError
-from memfit.packed.fake import blocks_to_run, is_fake
-
-Store = Literal["memory", "int8", "host", "disk"]
-STORES: tuple[Store, ...] = ("memory", "int8", "host", "disk")
+from memfit.packed.fake import blocks_to_run, is_fake, repeated
+from memfit.packed.stash import STORES, Store, stash, unstash
 
 # Legend: B batch, R rows of one slice, W values of a row's last dimension
 
@@ -58,12 +55,12 @@ class Checkpoint:
         return None
 
     @contextmanager
-    def on(self, model: nn.Module, *, done: "Callable[[Segment], None] | None" = None) -> "Iterator[list[Segment]]":
+    def on(self, model: nn.Module, *, owner: "Owner | None" = None) -> "Iterator[list[Segment]]":
         """Inside, the blocks of `model` are checkpointed.
 
         Args:
             model: fake or real.
-            done: called when the gradients of a block's parameters are whole for the batch that was run.
+            owner: is told when the gradients of a block's parameters are whole for the batch that was run.
 
         Raises:
             UsageError: `why_not`.
@@ -72,7 +69,7 @@ class Checkpoint:
         if reason is not None:
             raise UsageError(f"activation checkpointing: {reason}.")
         segments = [
-            Segment(name, model.get_submodule(name), slices=self.slices, store=self.store, done=done)
+            Segment(name, model.get_submodule(name), slices=self.slices, store=self.store, owner=owner)
             for name in self.blocks
         ]
         try:
@@ -82,6 +79,43 @@ class Checkpoint:
         finally:
             for segment in segments:
                 vars(segment.block).pop("forward", None)
+
+
+class Owner(Protocol):
+    """Who uses the gradients of checkpointed blocks as soon as they are whole."""
+
+    def ready(self, segment: "Segment") -> tuple[nn.Parameter, ...]:
+        """Asked before the block's backward pass: parameters whose gradients will be whole after it."""
+        ...
+
+    def done(self, segment: "Segment", ready: tuple[nn.Parameter, ...]) -> None:
+        """Told after it."""
+        ...
+
+    def kept(self, segment: "Segment") -> list[Any]:
+        """All tensors that wait for the block's parameters: gradients, optimizer states."""
+        ...
+
+    def keep(self, segment: "Segment", kept: list[Any]) -> None:
+        """Take back what `kept` has told of an equal block."""
+        ...
+
+
+class Alone:
+    """No owner: gradients stay where autograd puts them."""
+
+    def ready(self, segment: "Segment") -> tuple[nn.Parameter, ...]:
+        return ()
+
+    def done(self, segment: "Segment", ready: tuple[nn.Parameter, ...]) -> None:
+        return None
+
+    def kept(self, segment: "Segment") -> list[Any]:
+        return [parameter.grad for parameter in segment.block.parameters()]
+
+    def keep(self, segment: "Segment", kept: list[Any]) -> None:
+        for parameter, gradient in zip(segment.block.parameters(), kept, strict=True):
+            parameter.grad = gradient
 
 
 class Segment:
@@ -94,9 +128,10 @@ class Segment:
         *,
         slices: int = 1,
         store: Store = "memory",
-        done: "Callable[[Segment], None] | None" = None,
+        owner: Owner | None = None,
     ) -> None:
-        self.name, self.block, self.slices, self.store, self.done = name, block, slices, store, done
+        self.name, self.block, self.slices, self.store = name, block, slices, store
+        self.owner: Owner = owner or Alone()
         self.plain = block.forward
         self.may_retry = False
         """Whether running out of memory is answered by running again in more slices. Only where no gradient
@@ -167,6 +202,13 @@ class _Call:
         found = [slice(a, b) for a, b in itertools.pairwise(edges)]
         return blocks_to_run(found) if any(is_fake(t) for t in tensors) else found
 
+    def repeated(self, key: Any, needs: Any, given: Callable[[], Any], run: Callable[[], Any]) -> Any:
+        """Of equal blocks in a dry run, the first is run."""
+        segment = self.segment
+        constants = (str(self.spec), segment.slices, segment.store, tuple(needs), self._autocast)
+        leaves = [leaf for leaf in self.leaves if leaf is not None]
+        return repeated((key, constants), segment.block, segment.name, lambda: (leaves, given()), run)
+
     def cut(self, tensors: Sequence[Tensor], part: slice) -> list[Tensor]:
         """Of every tensor with a row for each of the batch, those of the slice."""
         return [t[part] if self.is_sliced(t) else t for t in tensors]
@@ -192,42 +234,68 @@ class _Recomputed(torch.autograd.Function):
         ctx.needs = ctx.needs_input_grad[2:]
         ctx.random = _random_state(tensors) if call.segment.draws else None
         call.note_autocast(tensors)
-        parts = call.parts(tensors)
-        out = call.run(tensors) if len(parts) == 1 else _joined(call, tensors, parts)
+        needs = ctx.needs
+        tree, ctx.stash = call.repeated("forward", needs, lambda: tensors, lambda: _forward(call, tensors, needs))
+        out, call.out_spec = tree_flatten(tree)
         call.out_leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out]
-        ctx.stash = [
-            _stash(tensor, call.segment.store if needs and tensor.dim() > 1 else "memory")
-            for tensor, needs in zip(tensors, ctx.needs, strict=True)
-        ]
         found = tuple(leaf for leaf in out if isinstance(leaf, Tensor))
         ctx.mark_non_differentiable(*(t for t in found if not t.is_floating_point()))
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        call, stash = ctx.call, ctx.stash
-        if stash is None:
+        call, waiting = ctx.call, ctx.stash
+        if waiting is None:
             raise RuntimeError(f"{call.segment.name}: its backward pass has run already, and its inputs are gone.")
         ctx.stash = None
-        tensors = [_unstash(kept) for kept in stash]
-        del stash
-        segment = call.segment
-        while True:
-            try:
-                with _random_state_of(ctx.random):
-                    found = _backward(call, tensors, ctx.needs, gradients)
-                break
-            except RuntimeError as error:
-                if not (is_out_of_memory(error) and _may_retry(segment, call)):
-                    raise
-            # Outside of the `except` block: the error's traceback holds the frames, and their tensors, alive.
-            gc.collect()
-            segment.slices = min(2 * segment.slices, call.rows)
-            for parameter in segment.block.parameters():
-                parameter.grad = None
-        if segment.done is not None:
-            segment.done(segment)
+        tensors = [unstash(kept) for kept in waiting]
+        del waiting
+        segment, owner = call.segment, call.segment.owner
+        ready = owner.ready(segment)
+
+        def run() -> Any:
+            found = _backward_or_smaller(call, tensors, ctx.needs, gradients, ctx.random)
+            owner.done(segment, ready)
+            return found, owner.kept(segment)
+
+        numbers = {id(parameter): number for number, parameter in enumerate(segment.block.parameters())}
+        found, kept = call.repeated(
+            ("backward", tuple(numbers[id(parameter)] for parameter in ready)), ctx.needs,
+            lambda: (*tensors, *gradients, owner.kept(segment)), run,
+        )  # fmt: skip
+        owner.keep(segment, kept)
         return None, None, *found
+
+
+def _forward(call: _Call, tensors: Sequence[Tensor], needs: Sequence[bool]) -> Any:
+    """What the block returns, and what is kept of its inputs."""
+    parts = call.parts(tensors)
+    out = call.run(tensors) if len(parts) == 1 else _joined(call, tensors, parts)
+    kept = [
+        stash(tensor, call.segment.store if need and tensor.dim() > 1 else "memory")
+        for tensor, need in zip(tensors, needs, strict=True)
+    ]
+    assert call.out_spec is not None
+    return tree_unflatten(out, call.out_spec), kept
+
+
+def _backward_or_smaller(
+    call: _Call, tensors: Sequence[Tensor], needs: Sequence[bool], gradients: Any, random: list[Tensor] | None
+) -> list[Tensor | None]:
+    """The block's backward pass; in more slices, if memory runs out."""
+    segment = call.segment
+    while True:
+        try:
+            with _random_state_of(random):
+                return _backward(call, tensors, needs, gradients)
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and _may_retry(segment, call)):
+                raise
+        # Outside of the `except` block: the error's traceback holds the frames, and their tensors, alive.
+        gc.collect()
+        segment.slices = min(2 * segment.slices, call.rows)
+        for parameter in segment.block.parameters():
+            parameter.grad = None
 
 
 def _may_retry(segment: Segment, call: _Call) -> bool:
@@ -283,86 +351,6 @@ def _backward(
             leaf.grad = None
         del leaves
     return found
-
-
-# -- where inputs wait --------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Kept:
-    """A tensor, or what it is made from again."""
-
-    tensor: Tensor | None = None
-    codes: Tensor | None = None
-    scales: Tensor | None = None
-    file: Any = None
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.float32
-    device: torch.device | None = None
-
-
-def _stash(tensor: Tensor, store: Store) -> _Kept:
-    if store == "memory" or not tensor.is_floating_point():
-        return _Kept(tensor=tensor)
-    kept = _Kept(shape=tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
-    if store == "int8":
-        kept.codes, kept.scales = encode_rows(tensor)
-    elif store == "host":
-        kept.tensor = tensor.to("cpu", copy=True)
-    elif is_fake(tensor):
-        kept.file = None
-    else:
-        kept.file = tempfile.TemporaryFile()  # noqa: SIM115 (it is open from the forward pass to the backward)
-        kept.file.write(memoryview(tensor.detach().contiguous().view(torch.uint8).cpu().numpy()))  # type: ignore[arg-type]
-    return kept
-
-
-def _unstash(kept: _Kept) -> Tensor:
-    if kept.device is None:
-        assert kept.tensor is not None
-        return kept.tensor
-    if kept.codes is not None and kept.scales is not None:
-        return decode_rows(kept.codes, kept.scales, dtype=kept.dtype)
-    if kept.tensor is not None:
-        return kept.tensor.to(kept.device)
-    tensor = torch.empty(kept.shape, dtype=kept.dtype)
-    if kept.file is not None:
-        kept.file.seek(0)
-        kept.file.readinto(memoryview(tensor.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        kept.file.close()
-    return tensor.to(kept.device)
-
-
-_ROWS_AT_ONCE = 1 << 20
-"""Values that are encoded at a time."""
-
-
-def encode_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """[.., W] -> int8 codes of the same shape and one fp32 scale a row: code = round(x · 127 / max|x|)."""
-    width = tensor.shape[-1]
-    flat = tensor.reshape(-1, width)
-    codes = torch.empty(flat.shape, dtype=torch.int8, device=tensor.device)
-    scales = torch.empty(flat.shape[0], 1, dtype=torch.float32, device=tensor.device)
-    step = max(1, _ROWS_AT_ONCE // width)
-    for start in blocks_to_run(range(0, flat.shape[0], step)):
-        rows = flat[start : start + step].to(torch.float32, copy=True)
-        scale = scales[start : start + step]
-        torch.amax(rows.abs(), -1, keepdim=True, out=scale)
-        scale.div_(127.0).clamp_(min=torch.finfo(torch.float32).tiny)
-        codes[start : start + step].copy_(rows.div_(scale).round_())
-    return codes.view(tensor.shape), scales
-
-
-def decode_rows(codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """What `encode_rows` was given, to half a step of 1/127 of each row's largest value."""
-    width = codes.shape[-1]
-    flat = codes.reshape(-1, width)
-    out = torch.empty(flat.shape, dtype=dtype, device=codes.device)
-    step = max(1, _ROWS_AT_ONCE // width)
-    for start in blocks_to_run(range(0, flat.shape[0], step)):
-        rows = flat[start : start + step].to(torch.float32)
-        out[start : start + step].copy_(rows.mul_(scales[start : start + step]))
-    return out.view(codes.shape)
 
 
 # -- randomness and errors ----------------------------------------------------------------------------

@@ -45,6 +45,18 @@ class Accumulated:
         key = id(parameter)
         return parameter.grad is not None or key in self._wide or key in self._codes or key in self.rows
 
+    def held(self, parameter: nn.Parameter) -> list[Tensor | None]:
+        """The parameter's gradient as autograd left it, and as it adds up."""
+        return [parameter.grad, self._wide.get(id(parameter))]
+
+    def hold(self, parameter: nn.Parameter, held: list[Tensor | None]) -> None:
+        """Take what `held` has told of a parameter like this one."""
+        parameter.grad, wide = held
+        if wide is None:
+            self._wide.pop(id(parameter), None)
+        else:
+            self._wide[id(parameter)] = wide
+
     def tiles(self, parameter: nn.Parameter) -> list[tuple[int, int]]:
         """Parts [start, stop) of the flat parameter in which its gradient is read."""
         rows = self.rows.get(id(parameter))

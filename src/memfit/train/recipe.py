@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from memfit.packed.stash import STORES, Store
 from memfit.technique.adapters import Adapters
-from memfit.technique.checkpoint import STORES, Store
 
 Precision = Literal["fp32", "autocast", "master", "stochastic", "kahan", "bf16", "fp16"]
 Gradients = Literal["weights", "fp32", "int8"]

@@ -23,8 +23,14 @@ Slot = tuple[torch.dtype, int]
 class States(Protocol):
     """The states of all parameters, by the parameter's name and the state's."""
 
-    def make(self, name: str, slots: Mapping[str, Slot], like: Tensor) -> None:
-        """Zeros for a parameter that has none yet."""
+    def make(
+        self, name: str, slots: Mapping[str, Slot], like: Tensor, *, held: dict[str, Tensor] | None = None
+    ) -> None:
+        """Zeros for a parameter that has none yet, or the states `held`."""
+        ...
+
+    def held(self, name: str) -> dict[str, Tensor] | None:
+        """What of a parameter's states is in memory; None: it has none yet."""
         ...
 
     def names(self) -> list[str]:
@@ -52,12 +58,20 @@ class InMemory:
         self.tensors: dict[str, dict[str, Tensor]] = {}
         self._devices: dict[str, torch.device] = {}
 
-    def make(self, name: str, slots: Mapping[str, Slot], like: Tensor) -> None:
+    def make(
+        self, name: str, slots: Mapping[str, Slot], like: Tensor, *, held: dict[str, Tensor] | None = None
+    ) -> None:
         self._devices[name] = like.device
+        if held is not None:
+            self.tensors[name] = held
+            return
         device = torch.device("cpu") if self.on_host else like.device
         self.tensors[name] = {
             state: torch.zeros(entries, dtype=dtype, device=device) for state, (dtype, entries) in slots.items()
         }
+
+    def held(self, name: str) -> dict[str, Tensor] | None:
+        return self.tensors.get(name)
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -84,7 +98,14 @@ class OnDisk:
         self._fake: set[str] = set()
         self._devices: dict[str, torch.device] = {}
 
-    def make(self, name: str, slots: Mapping[str, Slot], like: Tensor) -> None:
+    def held(self, name: str) -> dict[str, Tensor] | None:
+        return {} if name in self._slots else None
+
+    def make(
+        self, name: str, slots: Mapping[str, Slot], like: Tensor, *, held: dict[str, Tensor] | None = None
+    ) -> None:
+        if name in self._slots:
+            return
         self._slots[name] = dict(slots)
         self._devices[name] = like.device
         if is_fake(like):

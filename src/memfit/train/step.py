@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from memfit.account.watch import Unwatched, Watch
 from memfit.errors import MemfitError, UsageError
-from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.packed.fake import blocks_to_run, is_fake, repeated
 from memfit.technique.checkpoint import Checkpoint, Segment
 from memfit.technique.chunk_loss import ChunkLoss, HeadCall, rows_of_gradient
 from memfit.technique.precision import LossScale, Precision
@@ -94,7 +94,7 @@ class TrainStep:
         self._expected: dict[int, int] = {}
         self._stack = ExitStack()
         self.segments: list[Segment] = self._stack.enter_context(
-            Checkpoint(blocks=recipe.recompute, slices=recipe.slices, store=recipe.store).on(model, done=self._done)
+            Checkpoint(blocks=recipe.recompute, slices=recipe.slices, store=recipe.store).on(model, owner=self)
         )
         self._hook()
 
@@ -315,17 +315,42 @@ class TrainStep:
         if self._last:
             self._complete(parameter)  # type: ignore[arg-type]
 
-    def _done(self, segment: Segment) -> None:
-        """The gradients of a checkpointed block are whole for this micro-batch."""
+    def ready(self, segment: Segment) -> tuple[nn.Parameter, ...]:
+        """Parameters of a checkpointed block whose gradients are whole for the batch when its backward pass has run."""
         if not self.recipe.in_backward:
-            return
+            return ()
+        found = []
         for parameter in {id(p): p for p in segment.block.parameters() if p.requires_grad}.values():
             key = id(parameter)
             if key not in self._expected:
                 continue
             self._expected[key] -= 1
             if self._expected[key] == 0 and self._last:
-                self._complete(parameter)
+                found.append(parameter)
+        return tuple(found)
+
+    def done(self, segment: Segment, ready: tuple[nn.Parameter, ...]) -> None:
+        """The gradients of a checkpointed block are whole for this micro-batch."""
+        for parameter in ready:
+            self._complete(parameter)
+
+    def kept(self, segment: Segment) -> list[Any]:
+        """Gradients and states of the block's parameters, and which of two passes it is."""
+        held = [self._held(self._names.get(id(p), ""), p) for p in segment.block.parameters()]
+        return [self._counting, *held]
+
+    def keep(self, segment: Segment, kept: list[Any]) -> None:
+        """Take them, of an equal block in a dry run."""
+        for parameter, held in zip(segment.block.parameters(), kept[1:], strict=True):
+            self._hold(self._names.get(id(parameter), ""), parameter, held)
+
+    def _held(self, name: str, parameter: nn.Parameter) -> list[Any]:
+        return [*self.gradients.held(parameter), self.mover.states.held(name)]
+
+    def _hold(self, name: str, parameter: nn.Parameter, held: list[Any]) -> None:
+        self.gradients.hold(parameter, held[:-1])
+        if held[-1] is not None:
+            self.mover.make(name, parameter, held=held[-1])
 
     @torch.no_grad()
     def _complete(self, parameter: nn.Parameter) -> None:
@@ -341,8 +366,18 @@ class TrainStep:
 
     def _update(self, name: str, parameter: nn.Parameter) -> None:
         self._updated += 1
-        self.mover.move(name, parameter, self.gradients, step=self.steps + 1, coefficient=self._coefficient)
-        self.gradients.clear(parameter)
+
+        def run() -> Any:
+            self.mover.move(name, parameter, self.gradients, step=self.steps + 1, coefficient=self._coefficient)
+            self.gradients.clear(parameter)
+            return self._held(name, parameter)
+
+        if id(parameter) in self._tables:
+            run()
+            return
+        key = ("update", self.mover.kind(parameter), self._coefficient is None)
+        given = lambda: (parameter, self._held(name, parameter))  # noqa: E731
+        self._hold(name, parameter, repeated(key, None, name.rpartition(".")[0], given, run))
 
     def _keep(self, call: HeadCall) -> None:
         """What is left of a head's call goes to the gradient of its table."""

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +55,14 @@ class Mover:
                 found[name] = (_as(parameter, torch.float32), torch.Size(shape).numel())
         return found
 
-    def make(self, name: str, parameter: nn.Parameter) -> None:
-        """The states of a parameter that has none yet."""
-        if name not in self.states.names():
-            self.states.make(name, self.slots(parameter), parameter)
+    def make(self, name: str, parameter: nn.Parameter, *, held: dict[str, Tensor] | None = None) -> None:
+        """The states of a parameter that has none yet; those `held`, where it is known what they are."""
+        if name not in self.states.names() or held is not None:
+            self.states.make(name, self.slots(parameter), parameter, held=held)
+
+    def kind(self, parameter: nn.Parameter) -> Any:
+        """What beside its shape decides how a parameter is moved."""
+        return type(self.rule_of(parameter))
 
     def move(
         self, name: str, parameter: nn.Parameter, gradients: Accumulated, *, step: int, coefficient: Tensor | None

@@ -81,6 +81,23 @@ def seconds_of(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
     return seconds
 
 
+def static_nbytes(shape: Shape, recipe: Recipe) -> int:
+    """Bytes that are there at some moment of every step, at the least: weights, states, gradients that wait."""
+    if recipe.adapters is not None:
+        return shape.in_blocks * recipe.adapters.base_bits // 8
+    bits = {"fp32": 32, "autocast": 32, "master": 32, "kahan": 32, "fp16": 48}.get(recipe.precision, 16)
+    states = {"adamw": 2, "sgd": 1}.get(recipe.optimizer, 0)
+    if recipe.states == "memory":
+        bits += states * recipe.state_bits
+    elif recipe.precision in ("master", "kahan", "fp16"):
+        bits = 16  # what a master adds to the weights waits with the states
+    nbytes = shape.parameters * bits // 8
+    if not recipe.in_backward:
+        each = {"int8": 1, "fp32": 4}.get(recipe.gradients, 4 if recipe.precision in ("fp32", "autocast") else 2)
+        nbytes += each * (shape.in_blocks if recipe.rows else shape.parameters)
+    return nbytes
+
+
 def products_per_second(dtype: torch.dtype) -> float:
     """Floating-point operations a second of this machine's products, by a short probe."""
     left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
