@@ -78,13 +78,10 @@ class TrainStep:
         self.precision = Precision(kind=recipe.precision)
         self.precision.apply(model)
         model.train()
-        chunks = None if recipe.chunk_nbytes is None else ChunkLoss(chunk_nbytes=recipe.chunk_nbytes)
-        self.objective: Objective = objective_of(model, chunks=chunks, loss=loss)
+        self._loss = loss
         self.scaler = LossScale() if recipe.precision == "fp16" else None
         self.steps = 0
         """Steps done."""
-        self._tables = self._find_tables() if recipe.rows else {}
-        self.gradients = Accumulated(recipe.gradients, self._tables)
         self.mover = Mover(model, recipe, self.hyper, directory=directory, seed=seed)
         self._squares: Tensor | None = None
         self._coefficient: Tensor | None = None
@@ -93,10 +90,32 @@ class TrainStep:
         self._uses: dict[int, int] = {}
         self._expected: dict[int, int] = {}
         self._stack = ExitStack()
+        self._set_up(recipe)
+
+    def _set_up(self, recipe: Recipe) -> None:
+        """Wrap and hook the model as the recipe says."""
+        self.recipe = recipe
+        chunks = None if recipe.chunk_nbytes is None else ChunkLoss(chunk_nbytes=recipe.chunk_nbytes)
+        self.objective: Objective = objective_of(self.model, chunks=chunks, loss=self._loss)
+        self._tables = self._find_tables() if recipe.rows else {}
+        self.gradients = Accumulated(recipe.gradients, self._tables)
         self.segments: list[Segment] = self._stack.enter_context(
-            Checkpoint(blocks=recipe.recompute, slices=recipe.slices, store=recipe.store).on(model, owner=self)
+            Checkpoint(blocks=recipe.recompute, slices=recipe.slices, store=recipe.store).on(self.model, owner=self)
         )
         self._hook()
+
+    def change(self, recipe: Recipe) -> None:
+        """Go on by another recipe that learns the same: other parts, other blocks recomputed, the same states.
+
+        Raises:
+            ValueError: the recipe has other weights or states.
+        """
+        for name in ("precision", "optimizer", "state_bits", "states", "adapters"):
+            if getattr(recipe, name) != getattr(self.recipe, name):
+                raise ValueError(f"{name} cannot change within a run: {getattr(self.recipe, name)!r} is in use")
+        self.discard()
+        self._stack.close()
+        self._set_up(recipe)
 
     # -- a step -----------------------------------------------------------------------------------------
 

@@ -30,6 +30,8 @@ class Mover:
         self, model: nn.Module, recipe: Recipe, hyper: Hyper, *, directory: str | None = None, seed: int = 0
     ) -> None:
         self.recipe, self.hyper, self.seed = recipe, hyper, seed
+        self.rate = 1.0
+        """What a schedule makes of the learning rate."""
         self.states: States = states_at(recipe.states, directory)
         self.element = element_rule(recipe, hyper)
         self.matrix = matrix_rule(recipe, hyper)
@@ -85,7 +87,7 @@ class Mover:
             seed = self._seed(name, step, start)
             own = flat[start:stop]
             value = weights.read(own, tiles, step=step)
-            rule.update(value, gradient, tiles, lr=self.hyper.lr, weight_decay=decay, step=step, seed=seed)
+            rule.update(value, gradient, tiles, lr=self.hyper.lr * self.rate, weight_decay=decay, step=step, seed=seed)
             weights.write(own, tiles, value, seed=seed)
             for state, tile in tiles.items():
                 self.states.write(name, state, spans[state][0], tile)
@@ -113,7 +115,7 @@ class Mover:
         value = weights.read(flat, kept, step=step)
         rule.update(
             value.view(parameter.shape), gradient, own,
-            lr=self.hyper.lr, weight_decay=self.hyper.decay_of(parameter), step=step, seed=seed,
+            lr=self.hyper.lr * self.rate, weight_decay=self.hyper.decay_of(parameter), step=step, seed=seed,
         )  # fmt: skip
         del gradient
         weights.write(flat, kept, value, seed=seed)

@@ -1,0 +1,317 @@
+"""The loop: batches in their order, steps by a recipe that follows the memory there is, evaluation, checkpoints.
+
+What a run learns is a function of model, data, seed and settings: the batch of step n is the n-th, and chance in step
+n is drawn from (seed, n). So a step can be repeated, and a run that was killed goes on as if it had not been.
+"""
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from memfit.account.meter import resident_nbytes, trim
+from memfit.errors import Interrupted, MemfitError, UsageError
+from memfit.technique.checkpoint import is_out_of_memory
+
+from .checkpoints import Checkpoints
+from .ladder import Ladder
+from .recipe import describe
+from .room import room_nbytes
+from .schedule import Schedule
+from .step import Outcome, TrainStep
+
+
+class Data(Protocol):
+    """Batches by epoch and number, always the same."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def batch(self, epoch: int, index: int) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One step."""
+
+    step: int
+    """From 1."""
+    loss: float
+    labels: int
+    rate: float
+    """The learning rate."""
+    seconds: float
+    peak_nbytes: int
+    """Of the step: allocated on a GPU; resident on a CPU, beyond what was there before the model."""
+    rung: int
+    gradient_norm: float | None = None
+    skipped: bool = False
+
+
+class Observer(Protocol):
+    """Is told what happens: a progress bar, a log."""
+
+    def step(self, record: Record) -> None: ...
+
+    def note(self, step: int, what: str) -> None: ...
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How long a run is, and what it does on its way."""
+
+    schedule: Schedule
+    seed: int = 0
+    save_every: int = 0
+    """Steps between checkpoints; 0: one at the end."""
+    evaluate_every: int = 0
+    budget_nbytes: int | None = None
+
+
+class Loop:
+    """One run.
+
+    Args:
+        step: what trains.
+        data: what it is trained on.
+        ladder: recipes that learn the same, the planned one first.
+        checkpoints: None: nothing is saved.
+        evaluate: gives scores; `score`, the lower the better, tells the best checkpoint.
+        outside_nbytes: resident bytes of the process before the model, on a CPU.
+        stop: asked after every step; True: save, and raise Interrupted.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        data: Data,
+        settings: Settings,
+        *,
+        ladder: Ladder,
+        checkpoints: Checkpoints | None = None,
+        evaluate: Callable[[TrainStep], Mapping[str, float]] | None = None,
+        observers: tuple[Observer, ...] = (),
+        outside_nbytes: int = 0,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.step, self.data, self.settings, self.ladder = step, data, settings, ladder
+        self.checkpoints, self.evaluate, self.observers = checkpoints, evaluate, observers
+        self.outside_nbytes, self.stop = outside_nbytes, stop
+        self.device = next(step.model.parameters()).device
+        self.done = 0
+        self.records: list[Record] = []
+        self.notes: list[tuple[int, str]] = []
+        self.scores: list[dict[str, float]] = []
+        self.best: dict[str, float] | None = None
+
+    # -- the run ----------------------------------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Go on from the last checkpoint, if there is one; the steps that were done.
+
+        Raises:
+            UsageError: it is of other data, another seed or other settings.
+        """
+        assert self.checkpoints is not None
+        known = self.checkpoints.steps()
+        if not known:
+            return 0
+        place = self.checkpoints.restore(self.step, known[-1])
+        for name, ours in self._identity().items():
+            theirs = place["identity"].get(name)
+            if theirs != ours:
+                raise UsageError(
+                    f"{self.checkpoints.at(known[-1])}: was made with another {name} ({theirs}, now {ours}). Go on "
+                    "with the same, or start anew in another directory."
+                )
+        self._take(place)
+        return self.done
+
+    def run(self) -> None:
+        """All steps that are left.
+
+        Raises:
+            Interrupted: `stop` said so; the run was saved before.
+            LossNotFinite: and the last checkpoint is kept.
+            MemfitError: memory was too short for the most frugal recipe.
+        """
+        total = self.settings.schedule.steps
+        while self.done < total:
+            if (why := self.ladder.fit(self._room())) is not None:
+                self._move(why)
+            record = self._one()
+            if record is None:
+                continue
+            self.done += 1
+            self.records.append(record)
+            for observer in self.observers:
+                observer.step(record)
+            self._watch_budget(record)
+            last = self.done == total
+            scored = self._is_time(self.settings.evaluate_every, last) and self._evaluate()
+            if self._is_time(self.settings.save_every, last) or (scored and self._is_best):
+                self.save()
+            if self.stop() and not last:
+                self.save()
+                raise Interrupted(
+                    f"stopped after step {self.done} of {total}; "
+                    + ("it is saved, and the same command with --resume goes on." if self.checkpoints else "not saved.")
+                )
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.checkpoints is None:
+            return
+        best = None if self.best is None else int(self.best["step"])
+        place = {
+            "step": self.done, "identity": self._identity(), "schedule": self.settings.schedule.to_json(),
+            "epoch": self.done // len(self.data), "index": self.done % len(self.data), "rung": self.ladder.at,
+            "best": self.best, "scores": self.scores, "notes": self.notes,
+            "records": [asdict(record) for record in self.records],
+        }  # fmt: skip
+        self.checkpoints.save(self.step, place, keep=set() if best is None else {best})
+
+    # -- a step -----------------------------------------------------------------------------------------
+
+    def _one(self) -> Record | None:
+        """The next step; None: it has to be done again, by a recipe that takes less."""
+        epoch, index = divmod(self.done, len(self.data))
+        batch = {name: tensor.to(self.device) for name, tensor in self.data.batch(epoch, index).items()}
+        factor = self.settings.schedule.factor(self.done)
+        self.step.mover.rate = factor
+        draw_from(self.settings.seed, self.done)
+        self._reset_peak()
+        started = time.perf_counter()
+        trouble: str | None = None
+        outcome: Outcome | None = None
+        try:
+            outcome = self.step(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Outside of the `except` block: the error's traceback would hold the step's tensors.
+        if outcome is None:
+            self._recover(trouble or "")
+            return None
+        return Record(
+            step=self.done + 1, loss=outcome.loss, labels=outcome.labels, rate=self.step.hyper.lr * factor,
+            seconds=time.perf_counter() - started, peak_nbytes=self._peak(), rung=self.ladder.at,
+            gradient_norm=outcome.gradient_norm, skipped=outcome.skipped,
+        )  # fmt: skip
+
+    def _recover(self, trouble: str) -> None:
+        """Memory ran out: free what the step held, go down a rung; to the last checkpoint if weights have moved."""
+        begun = self.step.updates_begun
+        self.step.discard()
+        gc.collect()
+        trim()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self.ladder.failed():
+            raise MemfitError(
+                f"memory ran out at step {self.done + 1} with the most frugal recipe that learns the same ({trouble}). "
+                "The last checkpoint is kept; plan again with a smaller budget."
+            )
+        self._move("memory ran out")
+        if not begun:
+            return
+        known = [] if self.checkpoints is None else self.checkpoints.steps()
+        if self.checkpoints is None or not known:
+            raise MemfitError(
+                f"memory ran out at step {self.done + 1} when some weights had been updated, and there is no "
+                "checkpoint to go back to. Save more often (--save-every), or plan with a smaller budget."
+            )
+        rung = self.ladder.at
+        self._take(self.checkpoints.restore(self.step, known[-1]))
+        self.ladder.at = rung
+        self._note(f"went back to step {self.done}, as some weights had been updated")
+
+    def _move(self, why: str) -> None:
+        recipe = self.ladder.rung.recipe
+        self.step.change(recipe)
+        blocks = max((len(rung.recipe.recompute) for rung in self.ladder.rungs), default=0)
+        self._note(f"{why}: going on with {describe(recipe, blocks)}")
+
+    def _watch_budget(self, record: Record) -> None:
+        """A measured peak over the budget: the next steps take less."""
+        budget = self.settings.budget_nbytes
+        if budget is None or self.device.type != "cuda" or record.peak_nbytes <= budget:
+            return
+        if self.ladder.failed():
+            self._move(f"{record.peak_nbytes} bytes measured, {budget} allowed")
+
+    # -- parts ------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> bool:
+        if self.evaluate is None:
+            return False
+        scores = dict(self.evaluate(self.step)) | {"step": self.done}
+        self.scores.append(scores)
+        for observer in self.observers:
+            observer.evaluated(self.done, scores)
+        score = scores.get("score", math.inf)
+        if self.best is None or score < self.best["score"]:
+            self.best = {"step": self.done, "score": score}
+        return True
+
+    @property
+    def _is_best(self) -> bool:
+        return self.checkpoints is not None and self.best is not None and self.best["step"] == self.done
+
+    def _is_time(self, every: int, last: bool) -> bool:
+        return last or (every > 0 and self.done % every == 0)
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides what is learned, the length of the run aside."""
+        recipe = self.step.recipe
+        return {
+            "data": self.data.fingerprint, "seed": self.settings.seed, "settings": self.step.hyper.to_json(),
+            "precision": recipe.precision, "optimizer": recipe.optimizer, "state_bits": recipe.state_bits,
+        }  # fmt: skip
+
+    def _take(self, place: Mapping[str, Any]) -> None:
+        self.done = int(place["step"])
+        self.best, self.scores = place["best"], list(place["scores"])
+        self.notes = [(int(step), str(what)) for step, what in place["notes"]]
+        self.records = [Record(**record) for record in place["records"]]
+        at = min(int(place["rung"]), len(self.ladder.rungs) - 1)
+        if at != self.ladder.at:
+            self.ladder.at = at
+            self.step.change(self.ladder.rung.recipe)
+
+    def _note(self, what: str) -> None:
+        self.notes.append((self.done + 1, what))
+        for observer in self.observers:
+            observer.note(self.done + 1, what)
+
+    def _room(self) -> int:
+        return room_nbytes(self.device)
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of the resident size begins anew
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(0, resident_nbytes()["peak"] - self.outside_nbytes)
+
+
+def draw_from(seed: int, step: int) -> None:
+    """Let all that chance decides in a step follow from the seed and the step."""
+    state = (seed * 1_000_003 + step + 1) % (1 << 63)
+    torch.manual_seed(state)
+    random.seed(state)
