@@ -24,6 +24,7 @@ from memfit.planning import account_of
 from memfit.source.check import check
 from memfit.source.source import Source, open_source
 from memfit.technique.adapters import Adapters
+from memfit.train.ladder import Rung
 from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe, describe
 from memfit.train.task import SteadyStep, Train
@@ -154,7 +155,7 @@ def plan_training(
                 return TrainPlan(
                     model=name, task=task.with_recipe(recipe), budget_nbytes=budget_nbytes,
                     predicted=account.to_json(), changes=tier.changes, seconds=seconds, slowdown=seconds / plain,
-                    device=device,
+                    device=device, rungs=_rungs(recipe, account, tracer),
                 )  # fmt: skip
     raise _refusal(frugal, tracer, budget_nbytes, slowdown)
 
@@ -328,6 +329,27 @@ def _keep_blocks(recipe: Recipe, shape: Shape, tracer: "_Tracer", budget_nbytes:
             return mixed
         kept = kept * 3 // 4
     return recipe
+
+
+def _rungs(recipe: Recipe, account: Account, tracer: "_Tracer") -> tuple[Rung, ...]:
+    """The recipe, and others that learn the same in less memory: more parts, then every lever that needs no states."""
+    blocks, batch = tracer.shape.blocks, tracer.task.batch
+    end = account.phase("step").end_nbytes
+    found = [Rung(recipe=recipe, peak_nbytes=account.peak_nbytes, extra_nbytes=account.peak_nbytes - end)]
+    if blocks:
+        parts = max(recipe.slices, -(-batch // (recipe.micro_batch or batch)))
+        whole = replace(recipe, recompute=blocks, micro_batch=None, gradients="weights")
+        tried = [replace(whole, slices=min(batch, 2 * parts)), replace(whole, slices=batch)]
+        if recipe.adapters is None:
+            rows = tracer.shape.tables and recipe.optimizer in ("adamw", "sgd")
+            tried.append(replace(whole, slices=batch, in_backward=True, rows=rows))
+    else:
+        tried = [replace(recipe, micro_batch=size) for size in (max(1, batch // 4), 1)]
+    for other in tried:
+        peak = tracer.peak(other)
+        if peak < found[-1].peak_nbytes:
+            found.append(Rung(recipe=other, peak_nbytes=peak, extra_nbytes=max(0, peak - end)))
+    return tuple(found)
 
 
 # -- bytes --------------------------------------------------------------------------------------------

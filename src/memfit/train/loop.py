@@ -31,7 +31,8 @@ from .step import Outcome, TrainStep
 class Data(Protocol):
     """Batches by epoch and number, always the same."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -46,6 +47,7 @@ class Record:
     """From 1."""
     loss: float
     labels: int
+    tokens: int
     rate: float
     """The learning rate."""
     seconds: float
@@ -205,7 +207,8 @@ class Loop:
             self._recover(trouble or "")
             return None
         return Record(
-            step=self.done + 1, loss=outcome.loss, labels=outcome.labels, rate=self.step.hyper.lr * factor,
+            step=self.done + 1, loss=outcome.loss, labels=outcome.labels, tokens=batch["input_ids"].numel(),
+            rate=self.step.hyper.lr * factor,
             seconds=time.perf_counter() - started, peak_nbytes=self._peak(), rung=self.ladder.at,
             gradient_norm=outcome.gradient_norm, skipped=outcome.skipped,
         )  # fmt: skip

@@ -1,0 +1,441 @@
+"""The training job, told in order: data, model, plan, the loop, the trained model, the report.
+
+What a run keeps while it goes on is in `OUT.training`: checkpoints, a line of log for each step, the plan. OUT itself
+appears when the run is done.
+"""
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from memfit.account.dry_run import dry_run
+from memfit.account.meter import reset_resident_peak, resident_nbytes
+from memfit.data.batches import Batches, Kind, batches_of
+from memfit.data.read import RawData, read_data, split_rows
+from memfit.errors import BrokenInput, UsageError
+from memfit.evaluate.classification import Classification, classify_score
+from memfit.format.directory import OutputDirectory
+from memfit.models import load_model
+from memfit.report.machine import describe_machine, describe_versions
+from memfit.report.training import TrainReport, render_training_page
+from memfit.source.check import check
+from memfit.source.live import fake_copy
+from memfit.source.source import Source, open_source
+from memfit.train.certify import certify
+from memfit.train.checkpoints import Checkpoints
+from memfit.train.classifier import is_classifier, load_classifier
+from memfit.train.loop import Loop, Observer, Record, Settings
+from memfit.train.output import write_model
+from memfit.train.plan import TrainPlan, read_train_plan
+from memfit.train.schedule import Kind as ScheduleKind
+from memfit.train.schedule import Schedule
+from memfit.train.step import TrainStep
+from memfit.train.task import Train, make_trainable
+from memfit.train.work import Make
+from memfit.train_planning import plain_recipe, plan_training, stored_dtype
+from memfit.units import parse_size
+from memfit.worker import RUNTIME_NBYTES, limited
+
+_HELD_OUT: Final = 0.05
+_EVALUATIONS: Final = 10
+"""Of a run, unless it is said how many."""
+_SELDOM: Final = 20
+"""Steps between evaluations, at the least, unless it is said."""
+_MOST_EVALUATED: Final = 64
+"""Batches of an evaluation on the way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How long and how a run goes, what is learned aside (see `Hyper` for that)."""
+
+    epochs: float = 1.0
+    steps: int | None = None
+    """In place of epochs."""
+    schedule: ScheduleKind = "cosine"
+    warmup: int | None = None
+    """Steps; None: a twentieth of the run."""
+    seed: int = 0
+    evaluation: Any = None
+    """Data to evaluate on; None: a twentieth of the data is held out."""
+    evaluate_every: int | None = None
+    """Steps; None: ten times in a run; 0: at the end alone."""
+    save_every: int | None = None
+    """Steps; None: whenever it is evaluated; 0: at the end alone."""
+    text_column: str | None = None
+    label_column: str | None = None
+    certify: int = 0
+    """Steps of plain training that are run beside planned ones first, to compare; the plain ones are not bounded."""
+
+
+def train(
+    model: "str | Path | nn.Module",
+    data: Any,
+    budget: str | int = "100%",
+    out: str | Path | None = None,
+    *,
+    task: Train | None = None,
+    options: Options | None = None,
+    given: TrainPlan | str | Path | None = None,
+    full: bool = True,
+    adapters: bool = True,
+    slowdown: float | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    enforce: bool = False,
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    observers: tuple[Observer, ...] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> TrainReport:
+    """Train a model on data within a budget, and write it to `out`.
+
+    Args:
+        model: a directory, a `.gguf` file, a hub id, or a module, which is trained as it is and changed.
+        data: see `memfit.data.read.read_data`. Rows with labels train a classifier; a body without a head gets one.
+        budget: bytes at the peak of a step, of evaluation and of saving; a share is of what plain training takes.
+        out: the directory to write; default: `NAME-trained`, here.
+        task: batch, sequence, hyperparameters; of its recipe the optimizer.
+        given: a plan made before, or its file: its task, budget and recipe.
+        full, adapters, slowdown: see `plan_to_train`.
+        resume: go on from the last checkpoint of `out`, if there is one.
+        enforce: under a hard limit of the budget: more memory is refused by the system.
+        loss, tokenizer: for a module of one's own.
+        observers: are told each step.
+
+    Raises:
+        DoesNotFit, UsageError, BrokenInput: before anything is learned.
+        Interrupted: by SIGTERM or SIGINT, once the run was saved.
+        LossNotFinite, SaveFailed: the last good checkpoint is kept.
+    """
+    options = options or Options()
+    task = task or Train()
+    if isinstance(given, str | Path):
+        given = read_train_plan(given)
+    if given is not None:
+        task = given.task
+    progress("reading the data")
+    subject = Subject.of(model, tokenizer)
+    raw = read_data(data, text_column=options.text_column, label_column=options.label_column)
+    if options.evaluation is None:
+        raw, held = split_rows(raw, _HELD_OUT, options.seed)
+    else:
+        held = read_data(options.evaluation, text_column=options.text_column, label_column=options.label_column)
+    subject = subject.for_data(raw, held, options.seed)
+    batches = subject.batches(raw, task, options.seed, shuffle=True)
+    judged = subject.batches(held, task, options.seed, shuffle=False)
+    for note in batches.notes:
+        progress(note)
+    target = Path(out) if out is not None else Path(f"{subject.stem}-trained")
+    output = OutputDirectory(target, overwrite=overwrite or resume)
+    run = Path(f"{target}.training")
+    _make_way(run, resume=resume, overwrite=overwrite)
+    if given is None and resume and (run / "plan.json").is_file():
+        given = read_train_plan(run / "plan.json")
+    plan = given
+    if plan is None:
+        progress("planning")
+        stored = subject.stored
+        whole = None
+        if isinstance(budget, str) and budget.strip().endswith("%"):
+            plain = task.with_recipe(plain_recipe(stored, task))
+            whole = dry_run(lambda: subject.make(plain.dtype), plain, device=device).peak_nbytes
+        plan = plan_training(
+            subject.make, subject.name, task, parse_size(budget, whole_nbytes=whole), stored=stored, full=full,
+            adapters=adapters, slowdown=slowdown, device=device, progress=progress,
+        )  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "plan.json").write_text(plan.dumps(), encoding="utf-8")
+    steps = options.steps or max(1, round(options.epochs * len(batches)))
+    certificate = None
+    if options.certify:
+        progress(f"{options.certify} steps of plain training, to compare with")
+        certificate = certify(subject.real, plan, batches, options.certify, loss=loss)
+    progress(f"training {steps} steps")
+    reset_resident_peak()
+    outside = resident_nbytes()["now"]
+    limit = plan.budget_nbytes if enforce else None
+    kernels = int(plan.predicted.get("kernels", 0))
+    with limited(limit, runtime_nbytes=RUNTIME_NBYTES + (kernels << 20)), _stop_on_signals() as stop:
+        trained = subject.real(plan.task.dtype)
+        if device != "cpu":
+            trained.to(device)
+        make_trainable(trained, plan.recipe)
+        step = TrainStep(
+            trained, plan.recipe, hyper=plan.task.hyper, loss=loss, directory=str(run), seed=options.seed
+        )
+        log = LogFile(run / "log.jsonl")
+        loop = Loop(
+            step, batches, _settings(options, steps, plan), ladder=plan.ladder,
+            checkpoints=Checkpoints(run / "checkpoints"), evaluate=_judge(judged, _MOST_EVALUATED),
+            observers=(log, *observers), outside_nbytes=outside, stop=stop,
+        )  # fmt: skip
+        with log:
+            if resume and loop.resume():
+                progress(f"going on after step {loop.done}")
+                log.cut(loop.done)
+            loop.run()
+        progress("writing the model")
+        scores = classification_of(step, judged) if batches.kind == "classifier" else None
+        step.close()
+        with output:
+            files = write_model(trained, output, source=subject.source, tokenizer=subject.tokenizer)
+            report = TrainReport(
+                model=subject.name, data=raw.name, out=str(target), plan=plan.to_json(),
+                records=tuple(vars(record) for record in loop.records), scores=tuple(loop.scores),
+                notes=tuple(loop.notes), measured_nbytes=max(r.peak_nbytes for r in loop.records),
+                classification=None if scores is None else scores.to_json(), certificate=certificate, files=files,
+                machine=describe_machine(), versions=describe_versions(),
+            )  # fmt: skip
+            output.write_json("training.json", report.to_json())
+            output.write_text("training.html", render_training_page(report))
+    return report
+
+
+# -- what is trained ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to be trained: how it is made, fake or real, and how its data is cut."""
+
+    name: str
+    kind: Kind
+    make: Make
+    """On fake tensors."""
+    real: Make
+    stored: torch.dtype
+    tokenizer: Any
+    vocabulary: int
+    context: int | None
+    source: Source | None = None
+    module: nn.Module | None = None
+    classes: int | None = None
+
+    @property
+    def stem(self) -> str:
+        return Path(self.name).name.removesuffix(".gguf")
+
+    @classmethod
+    def of(cls, model: "str | Path | nn.Module", tokenizer: Any = None) -> "Subject":
+        """Of what a user names."""
+        if isinstance(model, nn.Module):
+            return cls._of_module(model, tokenizer)
+        source = open_source(model)
+        check(source)
+        if source.checkpoint is None:
+            raise UsageError(
+                f"{source.name}: has a config and no weights. `plan` works on it; `train` needs the weights."
+            )
+
+        def make(dtype: torch.dtype) -> nn.Module:
+            return load_model(source, dtype=dtype)
+
+        text: Any = source.config.get_text_config()
+        return cls(
+            name=source.name, kind=_kind_of(source), make=make, real=make, stored=stored_dtype(source),
+            tokenizer=tokenizer or source.tokenizer(), vocabulary=int(text.vocab_size), context=_context(source.config),
+            source=source, classes=int(source.config.num_labels) if is_classifier(source) else None,
+        )  # fmt: skip
+
+    @classmethod
+    def _of_module(cls, module: nn.Module, tokenizer: Any) -> "Subject":
+        from memfit.models import _cast_floats
+        from memfit.task.infer import vocabulary
+
+        if tokenizer is None:
+            raise UsageError("a module of one's own has no tokenizer: give one, or a function from text to ids.")
+
+        def make(dtype: torch.dtype) -> nn.Module:
+            made = fake_copy(module)
+            _cast_floats(made, dtype)
+            return made
+
+        config: Any = getattr(module, "config", None)
+        kind = type(module).__name__
+        return cls(
+            name=kind, kind="classifier" if kind.endswith("ForSequenceClassification") else "causal", make=make,
+            real=lambda dtype: module, stored=next(module.parameters()).dtype, tokenizer=tokenizer,
+            vocabulary=vocabulary(module), context=_context(config), module=module,
+            classes=int(config.num_labels) if kind.endswith("ForSequenceClassification") else None,
+        )  # fmt: skip
+
+    def for_data(self, raw: RawData, held: RawData, seed: int) -> "Subject":
+        """With a head for the data's classes, where rows have labels.
+
+        Raises:
+            UsageError: the data has no labels and the model is no language model.
+        """
+        source = self.source
+        if source is None or (raw.kind != "labelled" and not is_classifier(source)):
+            if source is not None and self.kind == "classifier":
+                raise UsageError(
+                    f"{self.name} is no language model, and {raw.name} has no labels. Give rows with a label, and a "
+                    "head for their classes is trained with it."
+                )
+            return self
+        classes = self.classes or max(2, raw.classes, held.classes)
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+
+        def make(dtype: torch.dtype) -> nn.Module:
+            return load_classifier(
+                source, classes=classes, names=raw.label_names, dtype=dtype, seed=seed, pad=0 if pad is None else pad
+            )
+
+        return replace(self, kind="classifier", make=make, real=make, classes=classes)
+
+    def batches(self, raw: RawData, task: Train, seed: int, *, shuffle: bool) -> Batches:
+        """Of data, as this model reads it."""
+        return batches_of(
+            raw, self.tokenizer, kind=self.kind, sequence=task.sequence, batch=task.batch, seed=seed,
+            vocabulary=self.vocabulary, context=self.context, num_labels=self.classes, shuffle=shuffle,
+        )  # fmt: skip
+
+
+def _kind_of(source: Source) -> Kind:
+    from memfit.source.skeleton import model_class
+
+    name = model_class(source.config).__name__
+    if name.endswith("ForMaskedLM"):
+        return "masked"
+    if getattr(source.config, "is_encoder_decoder", False):
+        return "seq2seq"
+    # A body alone has no loss of its own: it can become a classifier.
+    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) else "classifier"
+
+
+def _context(config: Any) -> int | None:
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    for name in ("max_position_embeddings", "n_positions"):
+        most = getattr(config, name, None)
+        if isinstance(most, int) and most > 0:
+            return most
+    return None
+
+
+# -- evaluation ---------------------------------------------------------------------------------------
+
+
+def _judge(batches: Batches, most: int) -> Callable[[TrainStep], Mapping[str, float]]:
+    """A function that scores a model on the first `most` batches held out."""
+
+    def judge(step: TrainStep) -> Mapping[str, float]:
+        total, labels = 0.0, 0
+        guessed: list[int] = []
+        known: list[int] = []
+        device = next(step.model.parameters()).device
+        for number in range(min(most, len(batches))):
+            batch = {name: tensor.to(device) for name, tensor in batches.batch(0, number).items()}
+            loss, count, scores = step.evaluate(batch)
+            total, labels = total + loss * count, labels + count
+            if scores is not None and batches.kind == "classifier":
+                guessed += scores.argmax(-1).tolist()
+                known += batch["labels"].tolist()
+        mean = total / max(labels, 1)
+        if batches.kind != "classifier" or not guessed:
+            return {"loss": mean, "perplexity": float(torch.tensor(mean).exp()), "score": mean}
+        found = classify_score(guessed, known, 1 + max(*guessed, *known, 1))
+        return {"loss": mean, "accuracy": found.accuracy, "f1": found.f1, "score": 1.0 - found.f1}
+
+    return judge
+
+
+def classification_of(step: TrainStep, batches: Batches) -> Classification:
+    """A classifier's scores on all of the batches."""
+    guessed: list[int] = []
+    known: list[int] = []
+    classes = 2
+    for number in range(len(batches)):
+        batch = batches.batch(0, number)
+        scores = step.evaluate({n: t.to(next(step.model.parameters()).device) for n, t in batch.items()})[2]
+        assert scores is not None
+        classes = scores.shape[-1]
+        guessed += scores.argmax(-1).tolist()
+        known += batch["labels"].tolist()
+    return classify_score(guessed, known, classes)
+
+
+# -- parts --------------------------------------------------------------------------------------------
+
+
+def _settings(options: Options, steps: int, plan: TrainPlan) -> Settings:
+    every = max(_SELDOM, steps // _EVALUATIONS) if options.evaluate_every is None else options.evaluate_every
+    warmup = max(0, steps // 20) if options.warmup is None else options.warmup
+    return Settings(
+        schedule=Schedule(steps=steps, warmup=warmup, kind=options.schedule), seed=options.seed,
+        evaluate_every=every, save_every=every if options.save_every is None else options.save_every,
+        budget_nbytes=plan.budget_nbytes,
+    )  # fmt: skip
+
+
+def _make_way(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """A run's directory is begun anew only if that was asked for."""
+    if resume:
+        return
+    if Checkpoints(run / "checkpoints").steps() and not overwrite:
+        raise UsageError(f"{run}: a run was here. Go on with it (--resume), or begin anew (--overwrite).")
+    shutil.rmtree(run, ignore_errors=True)
+
+
+class LogFile:
+    """A line of JSON for each step, evaluation and change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> "LogFile":
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def cut(self, step: int) -> None:
+        """Leave what was written up to `step`: what came after it is done again."""
+        self._file.close()
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def step(self, record: Record) -> None:
+        self._write(vars(record))
+
+    def note(self, step: int, what: str) -> None:
+        self._write({"step": step, "note": what})
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        self._write(dict(scores) | {"step": step, "evaluation": True})
+
+    def _write(self, data: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(data) + "\n")
+        self._file.flush()
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and SIGINT end the run after its step, saved; the function tells whether one came."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = {number: signal.signal(number, lambda *_: came.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["BrokenInput", "Options", "train"]
