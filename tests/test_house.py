@@ -17,9 +17,11 @@ TEXTS = {".py", ".md", ".toml", ".html", ".txt", ".json", ".cfg", ".sh", ""}
 
 PUBLIC = (
     "Account", "Adapters", "Allowed", "BrokenInput", "DoesNotFit", "Entry", "Hyper", "Infer", "Interrupted",
-    "LossNotFinite", "MemfitError", "OverBudget", "Phase", "Plan", "QualityMissed", "Recipe", "Report", "Text",
+    "LossNotFinite", "MemfitError",
+    "Options", "OverBudget", "Phase", "Plan", "QualityMissed", "Recipe", "Report", "Text",
     "Train", "TrainPlan", "TrainStep", "UsageError",
-    "account", "compare", "evaluate", "fit", "load", "measure", "plan", "train_step",
+    "account", "compare", "evaluate", "fit", "load", "measure", "plain_training", "plan",
+    "train", "train_step",
 )  # fmt: skip
 
 

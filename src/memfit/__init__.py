@@ -2,6 +2,7 @@
 
 account   who will hold which bytes, when; no weights read
 plan      what to do to fit a budget, to run or to train, and what it will cost
+train     a model on data, within a budget
 train_step  a step of training as planned, for a loop of one's own
 fit       do it, measure it, report it
 evaluate  quality and speed of a fitted model beside the original
@@ -32,6 +33,8 @@ from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe
 from memfit.train.step import LossNotFinite, TrainStep
 from memfit.train.task import Train, train_step
+from memfit.train_planning import plain_training
+from memfit.training import Options, train
 
 __all__ = [
     "Account",
@@ -45,6 +48,7 @@ __all__ = [
     "Interrupted",
     "LossNotFinite",
     "MemfitError",
+    "Options",
     "OverBudget",
     "Phase",
     "Plan",
@@ -62,6 +66,8 @@ __all__ = [
     "fit",
     "load",
     "measure",
+    "plain_training",
     "plan",
+    "train",
     "train_step",
 ]

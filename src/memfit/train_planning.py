@@ -196,6 +196,11 @@ def plain_recipe(stored: torch.dtype, task: Train) -> Recipe:
     return Recipe(precision="master" if half else "fp32", optimizer=task.recipe.optimizer, chunk_nbytes=None)
 
 
+def plain_training(model: str | Path, task: Train) -> Train:
+    """The task with the recipe of plain training, in the precision that the model is stored in."""
+    return task.with_recipe(plain_recipe(stored_dtype(open_source(model)), task))
+
+
 # -- what may be chosen -------------------------------------------------------------------------------
 
 

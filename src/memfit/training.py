@@ -409,6 +409,12 @@ class LogFile:
         self.path.write_text("".join(kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
 
+    def begin(self, total: int, budget_nbytes: int | None) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
     def step(self, record: Record) -> None:
         self._write(vars(record))
 

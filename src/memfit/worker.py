@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError
 
-_QUIET = {
+QUIET: Final = {
     # A thread that waits sleeps: where another process wants the core too, spinning at every barrier made the
     # decode of a small model 90 times slower.
     "OMP_WAIT_POLICY": "passive",
@@ -55,7 +55,7 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
         input=json.dumps(job),
         text=True,
         capture_output=True,
-        env=os.environ | _QUIET,
+        env=os.environ | QUIET,
         check=False,
     )
     for line in done.stdout.splitlines():

@@ -61,11 +61,15 @@ class Record:
 class Observer(Protocol):
     """Is told what happens: a progress bar, a log."""
 
+    def begin(self, total: int, budget_nbytes: int | None) -> None: ...
+
     def step(self, record: Record) -> None: ...
 
     def note(self, step: int, what: str) -> None: ...
 
     def evaluated(self, step: int, scores: Mapping[str, float]) -> None: ...
+
+    def end(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,15 @@ class Loop:
             MemfitError: memory was too short for the most frugal recipe.
         """
         total = self.settings.schedule.steps
+        for observer in self.observers:
+            observer.begin(total, self.settings.budget_nbytes)
+        try:
+            self._run(total)
+        finally:
+            for observer in self.observers:
+                observer.end()
+
+    def _run(self, total: int) -> None:
         while self.done < total:
             if (why := self.ladder.fit(self._room())) is not None:
                 self._move(why)

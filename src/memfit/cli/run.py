@@ -1,106 +1,55 @@
-"""The commands: account, plan, fit, eval, report. Data goes to stdout, progress to stderr."""
+"""The commands that make a model fit to run: account, plan, fit, eval, report."""
 
 import json
-import os
-import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
 
-from memfit.errors import DoesNotFit, Interrupted, MemfitError, OverBudget, QualityMissed, UsageError
+from memfit.errors import OverBudget, QualityMissed, UsageError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Give it a language model and a memory budget: it makes the model fit, and proves it.\n\n"
-    "Try [bold]memfit fit[/bold] without arguments: it fits the demo model into half of its bytes, offline."
-    "\n\n"
-    "MODEL is a directory, a .gguf file or a hub id. Sizes: 400MiB, 0.5GB, 50% (of the original's peak).\n\n"
-    "Exit codes: 0 done, 2 usage, 3 does not fit, 4 unsafe or broken input, 5 quality gate missed, "
-    "6 measured over budget, 75 interrupted.",
+from .app import (
+    AdaptersOnly,
+    Asymmetric,
+    Batch,
+    Bits,
+    Budget,
+    Device,
+    FullOnly,
+    GroupSizes,
+    Json,
+    Keep,
+    KvBits,
+    Model,
+    NewTokens,
+    Optimizer,
+    Prompt,
+    Quiet,
+    Routing,
+    Sequence,
+    Slowdown,
+    Task,
+    TaskOption,
+    TextFile,
+    Threads,
+    app,
+    print_json,
+    progress_to,
+    show,
+    write,
 )
-
-
-_FILE_COLUMNS = 200
-_INTERRUPTED = 130
-"""What typer makes of a KeyboardInterrupt."""
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from memfit import __version__
-
-        _print(f"memfit {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def start(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
-) -> None:
-    """What comes before any command."""
-
-
-class Device(StrEnum):
-    """Whose allocator is meant; what is installed does not matter."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Routing(StrEnum):
-    """How tokens go to experts."""
-
-    balanced = "balanced"
-    worst = "worst"
-
-
-Model = Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub id.", show_default=False)]
-Budget = Annotated[
-    str, typer.Option("--budget", "-b", help="Bytes allowed at the peak of the task: 400MiB, 0.5GB, 50%.")
-]
-Batch = Annotated[int, typer.Option(help="Texts at once.", min=1)]
-Prompt = Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)]
-NewTokens = Annotated[int, typer.Option(help="Tokens written after the prompt.", min=0)]
-TextFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--text", help="UTF-8 text: its first half prices choices, its second half judges the result."
-    ),
-]
-Bits = Annotated[
-    str, typer.Option(help="Widths that may be chosen, of 8, 6, 5, 4, 3, 2 (16, as it is, always may).")
-]
-GroupSizes = Annotated[
-    str | None,
-    typer.Option("--groups", help="Group sizes that may be chosen, of 128, 64, 32. Default: by width."),
-]
-KvBits = Annotated[str, typer.Option(help="KV-cache widths that may be chosen, of 16, 8, 4, 2.")]
-Keep = Annotated[
-    list[str] | None, typer.Option(help="Leave tensors of this name in 16 bits (a part is enough).")
-]
-Asymmetric = Annotated[
-    bool,
-    typer.Option("--asymmetric", help="Use zero points (8 bits a value on disk for stock transformers)."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of what is measured.", min=1)]
+from .training import show_training_plan, training_task
 
 
 @app.command()
 def account(
     model: Model,
+    task: TaskOption = Task.run,
     batch: Batch = 1,
     prompt: Prompt = 512,
     new_tokens: NewTokens = 32,
+    sequence: Sequence = 512,
+    optimizer: Optimizer = "adamw",
     kv_bits: Annotated[int, typer.Option(help="Bits of the KV cache: 16, 8, 4, 2.")] = 16,
     device: Device = Device.cpu,
     routing: Annotated[Routing | None, typer.Option(help="For experts; default: both are shown.")] = None,
@@ -111,33 +60,43 @@ def account(
     top: Annotated[int, typer.Option(help="Entries to list.", min=0)] = 10,
     as_json: Json = False,
 ) -> None:
-    """Say who will hold which bytes, when. No weights are read."""
+    """Say who will hold which bytes, when: to run a model, or to train it plainly. No weights are read."""
     import memfit
 
-    task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens, kv_bits=kv_bits)
+    chosen: memfit.Infer | memfit.Train
+    if task is Task.train:
+        chosen = memfit.plain_training(model, training_task(batch, sequence, optimizer))
+    else:
+        chosen = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens, kv_bits=kv_bits)
     share = (routing or Routing.balanced).value
-    first = memfit.account(model, task, device=device.value, routing=share, resident=resident)
+    first = memfit.account(model, chosen, device=device.value, routing=share, resident=resident)
     worst = None
     if routing is None and first.routing is not None:
-        worst = memfit.account(model, task, device=device.value, routing="worst")
+        worst = memfit.account(model, chosen, device=device.value, routing="worst")
     if as_json:
-        _print_json(first.to_json() | ({} if worst is None else {"worst_routing": worst.to_json()}))
+        print_json(first.to_json() | ({} if worst is None else {"worst_routing": worst.to_json()}))
         return
     from memfit.report.terminal import render_account
 
-    _print(render_account(first, top=top))
+    show(render_account(first, top=top))
     if worst is not None:
-        _print("If one expert gets every token:")
-        _print(render_account(worst, top=0))
+        show("If one expert gets every token:")
+        show(render_account(worst, top=0))
 
 
 @app.command()
 def plan(
     model: Model,
     budget: Budget = "50%",
+    task: TaskOption = Task.run,
     batch: Batch = 1,
     prompt: Prompt = 512,
     new_tokens: NewTokens = 32,
+    sequence: Sequence = 512,
+    optimizer: Optimizer = "adamw",
+    full: FullOnly = False,
+    adapters: AdaptersOnly = False,
+    slowdown: Slowdown = None,
     text: TextFile = None,
     bits: Bits = "8,6,5,4,3,2",
     groups: GroupSizes = None,
@@ -154,6 +113,15 @@ def plan(
     from memfit.plan.plan import dumps
     from memfit.report.terminal import render_plan
 
+    if task is Task.train:
+        planned = memfit.plan(
+            model, budget, task=training_task(batch, sequence, optimizer), full=not adapters, adapters=not full,
+            slowdown=slowdown, device=device.value, progress=progress_to(quiet),
+        )  # fmt: skip
+        if output is not None:
+            write(output, planned.dumps())
+        show_training_plan(planned, as_json=as_json)
+        return
     made = memfit.plan(
         model,
         budget,
@@ -161,14 +129,14 @@ def plan(
         text=text,
         allowed=_allowed(bits, groups, kv_bits, keep, asymmetric),
         device=device.value,
-        progress=_progress(quiet),
+        progress=progress_to(quiet),
     )
     if output is not None:
-        _write(output, dumps(made))
+        write(output, dumps(made))
     if as_json:
-        _print_json(_plan_json(made))
+        print_json(_plan_json(made))
         return
-    _print(render_plan(made.to_json()))
+    show(render_plan(made.to_json()))
 
 
 @app.command()
@@ -222,14 +190,14 @@ def fit(
         _refuse_beside_a_plan(context)
         given = read_plan(plan_file)
     if dry_run:
-        progress = _progress(quiet)
+        progress = progress_to(quiet)
         made = memfit.plan(
             source, budget, task=task, text=text, allowed=allowed, given=given, progress=progress
         )
         if as_json:
-            _print_json(_plan_json(made))
+            print_json(_plan_json(made))
         else:
-            _print(render_plan(made.to_json()))
+            show(render_plan(made.to_json()))
         return
     out = out or default_output(open_source(source))
     try:
@@ -245,17 +213,17 @@ def fit(
             overwrite=overwrite,
             max_kl=max_kl,
             threads=threads,
-            progress=_progress(quiet),
+            progress=progress_to(quiet),
         )
     except (OverBudget, QualityMissed) as error:
         if isinstance(error.report, memfit.Report) and not as_json:
-            _print(render_report(error.report))
+            show(render_report(error.report))
         raise
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return
-    _print(render_report(report))
-    _print(f"\nWritten to {out}. The same as a page: {out / 'report.html'}")
+    show(render_report(report))
+    show(f"\nWritten to {out}. The same as a page: {out / 'report.html'}")
 
 
 @app.command(name="eval")
@@ -275,10 +243,10 @@ def evaluate(
     from memfit.report.terminal import render_account, render_quality
 
     task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens)
-    found = memfit.evaluate(model, reference, text, task=task, threads=threads, progress=_progress(quiet))
+    found = memfit.evaluate(model, reference, text, task=task, threads=threads, progress=progress_to(quiet))
     if as_json:
         measured = found["account"].to_json()
-        _print_json(
+        print_json(
             measured
             | {
                 "measured": measured,
@@ -289,12 +257,12 @@ def evaluate(
             }
         )
         return
-    _print(render_quality(found["quality"]))
-    _print(render_account(found["account"], top=0))
+    show(render_quality(found["quality"]))
+    show(render_account(found["account"], top=0))
     from memfit.report.terminal import speed_lines
 
     for name, value in speed_lines(found["speed"], found["speed_original"]):
-        _print(f"{name}  {value}")
+        show(f"{name}  {value}")
 
 
 @app.command()
@@ -315,44 +283,9 @@ def report(
             "Give a directory made by `memfit fit`."
         ) from error
     if as_json:
-        _print_json(data)
+        print_json(data)
     else:
-        _print(render_report(found))
-
-
-def main() -> None:
-    """Run the command line; a MemfitError ends it with its own exit code and its message on stderr."""
-    try:
-        app()
-    except MemfitError as error:
-        _fail(error)
-    except SystemExit as done:
-        if done.code != _INTERRUPTED:
-            raise
-        _stderr().print(
-            "Interrupted; no half-written output is left. What was calibrated to the end is kept in a hidden directory "
-            "beside the output (.NAME.memfit-work), and the same command goes on from there.",
-            soft_wrap=True,
-        )
-        sys.exit(Interrupted.exit_code)
-    except ValueError as error:
-        _fail(UsageError(str(error)))
-
-
-def _fail(error: MemfitError) -> None:
-    _stderr().print(
-        f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-    )
-    if "--json" in sys.argv:
-        extra: dict[str, Any] = {}
-        if isinstance(error, DoesNotFit):
-            extra = {"fits": False, "smallest_nbytes": error.smallest_nbytes, "levers": error.levers}
-        elif isinstance(error, (OverBudget, QualityMissed)):
-            extra = {"kept": True}
-            if error.report is not None:
-                extra |= {"report": error.report.to_json()}  # type: ignore[attr-defined]
-        _print_json({"error": type(error).__name__, "message": str(error), **extra})
-    sys.exit(error.exit_code)
+        show(render_report(found))
 
 
 _IN_THE_PLAN = (
@@ -402,45 +335,3 @@ def _plan_json(made: Any) -> dict[str, Any]:
     data = {key: value for key, value in made.to_json().items() if key not in ("predicted", "predicted_fit")}
     fits = predicted["peak_nbytes"] <= made.budget_nbytes
     return predicted | data | {"fits": fits}
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be written ({error.strerror}). Choose another place.") from error
-
-
-def _progress(quiet: bool) -> Any:
-    console = _stderr()
-    started = _now()
-
-    def tell(what: str) -> None:
-        if not quiet:
-            console.print(f"{_now() - started:6.0f} s  {what} ...", style="dim", highlight=False)
-
-    return tell
-
-
-def _now() -> float:
-    import time
-
-    return time.monotonic()
-
-
-def _stderr() -> Console:
-    return Console(stderr=True)
-
-
-def _print(what: RenderableType) -> None:
-    # In a file nothing is cut or wrapped to the width of a terminal that is not there.
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    Console(width=None if known else _FILE_COLUMNS).print(what)
-
-
-def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,188 @@
+"""The command line itself: options that several commands share, what is printed where, how an error ends."""
+
+import json
+import os
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from memfit.errors import DoesNotFit, Interrupted, MemfitError, OverBudget, QualityMissed, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Give it a language model and a memory budget: it makes the model fit, and proves it.\n\n"
+    "Try [bold]memfit fit[/bold] without arguments: it fits the demo model into half of its bytes, offline."
+    "\n\n"
+    "MODEL is a directory, a .gguf file or a hub id. Sizes: 400MiB, 0.5GB, 50% (of the original's peak).\n\n"
+    "Exit codes: 0 done, 2 usage, 3 does not fit, 4 unsafe or broken input, 5 quality gate missed, "
+    "6 measured over budget, 75 interrupted.",
+)
+
+
+_FILE_COLUMNS = 200
+_INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from memfit import __version__
+
+        show(f"memfit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """What comes before any command."""
+
+
+class Device(StrEnum):
+    """Whose allocator is meant; what is installed does not matter."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Routing(StrEnum):
+    """How tokens go to experts."""
+
+    balanced = "balanced"
+    worst = "worst"
+
+
+Model = Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub id.", show_default=False)]
+Budget = Annotated[
+    str, typer.Option("--budget", "-b", help="Bytes allowed at the peak of the task: 400MiB, 0.5GB, 50%.")
+]
+Batch = Annotated[int, typer.Option(help="Texts at once.", min=1)]
+Prompt = Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)]
+NewTokens = Annotated[int, typer.Option(help="Tokens written after the prompt.", min=0)]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text", help="UTF-8 text: its first half prices choices, its second half judges the result."
+    ),
+]
+Bits = Annotated[
+    str, typer.Option(help="Widths that may be chosen, of 8, 6, 5, 4, 3, 2 (16, as it is, always may).")
+]
+GroupSizes = Annotated[
+    str | None,
+    typer.Option("--groups", help="Group sizes that may be chosen, of 128, 64, 32. Default: by width."),
+]
+KvBits = Annotated[str, typer.Option(help="KV-cache widths that may be chosen, of 16, 8, 4, 2.")]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="Leave tensors of this name in 16 bits (a part is enough).")
+]
+Asymmetric = Annotated[
+    bool,
+    typer.Option("--asymmetric", help="Use zero points (8 bits a value on disk for stock transformers)."),
+]
+class Task(StrEnum):
+    """What is planned for."""
+
+    run = "run"
+    train = "train"
+
+
+TaskOption = Annotated[Task, typer.Option("--task", help="Run the model, or train it.")]
+Sequence = Annotated[int, typer.Option(help="Tokens of a text, in training.", min=1)]
+Optimizer = Annotated[str, typer.Option(help="adamw, sgd, adafactor, galore, apollo, muon; in training.")]
+FullOnly = Annotated[bool, typer.Option("--full", help="Train the whole model, never adapters.")]
+AdaptersOnly = Annotated[bool, typer.Option("--adapters", help="Train low-rank adapters, the model frozen.")]
+Slowdown = Annotated[
+    float | None, typer.Option(help="A training step may take so many times as long as a plain one.", min=1.0)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of what is measured.", min=1)]
+
+
+def main() -> None:
+    """Run the command line; a MemfitError ends it with its own exit code and its message on stderr."""
+    try:
+        app()
+    except MemfitError as error:
+        _fail(error)
+    except SystemExit as done:
+        if done.code != _INTERRUPTED:
+            raise
+        stderr().print(
+            "Interrupted; no half-written output is left. What was calibrated to the end is kept in a hidden directory "
+            "beside the output (.NAME.memfit-work), and the same command goes on from there.",
+            soft_wrap=True,
+        )
+        sys.exit(Interrupted.exit_code)
+    except ValueError as error:
+        _fail(UsageError(str(error)))
+
+
+def _fail(error: MemfitError) -> None:
+    stderr().print(
+        f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
+    if "--json" in sys.argv:
+        extra: dict[str, Any] = {}
+        if isinstance(error, DoesNotFit):
+            extra = {"fits": False, "smallest_nbytes": error.smallest_nbytes, "levers": error.levers}
+        elif isinstance(error, (OverBudget, QualityMissed)):
+            extra = {"kept": True}
+            if error.report is not None:
+                extra |= {"report": error.report.to_json()}  # type: ignore[attr-defined]
+        print_json({"error": type(error).__name__, "message": str(error), **extra})
+    sys.exit(error.exit_code)
+
+
+
+def write(file: Path, text: str) -> None:
+    """Write a text file; a UsageError where that cannot be done."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror}). Choose another place.") from error
+
+
+def progress_to(quiet: bool) -> Any:
+    """A function that tells progress on stderr, with the time."""
+    console = stderr()
+    started = _now()
+
+    def tell(what: str) -> None:
+        if not quiet:
+            console.print(f"{_now() - started:6.0f} s  {what} ...", style="dim", highlight=False)
+
+    return tell
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+def stderr() -> Console:
+    """The console of progress and errors."""
+    return Console(stderr=True)
+
+
+def show(what: RenderableType) -> None:
+    """Print for a reader, on stdout."""
+    # In a file nothing is cut or wrapped to the width of a terminal that is not there.
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if known else _FILE_COLUMNS).print(what)
+
+
+def print_json(data: Any) -> None:
+    """Print for a program, on stdout."""
+    sys.stdout.write(json.dumps(data) + "\n")

@@ -1,0 +1,160 @@
+"""The command that trains a model within a budget."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memfit.errors import UsageError
+
+from .app import (
+    AdaptersOnly,
+    Budget,
+    Device,
+    FullOnly,
+    Json,
+    Model,
+    Optimizer,
+    Quiet,
+    Slowdown,
+    Threads,
+    app,
+    print_json,
+    progress_to,
+    show,
+    stderr,
+)
+
+_ALONE = "MEMFIT_ALONE"
+"""Set in the process that trains."""
+
+
+def training_task(batch: int, sequence: int, optimizer: str = "adamw", **settings: Any) -> Any:
+    """A training task, of what was said on the command line; `settings` of `Hyper`."""
+    import memfit
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    return memfit.Train(
+        batch=batch, sequence=sequence, recipe=memfit.Recipe(optimizer=optimizer), hyper=memfit.Hyper(**given)
+    )
+
+
+def show_training_plan(plan: Any, *, as_json: bool) -> None:
+    """A plan, for a reader or a program."""
+    from memfit.report.training import render_training_plan
+    from memfit.train.recipe import describe
+
+    if as_json:
+        data = plan.to_json()
+        print_json(data.pop("predicted") | data)
+        return
+    blocks = max((len(rung.recipe.recompute) for rung in plan.rungs), default=0)
+    show(render_training_plan(plan.to_json(), describe(plan.recipe, blocks)))
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(help="A .txt, .jsonl, .tsv or .csv file, a saved data set, or the id of one.", show_default=False),
+    ],
+    budget: Budget = "100%",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The directory to write. Default: NAME-trained, here.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Texts of a step. It is never changed.", min=1)] = 8,
+    sequence: Annotated[int, typer.Option(help="Most tokens of a text.", min=1)] = 512,
+    epochs: Annotated[float, typer.Option(help="Times through the data.", min=0.0)] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps, in place of epochs.", min=1)] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Data to evaluate on. Default: a twentieth is held out.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: 1e-5]", show_default=False)] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Of matrices.  [default: 0.01]", show_default=False)
+    ] = None,
+    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: any.", min=0.0)] = 1.0,
+    schedule: Annotated[str, typer.Option(help="cosine, linear, constant.")] = "cosine",
+    warmup: Annotated[int | None, typer.Option(help="Steps. Default: a twentieth of the run.", min=0)] = None,
+    optimizer: Optimizer = "adamw",
+    full: FullOnly = False,
+    adapters: AdaptersOnly = False,
+    slowdown: Slowdown = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="Train by this plan: its batch, budget and settings.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, and replace what is at --out.")] = False,
+    enforce: Annotated[
+        bool, typer.Option("--enforce", help="Under a hard limit: more memory is refused by the system.")
+    ] = False,
+    certify: Annotated[
+        int, typer.Option(help="Steps of plain training to run first, and to compare with.", min=0)
+    ] = 0,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps. Default: ten times in a run.", min=0)] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps. Default: as evaluated.", min=0)] = None,
+    text_column: Annotated[str | None, typer.Option(help="The name of the text.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The name of the label.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the data's order and of chance.")] = 0,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write TensorBoard events into this directory.", show_default=False)
+    ] = None,
+    device: Device = Device.cpu,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model on data within a budget: the batch asked for is the batch that is learned from.
+
+    Stopped by SIGTERM or Ctrl-C, a run is saved, and goes on with --resume.
+    """
+    _in_a_process_of_its_own()
+    import torch
+
+    from memfit.report.training import render_training
+    from memfit.train.watching import Bar, TensorBoard
+    from memfit.training import Options
+    from memfit.training import train as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    observers: list[Any] = []
+    if tensorboard is not None:
+        observers.append(TensorBoard(tensorboard))
+    if not quiet:
+        observers.append(Bar(stderr()))
+    task = training_task(batch, sequence, optimizer, lr=lr, weight_decay=weight_decay)
+    task = replace(task, hyper=replace(task.hyper, clip=clip or None))
+    report = run(
+        model, data, budget, out,
+        task=task, given=plan_file, full=not adapters, adapters=not full, slowdown=slowdown, resume=resume,
+        overwrite=overwrite, enforce=enforce, device=device.value, observers=tuple(observers),
+        progress=progress_to(quiet),
+        options=Options(
+            epochs=epochs, steps=steps, schedule=schedule, warmup=warmup, seed=seed,  # type: ignore[arg-type]
+            evaluation=evaluation, evaluate_every=evaluate_every, save_every=save_every, certify=certify,
+            text_column=text_column, label_column=label_column,
+        ),
+    )  # fmt: skip
+    if as_json:
+        print_json(report.to_json())
+        return
+    show(render_training(report))
+    show(f"\nWritten to {report.out}. The same as a page: {Path(report.out) / 'training.html'}")
+
+
+def _in_a_process_of_its_own() -> None:
+    """Begin again where the allocator gives large blocks back, so that resident follows allocated."""
+    from memfit.worker import QUIET
+
+    if os.environ.get(_ALONE) or not sys.argv[0] or "pytest" in sys.modules:
+        return
+    arguments = [sys.executable, "-c", "from memfit.cli import main; main()", *sys.argv[1:]]
+    os.execve(sys.executable, arguments, os.environ | QUIET | {_ALONE: "1"})
+
+
+__all__ = ["UsageError", "show_training_plan", "train", "training_task"]
