@@ -126,6 +126,11 @@ def train(
         task = given.task
     progress("reading the data")
     subject = Subject.of(model, tokenizer)
+    target = Path(out) if out is not None else Path(f"{subject.stem}-trained")
+    run = Path(f"{target}.training")
+    if given is None and resume and (run / "plan.json").is_file():
+        given = read_train_plan(run / "plan.json")
+        task = given.task
     raw = read_data(data, text_column=options.text_column, label_column=options.label_column)
     if options.evaluation is None:
         raw, held = split_rows(raw, _HELD_OUT, options.seed)
@@ -136,12 +141,8 @@ def train(
     judged = subject.batches(held, task, options.seed, shuffle=False)
     for note in batches.notes:
         progress(note)
-    target = Path(out) if out is not None else Path(f"{subject.stem}-trained")
     output = OutputDirectory(target, overwrite=overwrite or resume)
-    run = Path(f"{target}.training")
     _make_way(run, resume=resume, overwrite=overwrite)
-    if given is None and resume and (run / "plan.json").is_file():
-        given = read_train_plan(run / "plan.json")
     plan = given
     if plan is None:
         progress("planning")
@@ -181,9 +182,9 @@ def train(
             observers=(log, *observers), outside_nbytes=outside, stop=stop,
         )  # fmt: skip
         with log:
-            if resume and loop.resume():
-                progress(f"going on after step {loop.done}")
-                log.cut(loop.done)
+            if resume:
+                log.cut(loop.resume())
+                progress(f"going on after step {loop.done}" if loop.done else "no checkpoint is there: from the start")
             loop.run()
         progress("writing the model")
         scores = classification_of(step, judged) if batches.kind == "classifier" else None

@@ -162,7 +162,7 @@ def progress_to(quiet: bool) -> Any:
 
     def tell(what: str) -> None:
         if not quiet:
-            console.print(f"{_now() - started:6.0f} s  {what} ...", style="dim", highlight=False)
+            console.print(f"{_now() - started:6.0f} s  {what} ...", style="dim", highlight=False, soft_wrap=True)
 
     return tell
 

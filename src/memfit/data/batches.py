@@ -237,7 +237,7 @@ def batches_of(
         rows = _pairs(raw, known, sequence, kind, notes)
     else:
         rows = _windows(raw, known, sequence, kind)
-    largest = int(rows.tokens.max(initial=0))
+    largest = max(int(rows.tokens.max(initial=0)), known.pad, known.mask or 0)
     if largest >= vocabulary:
         raise UsageError(
             f"{raw.name}: the tokenizer gives the id {largest}, and the model knows {vocabulary} ids: they do not "

@@ -292,7 +292,7 @@ class Loop:
         """What decides what is learned, the length of the run aside."""
         recipe = self.step.recipe
         return {
-            "data": self.data.fingerprint, "seed": self.settings.seed, "settings": self.step.hyper.to_json(),
+            "seed": self.settings.seed, "data": self.data.fingerprint, "settings": self.step.hyper.to_json(),
             "precision": recipe.precision, "optimizer": recipe.optimizer, "state_bits": recipe.state_bits,
         }  # fmt: skip
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from memfit.account.account import Account
 from memfit.errors import BrokenInput
@@ -11,6 +11,9 @@ from memfit.errors import BrokenInput
 from .ladder import Ladder, Rung
 from .recipe import Recipe
 from .task import Train
+
+if TYPE_CHECKING:
+    from .callback import PlanCallback
 
 VERSION: Final = 1
 
@@ -53,6 +56,12 @@ class TrainPlan:
         end = Account.from_json(self.predicted).phase("step").end_nbytes
         first = Rung(recipe=self.recipe, peak_nbytes=self.peak_nbytes, extra_nbytes=self.peak_nbytes - end)
         return Ladder(self.rungs or (first,))
+
+    def callback(self) -> "PlanCallback":
+        """For transformers' Trainer: `Trainer(..., callbacks=[plan.callback()])` trains each batch as planned."""
+        from .callback import PlanCallback
+
+        return PlanCallback(self)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -148,6 +148,7 @@ class TrainStep:
                 if self.gradients.has(parameter):
                     self._update(name, parameter)
         self.steps += 1
+        self._updated = 0
         if self.scaler is not None:
             self.scaler.grow()
         return Outcome(loss=loss, labels=labels, gradient_norm=norm)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from memfit.errors import UsageError
 from memfit.units import format_size
@@ -18,9 +18,9 @@ class Bar:
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]}  peak {task.fields[peak]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+            BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[peak]}"),
+            TimeRemainingColumn(), console=console,
         )  # fmt: skip
         self._task: Any = None
         self._most = 0
@@ -39,8 +39,8 @@ class Bar:
         allowed = "" if self._budget is None else f" of {format_size(self._budget)}"
         self.progress.update(
             self._task, completed=record.step, loss=f"{record.loss:.4f}",
-            speed=f"{record.tokens / max(record.seconds, 1e-9):.0f} tokens/s",
-            peak=f"{format_size(record.peak_nbytes)}, at most {format_size(self._most)}{allowed}",
+            speed=f"{record.tokens / max(record.seconds, 1e-9):.0f} tok/s",
+            peak=f"{format_size(record.peak_nbytes)} (most {format_size(self._most)}){allowed}",
         )  # fmt: skip
 
     def note(self, step: int, what: str) -> None:
