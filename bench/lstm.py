@@ -33,3 +33,19 @@ class LstmLanguageModel(nn.Module):
 def make(*, vocabulary: int = 10_000, width: int = 256, modules: int = 2, layers: int = 1) -> nn.Module:
     torch.manual_seed(0)
     return LstmLanguageModel(vocabulary=vocabulary, width=width, modules=modules, layers=layers)
+
+
+class LearningLstm(LstmLanguageModel):
+    """The same with logits at every position, to be trained."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits [B, T, V]."""
+        x_BTD = self.embedding(ids_BT)
+        for lstm in self.stack:
+            x_BTD = x_BTD + lstm(x_BTD)[0]
+        return self.head(self.norm(x_BTD))
+
+
+def make_trainable(**settings: int) -> nn.Module:
+    torch.manual_seed(0)
+    return LearningLstm(**settings)

