@@ -177,6 +177,28 @@ def test_memory_that_runs_out_changes_the_recipe_and_nothing_else(model, text, p
     assert report.losses[:2] == plain[0].losses[:2]
 
 
+def test_a_run_goes_back_to_its_checkpoint_if_weights_had_moved(model, text, plan, plain, tmp_path, monkeypatch):
+    from memfit.train.step import TrainStep
+
+    failed = []
+    call = TrainStep.__call__
+
+    def short(self, batch):
+        if self.steps == 3 and not failed:
+            failed.append(True)
+            call(self, batch)
+            self._updated = 1
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return call(self, batch)
+
+    monkeypatch.setattr(TrainStep, "__call__", short)
+    options = Options(steps=STEPS, save_every=2)
+    report = train(model, text, out=tmp_path / "out", given=plan, options=options)
+    assert [what for _, what in report.notes][1] == "went back to step 2, as some weights had been updated"
+    assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
+    assert [line["step"] for line in log_of(tmp_path / "out") if "labels" in line] == list(range(1, STEPS + 1))
+
+
 def test_a_run_goes_down_where_room_is_short_and_up_again(model, text, plan, plain, tmp_path, monkeypatch):
     from memfit.train import ladder, loop
 
@@ -194,14 +216,18 @@ def test_a_run_goes_down_where_room_is_short_and_up_again(model, text, plan, pla
 
 
 def test_memory_that_is_never_enough_is_told(model, text, plan, tmp_path, monkeypatch):
+    from memfit.train import loop
     from memfit.train.step import TrainStep
 
     def never(self, batch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(TrainStep, "__call__", never)
+    waited = []
+    monkeypatch.setattr(loop.time, "sleep", waited.append)
     with pytest.raises(MemfitError, match="memory ran out at step 1 with the most frugal recipe"):
         train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS))
+    assert waited == [1, 2, 4, 8, 16]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(model, text, plan, tmp_path, monkeypatch):

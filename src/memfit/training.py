@@ -4,7 +4,6 @@ What a run keeps while it goes on is in `OUT.training`: checkpoints, a line of l
 appears when the run is done.
 """
 
-import json
 import shutil
 import signal
 import threading
@@ -33,13 +32,14 @@ from memfit.source.source import Source, open_source
 from memfit.train.certify import certify
 from memfit.train.checkpoints import Checkpoints
 from memfit.train.classifier import is_classifier, load_classifier
-from memfit.train.loop import Loop, Observer, Record, Settings
+from memfit.train.loop import Loop, Observer, Settings
 from memfit.train.output import write_model
 from memfit.train.plan import TrainPlan, read_train_plan
 from memfit.train.schedule import Kind as ScheduleKind
 from memfit.train.schedule import Schedule
 from memfit.train.step import TrainStep
 from memfit.train.task import Train, make_trainable
+from memfit.train.watching import LogFile
 from memfit.train.work import Make
 from memfit.train_planning import plain_recipe, plan_training, stored_dtype
 from memfit.units import parse_size
@@ -183,7 +183,7 @@ def train(
         )  # fmt: skip
         with log:
             if resume:
-                log.cut(loop.resume())
+                loop.records = log.cut(loop.resume())
                 progress(f"going on after step {loop.done}" if loop.done else "no checkpoint is there: from the start")
             loop.run()
         progress("writing the model")
@@ -387,47 +387,6 @@ def _make_way(run: Path, *, resume: bool, overwrite: bool) -> None:
     if Checkpoints(run / "checkpoints").steps() and not overwrite:
         raise UsageError(f"{run}: a run was here. Go on with it (--resume), or begin anew (--overwrite).")
     shutil.rmtree(run, ignore_errors=True)
-
-
-class LogFile:
-    """A line of JSON for each step, evaluation and change."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> "LogFile":
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def cut(self, step: int) -> None:
-        """Leave what was written up to `step`: what came after it is done again."""
-        self._file.close()
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def begin(self, total: int, budget_nbytes: int | None) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-    def step(self, record: Record) -> None:
-        self._write(vars(record))
-
-    def note(self, step: int, what: str) -> None:
-        self._write({"step": step, "note": what})
-
-    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
-        self._write(dict(scores) | {"step": step, "evaluation": True})
-
-    def _write(self, data: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(data) + "\n")
-        self._file.flush()
 
 
 @contextmanager

@@ -396,4 +396,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
-    return "can't allocate memory" in text or "out of memory" in text or "bad_alloc" in text
+    # oneDNN says no more than that it could not make what it needs memory for.
+    known = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a")
+    return any(part in text for part in known)

@@ -9,9 +9,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from .recipe import describe
 from .room import room_nbytes
 from .schedule import Schedule
 from .step import Outcome, TrainStep
+
+_WAITS: Final = 5
+"""Times that a step is tried again where no recipe is left, after 1, 2, 4, ... seconds."""
 
 
 class Data(Protocol):
@@ -115,7 +118,9 @@ class Loop:
         self.outside_nbytes, self.stop = outside_nbytes, stop
         self.device = next(step.model.parameters()).device
         self.done = 0
+        self._waited = 0
         self.records: list[Record] = []
+        """Of the steps done; of those before a resumption, what the caller puts here."""
         self.notes: list[tuple[int, str]] = []
         self.scores: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
@@ -168,6 +173,7 @@ class Loop:
             if record is None:
                 continue
             self.done += 1
+            self._waited = 0
             self.records.append(record)
             for observer in self.observers:
                 observer.step(record)
@@ -192,7 +198,6 @@ class Loop:
             "step": self.done, "identity": self._identity(), "schedule": self.settings.schedule.to_json(),
             "epoch": self.done // len(self.data), "index": self.done % len(self.data), "rung": self.ladder.at,
             "best": self.best, "scores": self.scores, "notes": self.notes,
-            "records": [asdict(record) for record in self.records],
         }  # fmt: skip
         self.checkpoints.save(self.step, place, keep=set() if best is None else {best})
 
@@ -234,12 +239,18 @@ class Loop:
         trim()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if not self.ladder.failed():
+        if self.ladder.failed():
+            self._move("memory ran out")
+        elif self._waited < _WAITS:
+            # Who took the memory may give it back.
+            self._note(f"memory ran out with the most frugal recipe: trying again in {1 << self._waited} s")
+            time.sleep(1 << self._waited)
+            self._waited += 1
+        else:
             raise MemfitError(
                 f"memory ran out at step {self.done + 1} with the most frugal recipe that learns the same ({trouble}). "
                 "The last checkpoint is kept; plan again with a smaller budget."
             )
-        self._move("memory ran out")
         if not begun:
             return
         known = [] if self.checkpoints is None else self.checkpoints.steps()
@@ -248,9 +259,10 @@ class Loop:
                 f"memory ran out at step {self.done + 1} when some weights had been updated, and there is no "
                 "checkpoint to go back to. Save more often (--save-every), or plan with a smaller budget."
             )
-        rung = self.ladder.at
-        self._take(self.checkpoints.restore(self.step, known[-1]))
-        self.ladder.at = rung
+        # All as it was then, but the recipe and what is known of why it was changed.
+        rung, notes = self.ladder.at, self.notes
+        self._take(self.checkpoints.restore(self.step, known[-1]) | {"rung": rung})
+        self.notes = notes
         self._note(f"went back to step {self.done}, as some weights had been updated")
 
     def _move(self, why: str) -> None:
@@ -300,7 +312,7 @@ class Loop:
         self.done = int(place["step"])
         self.best, self.scores = place["best"], list(place["scores"])
         self.notes = [(int(step), str(what)) for step, what in place["notes"]]
-        self.records = [Record(**record) for record in place["records"]]
+        self.records = [record for record in self.records if record.step <= self.done]
         at = min(int(place["rung"]), len(self.ladder.rungs) - 1)
         if at != self.ladder.at:
             self.ladder.at = at

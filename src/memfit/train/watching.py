@@ -1,5 +1,7 @@
-"""Who looks on while a model trains: a line on the terminal, TensorBoard."""
+"""Who looks on while a model trains: a file with a line for each step, a line on the terminal, TensorBoard."""
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,3 +99,57 @@ class TensorBoard:
     def end(self) -> None:
         """Write what is left."""
         self.writer.close()
+
+
+class LogFile:
+    """A line of JSON for each step, evaluation and change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last = 0
+
+    def __enter__(self) -> "LogFile":
+        self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def cut(self, step: int) -> list[Record]:
+        """Leave what was written up to `step`, as what came after it is done again; the records of the steps left."""
+        self._file.close()
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A run that was killed may have left half a line.
+        known = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        kept = [(line, data) for line, data in known if data["step"] <= step or "note" in data]
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(line for line, _ in kept), encoding="utf-8")
+        os.replace(part, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._last = step
+        return [Record(**data) for _, data in kept if "labels" in data]
+
+    def begin(self, total: int, budget_nbytes: int | None) -> None:
+        """Nothing: steps are written."""
+
+    def end(self) -> None:
+        """Nothing: each line is written at once."""
+
+    def step(self, record: Record) -> None:
+        """A step."""
+        if record.step <= self._last:
+            self.cut(record.step - 1)  # the run went back to a checkpoint
+        self._last = record.step
+        self._write(vars(record))
+
+    def note(self, step: int, what: str) -> None:
+        """What was changed."""
+        self._write({"step": step, "note": what})
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Scores on what was held out."""
+        self._write(dict(scores) | {"step": step, "evaluation": True})
+
+    def _write(self, data: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(data) + "\n")
+        self._file.flush()
