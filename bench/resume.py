@@ -96,7 +96,8 @@ def squeezed(out: Path, plan: Path) -> dict[str, Any]:
     code = process.wait()
     lines = log(out)
     return {
-        "exit_code": code, "limit_nbytes": limit, "held_nbytes": [min(held), max(held)], "notes": [line for line in lines if "note" in line],
+        "exit_code": code, "limit_nbytes": limit, "held_nbytes": [min(held), max(held)],
+        "notes": [line for line in lines if "note" in line],
         "rungs": [line["rung"] for line in lines if "rung" in line],
         "losses": [line["loss"] for line in lines if "rung" in line],
     }  # fmt: skip

@@ -5,6 +5,7 @@ reference tells when the last tensor on it is gone. What a CPU kernel allocates 
 before it returns is added by `workspace`. For CUDA as the target, sizes are its allocator's (`cuda`).
 """
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if func.namespace == "prim":
             return func(*args, **kwargs)
+        if func is torch.ops.aten.add.Tensor and _adds_up_in_place(*args):
+            args[0].add_(args[1])
+            return args[0]
         quick = QUICK.get(func)
         if quick is not None and self.mode is not None:
             made = quick(self.mode, args, kwargs)
@@ -180,6 +184,29 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+_ENGINE = torch.autograd.graph._engine_run_backward.__code__
+_WRAPPERS = ("_fn", "inner")
+"""Functions of torch's that stand between a dispatch mode and its caller."""
+_ALONE = (4, 2)
+"""References to a tensor and to its storage, seen from a dispatch mode, where the caller alone has it."""
+
+
+def _adds_up_in_place(old: Any, new: Any, **_: Any) -> bool:
+    """Whether autograd adds up two gradients, the first of which nobody else holds: it then does so in place, on real
+    tensors, and not on those that a mode sees (autograd/input_buffer.cpp, `can_accumulate_inplace`)."""
+    if torch.is_grad_enabled() or not isinstance(old, FakeTensor) or not isinstance(new, FakeTensor):
+        return False
+    if old.dtype != new.dtype or old.shape != new.shape:
+        return False
+    frame = sys._getframe(2)
+    while frame.f_code.co_name in _WRAPPERS and frame.f_back is not None:
+        frame = frame.f_back
+    if frame.f_code is not _ENGINE:
+        return False
+    uses = old._use_count(), torch._C._storage_Use_Count(old.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    return uses == _ALONE
 
 
 def has_no_bytes(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,47 @@
+"""Gradients that add up in autograd's engine: in place or not, as on real tensors."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from memfit.account.dry_run import dry_run
+from memfit.account.meter import Meter
+
+V, D = 5000, 64
+RESULTS = {
+    "tied, through a transposed view": lambda h, w: (h @ w.t()).tanh().sum(),
+    "tied, each its own": lambda h, w: ((w * 2).sum(0) * h).sum(),
+    "residual": lambda h, w: ((h + h.relu()) * 2).sum(),
+    "shared": lambda h, w: (h + h).sum(),
+    "three": lambda h, w: (h.relu() + h.tanh() + h.exp()).sum(),
+    "three of the table": lambda h, w: h.sum() + w.relu().sum() + w.tanh().sum() + w.exp().sum(),
+}
+
+
+class Task:
+    learns = True
+
+    def __init__(self, result):
+        self.result = result
+
+    def run(self, model, watch):
+        with watch.phase("forward"):
+            weight = model.weight.requires_grad_(True)
+            loss = self.result(model(torch.arange(2000).reshape(40, 50)), weight)
+        with watch.phase("backward"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_peak_of_adding_up_is_that_of_real_tensors(name):
+    task = Task(RESULTS[name])
+    predicted = dry_run(lambda: nn.Embedding(V, D), task)
+    gc.collect()
+    meter = Meter()
+    with meter.phase("load"):
+        model = nn.Embedding(V, D)
+    task.run(model, meter)
+    measured = meter.account()
+    assert abs(predicted.phase("backward").peak_nbytes - measured.phase("backward").peak_nbytes) <= 64
