@@ -20,7 +20,7 @@ from memfit.account.dry_run import dry_run
 from memfit.account.meter import reset_resident_peak, resident_nbytes
 from memfit.data.batches import Batches, Kind, batches_of
 from memfit.data.read import RawData, read_data, split_rows
-from memfit.errors import BrokenInput, UsageError
+from memfit.errors import UsageError
 from memfit.evaluate.classification import Classification, classify_score
 from memfit.format.directory import OutputDirectory
 from memfit.models import load_model
@@ -404,4 +404,4 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-__all__ = ["BrokenInput", "Options", "train"]
+__all__ = ["Options", "train"]

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from memfit.errors import UsageError
-
 from .app import (
     AdaptersOnly,
     Budget,
@@ -157,4 +155,4 @@ def _in_a_process_of_its_own() -> None:
     os.execve(sys.executable, arguments, os.environ | QUIET | {_ALONE: "1"})
 
 
-__all__ = ["UsageError", "show_training_plan", "train", "training_task"]
+__all__ = ["show_training_plan", "train", "training_task"]
