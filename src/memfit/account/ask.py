@@ -22,9 +22,10 @@ _MOST_ELEMENTS: Final = 1 << 25
 """Elements of a matrix in a question: 64 MiB in bf16."""
 
 
-def ask(run: Callable[[], Any]) -> int:
-    """Bytes that `run` has allocated at its worst moment beyond those it returns."""
-    with _disable_current_modes(), torch.no_grad():
+def ask(run: Callable[[], Any], *, learning: bool = False) -> int:
+    """Bytes that `run` has allocated at its worst moment beyond those it returns; `learning`: as if a gradient were
+    wanted, which recurrent layers ask for."""
+    with _disable_current_modes(), torch.set_grad_enabled(learning):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as session:
             out = run()
         now = peak = 0
@@ -41,21 +42,50 @@ def ask_call(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def ask_recurrent(func: Any, args: tuple[Any, ...]) -> int:
-    """Scratch of a recurrent layer on x [T, B, D]: affine in T, for each T modulo 128."""
+    """Scratch of a recurrent layer, or of its backward pass, on x [T, B, D]: affine in T, for each T modulo 128."""
+    learning = torch.is_grad_enabled()
+    return _by_steps(lambda *of: _ask_call(*of, learning=learning), func, args)
+
+
+def ask_recurrent_workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes that a recurrent layer on x [T, B, D] keeps for its backward pass: affine in T as well."""
+    return _by_steps(_ask_workspace, func, args)
+
+
+def _by_steps(question: Callable[[Any, tuple[Any, ...], int], int], func: Any, args: tuple[Any, ...]) -> int:
     # oneDNN pads its rows to pages: 128 steps fill whole ones, whatever a step takes.
-    first, *rest = (_describe(arg) for arg in args)
-    steps, least = first.shape[0], 128 + first.shape[0] % 128
+    described = tuple(_describe(arg) for arg in args)
+    steps = described[0].shape[0]
+    least = 128 + steps % 128
     threads = torch.get_num_threads()
     if steps < 512:
-        return _ask_call(func, (first, *rest), threads)
-    few: int
-    more: int
-    few, more = (_ask_call(func, (_steps(first, n), *rest), threads) for n in (least, least + 128))
+        return question(func, described, threads)
+    few, more = (question(func, _with_steps(func, described, n), threads) for n in (least, least + 128))
     return few + int(steps - least) // 128 * (more - few)
 
 
-def _steps(like: "_Like", steps: int) -> "_Like":
-    return _Like((steps, *like.shape[1:]), like.stride, like.dtype)
+def _with_steps(func: Any, described: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
+    """A question for another T; the workspace that a backward pass is given is as long as such a layer's."""
+    before = described[0].shape[0]
+    found = [
+        _Like((steps, *arg.shape[1:]), arg.stride, arg.dtype)
+        if isinstance(arg, _Like) and len(arg.shape) == 3 and arg.shape[0] == before
+        else arg
+        for arg in described
+    ]
+    if func is torch.ops.aten.mkldnn_rnn_layer_backward.default:
+        reverse, mode, size, layers, biases, train, both, sizes, first = found[13:22]
+        forward = (*found[:7], reverse, sizes, mode, size, layers, biases, both, first, train)
+        kept = _ask_workspace(torch.ops.aten.mkldnn_rnn_layer.default, forward, torch.get_num_threads())
+        found[-1] = _Like((kept,), (1,), torch.uint8)
+    return tuple(found)
+
+
+@cache
+def _ask_workspace(func: Any, described: tuple[Any, ...], threads: int) -> int:
+    with _disable_current_modes(), torch.enable_grad():
+        out = func(*(arg.empty() if isinstance(arg, _Like) else arg for arg in described))
+        return int(out[3].numel())
 
 
 def _describe(value: Any) -> Any:
@@ -74,10 +104,10 @@ class _Like(NamedTuple):
 
 
 @cache
-def _ask_call(func: Any, described: tuple[Any, ...], threads: int) -> int:
+def _ask_call(func: Any, described: tuple[Any, ...], threads: int, *, learning: bool = False) -> int:
     with _disable_current_modes():
         args = [arg.empty() if isinstance(arg, _Like) else arg for arg in described]
-    return ask(lambda: func(*args))
+    return ask(lambda: func(*args), learning=learning)
 
 
 @cache

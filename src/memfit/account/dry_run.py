@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from .account import Account
 from .follow import Follow, has_no_bytes
 from .ledger import Ledger
-from .mend import values_as_usual
+from .mend import lstm_of_kernels, values_as_usual
 from .replay import Blocks, Products
 from .settle import settle
 from .watch import Watch
@@ -70,7 +70,8 @@ class Loaded:
         # A block that learns leaves a graph behind, which no recording tells: it is traced, unless it is recomputed.
         repeated = blocks.on_training() if learns else blocks.on(self.model)
         replayed = nullcontext() if self.whole else repeated
-        with no_collection(), values_as_usual(), self.mode, follow, follow.inside(self.model), replayed:
+        kernels = lstm_of_kernels() if follow.device == "cpu" else nullcontext()
+        with no_collection(), values_as_usual(), kernels, self.mode, follow, follow.inside(self.model), replayed:
             task.run(self.model, follow)
         return follow.ledger
 

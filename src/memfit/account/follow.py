@@ -21,7 +21,7 @@ from .account import Kind
 from .cuda import CUBLAS_WORKSPACE
 from .fakes import QUICK, fake_mode, written
 from .ledger import Ledger, Shape, Storage
-from .mend import MENDED, REWRITTEN
+from .mend import MENDED
 from .workspace import NONE, kernel_of, workspace
 
 
@@ -66,12 +66,6 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for tensor in made if isinstance(made, list) else (made,):
                     self.number_of(tensor, func)
                 return made
-        rewrite = REWRITTEN[self.device].get(func)
-        if rewrite is not None:
-            with self:
-                result = rewrite(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
         if _is_composite(func):
             with self:
                 result = func.decompose(*args, **kwargs)

@@ -10,6 +10,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from .ask import ask_recurrent_workspace
 
 aten = torch.ops.aten
 
@@ -41,10 +44,28 @@ def _attention_on_cuda(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tenso
     return out, torch.empty((batch, heads, tokens if flash else 0), dtype=torch.float32)
 
 
+def _recurrent_layer(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+    """Where a gradient is wanted, the kernel keeps what its backward pass needs; how much, oneDNN chooses."""
+    output, hidden, cell, _ = func(*args, **kwargs)
+    kept = ask_recurrent_workspace(func, args) if args[-1] and torch.is_grad_enabled() else 0
+    return output, hidden, cell, torch.empty((kept,), dtype=torch.uint8)
+
+
+def _recurrent_layer_backward(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+    """mkldnn/RNN.cpp: gradients are fp32 whatever the dtype, and each bias has one of its own."""
+    *found, again, hidden, cell = func(*args, **kwargs)
+    return *found, torch.empty_like(again), hidden, cell
+
+
 Mends = dict[Any, Callable[[Any, Any, Any], Any]]
 _ANYWHERE: Final[Mends] = {aten._grouped_mm.default: _grouped_product}
 MENDED: Final[dict[str, Mends]] = {
-    "cpu": _ANYWHERE | {aten._scaled_dot_product_flash_attention_for_cpu.default: _attention},
+    "cpu": _ANYWHERE
+    | {
+        aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+        aten.mkldnn_rnn_layer.default: _recurrent_layer,
+        aten.mkldnn_rnn_layer_backward.default: _recurrent_layer_backward,
+    },
     "cuda": _ANYWHERE | {aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_on_cuda},
 }
 """By target: operators whose fake outputs differ from the kernel's. What is made inside is not followed, the
@@ -68,7 +89,7 @@ def _lstm(
     """
     projects = states[0].shape[2] != states[1].shape[2]
     kinds = {tensor.dtype for tensor in (input, *states, *weights)}
-    if torch.is_grad_enabled() or projects or not kinds <= {torch.float32, torch.bfloat16} or len(kinds) > 1:
+    if projects or not kinds <= {torch.float32, torch.bfloat16} or len(kinds) > 1:
         return NotImplemented
     if not torch.backends.mkldnn.enabled or input.numel() == 0:
         return NotImplemented
@@ -93,12 +114,30 @@ def _lstm(
             ends_c.append(cy)
             del y, hy, cy, _, own
         x = out[0] if directions == 1 else torch.cat(out, -1)
+        if dropout and train and layer < layers - 1:
+            x = torch.dropout(x, dropout, True)
     result = x.transpose(0, 1) if batch_first else x
     return result, torch.stack(ends_h, 0), torch.stack(ends_c, 0)
 
 
-REWRITTEN: Final[dict[str, dict[Any, Callable[..., Any]]]] = {"cpu": {aten.lstm.input: _lstm}, "cuda": {}}
-"""By target: operators that are a way of writing others, and that it writes otherwise than the fake mode."""
+@contextmanager
+def lstm_of_kernels() -> Iterator[None]:
+    """Inside, LSTM layers on fake tensors go the way of the CPU's kernels, also where gradients are wanted: torch
+    itself chooses by the backend, before a dispatch mode is asked, and fake tensors have none."""
+    plain = torch._VF.lstm
+
+    def lstm(*args: Any) -> Any:
+        if isinstance(args[0], FakeTensor) and not isinstance(args[1], Tensor):
+            made = _lstm(*args)
+            if made is not NotImplemented:
+                return made
+        return plain(*args)
+
+    torch._VF.lstm = lstm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del torch._VF.lstm
 
 
 @contextmanager

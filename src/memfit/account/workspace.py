@@ -194,6 +194,7 @@ _RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
     aten._linalg_eigh: _eigenvectors,
     aten.convolution: _convolution,
     aten.mkldnn_rnn_layer: _recurrent,
+    aten.mkldnn_rnn_layer_backward: _recurrent,
     aten.embedding: _embedding,
     aten.sort: _sort,
     aten.histc: _histogram,

@@ -11,8 +11,9 @@ BLOCK: Final = 256
 _CPU_TILE: Final = 1 << 18
 """Weights of a tile on a CPU: what an update needs of it lies in the second-level cache."""
 _CUDA_TILE: Final = 1 << 24
-_ROW_LOGITS_NBYTES: Final = 24 << 20
-"""Most bytes of logits, 16 and 32 bits of each, while rows of a head's gradient are made."""
+_ROW_LOGITS_NBYTES: Final = 12 << 20
+"""Most bytes of logits, 16 and 32 bits of each, while rows of a head's gradient are made; of a small table's, a
+quarter of the table: they are to take less than its gradient would."""
 
 
 def tiles(numel: int, device: torch.device) -> list[tuple[int, int]]:
@@ -26,7 +27,8 @@ def row_tiles(table: Tensor, tokens: int) -> list[tuple[int, int]]:
     count, width = table.shape
     most = max(_CPU_TILE * 4 // width, 1)
     if tokens:
-        most = min(most, max(_ROW_LOGITS_NBYTES // (6 * tokens), 1))
+        nbytes = min(_ROW_LOGITS_NBYTES, table.numel() * table.element_size() // 4)
+        most = min(most, max(nbytes // (6 * tokens), 1))
     whole = BLOCK // math.gcd(BLOCK, width)
     rows = max(most // whole, 1) * whole
     return [(start * width, min(start + rows, count) * width) for start in range(0, count, rows)]

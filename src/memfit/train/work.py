@@ -63,12 +63,11 @@ def seconds_of(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
     head = 2.0 * shape.in_head * tokens / rate
     share = len(recipe.recompute) / max(len(shape.blocks), 1)
     whole = recipe.adapters is None
-    seconds = forward * (3 if whole else 2) + head * (3 if whole else 2) + share * forward
-    clipped = task.hyper.clip is not None
-    if recipe.rows:
-        seconds += head * (3 if clipped else 1)
-    if recipe.in_backward and clipped:
-        seconds += forward * (3 + share) + head * 3
+    # A loss in chunks makes logits once more, and once more again where the head's gradient is made later.
+    products = (3 if whole else 2) + int(recipe.chunk_nbytes is not None) + int(recipe.rows)
+    seconds = forward * ((3 if whole else 2) + share) + head * products
+    if recipe.in_backward and task.hyper.clip is not None:
+        seconds *= 2  # a pass for the gradient's norm alone goes before
     parts = max(recipe.slices, -(-task.batch // (recipe.micro_batch or task.batch)))
     seconds *= 1.0 + _EACH_SLICE * (parts.bit_length() - 1)
     if whole:
