@@ -2,9 +2,10 @@
 
     python bench/train_account.py [--only llama,t5] [--output bench/results/train_account.json]
 
-Every model is a process of its own; the allocated bytes are the CPU allocator's events. The resident peak is measured
-for two recipes of each model, each in a fresh process. Beside it: DeepSpeed's estimator for ZeRO-2 on one device (4
-bytes and 16 for each parameter) and accelerate's (four times the weights). Then: planning a Llama-3-8B shape.
+Every model is a process of its own; the allocated bytes are the CPU allocator's events. The resident peak is predicted
+and measured for two recipes of each kind of model, twice as wide and deep, each in a fresh process. Beside it:
+DeepSpeed's estimator for ZeRO-2 on one device (4 bytes and 16 for each parameter) and accelerate's (four times the
+weights). Then: planning a Llama-3-8B shape.
 """
 
 import argparse
@@ -26,12 +27,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), os.environ.g
 import torch  # noqa: E402
 
 from _common import verdict, write_result  # noqa: E402
+from memfit.account.account import Account  # noqa: E402
 from memfit.account.dry_run import dry_run  # noqa: E402
-from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes  # noqa: E402
+from memfit.account.meter import Meter  # noqa: E402
+from memfit.account.outside import predict_resident  # noqa: E402
 from memfit.account.replay import stacked_blocks  # noqa: E402
-from memfit.account.watch import Unwatched  # noqa: E402
 from memfit.errors import DoesNotFit, UsageError  # noqa: E402
 from memfit.models import load_model, loader_for  # noqa: E402
+from memfit.outside import outside_of_machine  # noqa: E402
 from memfit.source.source import Source  # noqa: E402
 from memfit.technique.adapters import Adapters  # noqa: E402
 from memfit.train.hyper import Hyper  # noqa: E402
@@ -39,6 +42,7 @@ from memfit.train.objective import objective_of  # noqa: E402
 from memfit.train.recipe import Recipe, describe  # noqa: E402
 from memfit.train.task import Train  # noqa: E402
 from memfit.train_planning import plan_training  # noqa: E402
+from memfit.worker import run_job  # noqa: E402
 
 BATCH, SEQUENCE, THREADS = 4, 96, 2
 ROOMY = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -191,17 +195,30 @@ def measure_model(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_resident(name: str, label: str) -> int:
-    """Resident growth of this fresh process over a task."""
-    torch.set_num_threads(THREADS)
-    task = task_of(SPECS[name], RECIPES[label])
+def larger(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same kind of model, eight blocks of twice the width: its own bytes are more than its process's."""
+    twice = ("hidden_size", "intermediate_size", "n_embd", "d_model", "d_ff", "d_kv", "ffn_dim", "head_dim",
+             "word_embed_proj_dim", "moe_intermediate_size", "width")  # fmt: skip
+    deeper = ("num_hidden_layers", "n_layer", "num_layers", "modules")
+    key = "config" if "config" in spec else "settings"
+    grown = {name: value * 2 if name in twice or name in deeper else value for name, value in spec[key].items()}
+    return spec | {key: grown}
+
+
+def measure_resident(name: str, label: str) -> dict[str, Any] | None:
+    """Resident peak of a fresh process that trains the larger model, and what was predicted."""
+    spec = larger(SPECS[name])
+    task = task_of(spec, RECIPES[label])
     if task is None:
-        return -1
-    gc.collect()
-    reset_resident_peak()
-    before = resident_nbytes()["now"]
-    task.run(make(SPECS[name], task.dtype), Unwatched())
-    return resident_nbytes()["peak"] - before
+        return None
+    told = {"do": "measure", "model": spec, "task": task.to_json(), "threads": THREADS}
+    measured = Account.from_json(run_job(told | {"dtype": str(task.dtype).removeprefix("torch.")})["account"])
+    predicted = dry_run(lambda: make(spec, task.dtype), task)
+    predicted = predict_resident(predicted, outside_of_machine(threads=THREADS))
+    return {
+        "model": name, "recipe": label, "allocated": [predicted.peak_nbytes, measured.peak_nbytes],
+        "resident": [predicted.resident_nbytes, measured.resident_nbytes],
+    }  # fmt: skip
 
 
 def fresh(*words: str) -> Any:
@@ -259,15 +276,22 @@ def main() -> None:
         if answer:
             print(json.dumps(answer))
             return
+    if given.resident:
+        print("null")
+        return
     rows: list[dict[str, Any]] = []
     for name in given.only.split(","):
         found = fresh("--measure", name)
         worst = max(max(error(row["first"]), error(row["steady"])) for row in found)
         print(f"{name}: {len(found)} recipes, largest error {worst:.4%}", flush=True)
-        for row in found:
-            if row["recipe"] in RESIDENT:
-                row["resident_growth_nbytes"] = fresh("--resident", name, row["recipe"])
         rows += found
+    resident = []
+    for name in given.only.split(","):
+        for label in RESIDENT:
+            row = fresh("--resident", name, label)
+            if row is not None:
+                resident.append(row)
+                print(f"{name}, {label}: resident {error(row['resident']):.2%} off", flush=True)
     errors = [error(row[step]) for row in rows for step in ("first", "steady")]
     plain = [row for row in rows if row["recipe"] == "plain fp32"]
     others = {
@@ -283,14 +307,19 @@ def main() -> None:
             "allocated peak within 0.5 %", max(errors) <= 0.005,
             f"{sum(e <= 0.005 for e in errors)} of {len(errors)}, largest {max(errors):.4%}, {exact} to the byte",
         ),
+        verdict(
+            "resident peak within 3 %", max(error(r["resident"]) for r in resident) <= 0.03,
+            f"{sum(error(r['resident']) <= 0.03 for r in resident)} of {len(resident)}, largest "
+            f"{max((error(r['resident']), r['model'], r['recipe']) for r in resident)}, median "
+            f"{statistics.median(error(r['resident']) for r in resident):.2%}",
+        ),
         verdict("median within 0.01 %", statistics.median(errors) <= 1e-4, f"{statistics.median(errors):.6%}"),
         verdict(
             "planning Llama-3-8B in 10 s", max(t["seconds"] for t in times) <= 10, str([t["seconds"] for t in times])
         ),
     ]  # fmt: skip
-    write_result(
-        "train_account", {"cases": rows, "others": others, "planning": times, "verdicts": verdicts}, output=given.output
-    )
+    result = {"cases": rows, "resident": resident, "others": others, "planning": times, "verdicts": verdicts}
+    write_result("train_account", result, output=given.output)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
 import json
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memfit.account.account import Account
-from memfit.account.dry_run import dry_run
+from memfit.account.dry_run import TRAINING, dry_run
 from memfit.account.outside import Outside
 from memfit.models import load_model, loader_for
 from memfit.task.infer import Infer
+from memfit.train.recipe import Recipe
+from memfit.train.task import Train
 from memfit.worker import run_job
 
 _MODEL: Final[dict[str, Any]] = {
@@ -38,8 +41,13 @@ _CASES: Final = (
     ("transformers", _LOOP, {"batch": 1, "prompt": 512, "new_tokens": 2}),
     ("torch", _PLAIN, {"batch": 1, "prompt": 512}),
 )
+_LEARNING: Final = (
+    ("transformers", _MODEL),
+    ("transformers", _LOOP),
+    ("torch", {"factory": "memfit.outside:plain_language_model"}),
+)
 _RUNS: Final = 3
-_FORMAT: Final = 4
+_FORMAT: Final = 5
 
 
 def plain_model() -> nn.Module:
@@ -47,6 +55,24 @@ def plain_model() -> nn.Module:
     width, inner = 768, 2048
     blocks = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))]
     return nn.Sequential(nn.Embedding(4096, width), *blocks, *blocks)
+
+
+class _PlainLanguageModel(nn.Module):
+    """Ids [B, T] to logits [B, T, V]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = plain_model()
+        self.head = nn.Linear(768, 4096)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(ids_BT))
+        return out
+
+
+def plain_language_model() -> nn.Module:
+    """A model that needs torch alone, and can learn."""
+    return _PlainLanguageModel()
 
 
 def known_outside(*, threads: int | None = None) -> Outside | None:
@@ -58,7 +84,7 @@ def known_outside(*, threads: int | None = None) -> Outside | None:
 def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Outside:
     """What processes on this machine hold outside the allocator; measured on the first call, then remembered.
 
-    Takes a minute or two, in 25 fresh processes, for each number of threads and version of the libraries.
+    Takes two or three minutes, in 43 fresh processes, for each number of threads and version of the libraries.
 
     Args:
         threads: of the measured processes; default: torch's own.
@@ -68,26 +94,39 @@ def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Ou
     if again or key not in known:
         kernel = int(run_job({"do": "kernel_nbytes", "threads": threads})["nbytes"])
         runtime: dict[str, int] = {}
-        for library, model, task in _CASES:
-            for dtype in ("float32", "bfloat16"):
-                runs = sorted(_runtime_nbytes(model, task, dtype, kernel, threads) for _ in range(_RUNS))
-                # The same run differs by some MiB of holes in the heap: halfway from the usual to the most.
-                found = (runs[_RUNS // 2] + runs[-1]) // 2
-                name = f"{library} {dtype}"
-                runtime[name] = max(runtime.get(name, 0), found)
+        for library, model, task, dtype in _cases():
+            runs = sorted(_runtime_nbytes(model, task, dtype, kernel, threads) for _ in range(_RUNS))
+            # The same run differs by some MiB of holes in the heap: halfway from the usual to the most.
+            found = (runs[_RUNS // 2] + runs[-1]) // 2
+            name = f"{library} {str(dtype).removeprefix('torch.')}"
+            runtime[name] = max(runtime.get(name, 0), found)
         known[key] = {"runtime_nbytes": runtime, "kernel_nbytes": kernel}
         _remember(_cache_file(), known)
     return Outside(**known[key])
 
 
+def _cases() -> Iterator[tuple[str, dict[str, Any], Infer | Train, torch.dtype]]:
+    """What runtime a case is of, the model, what is run on it, and the dtype of its weights."""
+    for library, model, sizes in _CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield library, model, Infer(**sizes), dtype
+    for library, model in _LEARNING:
+        for precision in ("fp32", "master"):
+            task = Train(batch=4, sequence=128, recipe=Recipe(precision=precision, chunk_nbytes=None))
+            yield library + TRAINING, model, task, task.dtype
+
+
 def _runtime_nbytes(
-    model: dict[str, Any], task: dict[str, int], dtype: str, kernel_nbytes: int, threads: int | None
+    model: dict[str, Any], task: Infer | Train, dtype: torch.dtype, kernel_nbytes: int, threads: int | None
 ) -> int:
     """Resident peak of a small model's run, less all that the other terms explain."""
-    found = run_job({"do": "measure", "model": model, "task": task, "dtype": dtype, "threads": threads})
+    told_dtype = str(dtype).removeprefix("torch.")
+    found = run_job(
+        {"do": "measure", "model": model, "task": task.to_json(), "dtype": told_dtype, "threads": threads}
+    )
     measured = Account.from_json(found["account"])
     source = loader_for(model)
-    told = dry_run(lambda: load_model(source, dtype=dtype), Infer(**task))
+    told = dry_run(lambda: load_model(source, dtype=dtype), task)
     assert measured.resident_nbytes is not None
     explained = measured.peak_nbytes + told.heap_nbytes + kernel_nbytes * told.kernels
     return measured.resident_nbytes - explained

@@ -138,9 +138,11 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     from memfit.account.watch import Unwatched
     from memfit.models import load_model, loader_for
     from memfit.task.infer import Infer
+    from memfit.train.task import Train
 
     _prepare(job)
-    task = Infer(**job["task"])
+    told = {name: value for name, value in job["task"].items() if name != "task"}
+    task = Train.from_json(told) if job["task"].get("task") == "train" else Infer(**told)
     source = loader_for(job["model"])
     reset_resident_peak()
     with limited(job.get("enforce_nbytes"), runtime_nbytes=job.get("runtime_nbytes", RUNTIME_NBYTES)):

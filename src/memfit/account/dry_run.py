@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -17,6 +17,9 @@ from .mend import lstm_of_kernels, values_as_usual
 from .replay import Blocks, Products
 from .settle import settle
 from .watch import Watch
+
+TRAINING: Final = " training"
+"""After the library's name: a process that learns holds more."""
 
 
 class Task(Protocol):
@@ -66,6 +69,7 @@ class Loaded:
         blocks = Blocks(follow, products=self.products)
         learns = getattr(task, "learns", False)
         if learns:
+            follow.ledger.runtime += TRAINING
             self.held.clear()  # What training casts or packs ends; and no other task is run on what has learned.
         # A block that learns leaves a graph behind, which no recording tells: it is traced, unless it is recomputed.
         repeated = blocks.on_training() if learns else blocks.on(self.model)

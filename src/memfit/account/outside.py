@@ -3,8 +3,8 @@
 A process that runs a task is resident with
 
     runtime    Python, torch and, where the model is one of its, transformers; the thread pool; the buffers
-               that MKL keeps for each thread; holes in the heap. Measured once a machine, by library and type
-               of weights, and no constant: the largest of several models, for a peak is what must not be passed
+               that MKL keeps for each thread; holes in the heap. Measured once a machine, by library, task and
+               type of weights, and no constant: the largest of several models, for a peak is what must not be passed
     kernels    oneDNN generates code for each shape of a 16-bit product and keeps it: so many shapes, so many
                bytes each, measured once a machine
     heap       blocks under `MMAP_THRESHOLD` come from the C heap, which only shrinks from its end: its
@@ -32,7 +32,7 @@ class Outside:
     """What a machine's processes hold outside the allocator."""
 
     runtime_nbytes: Mapping[str, int]
-    """By library and dtype of the weights: `transformers bfloat16`."""
+    """By library, whether it learns, and dtype of the weights: `transformers bfloat16`, `torch training float32`."""
     kernel_nbytes: int
     """Of each 16-bit product's shape."""
 
