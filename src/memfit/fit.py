@@ -75,7 +75,7 @@ def account(
         task: `Infer` or `Train`; default: one prompt of 512 tokens and 32 new ones.
         device: `cpu` or `cuda`; nothing needs to be installed for it.
         routing: where experts are chosen by data, `balanced` or `worst`.
-        resident: predict the process's resident peak too, for which this machine is measured once, in three minutes.
+        resident: predict the process's resident peak too, for which this machine is measured once, in five minutes.
             It is predicted in any case where the machine has been measured before.
 
     Raises:

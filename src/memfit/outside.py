@@ -84,7 +84,7 @@ def known_outside(*, threads: int | None = None) -> Outside | None:
 def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Outside:
     """What processes on this machine hold outside the allocator; measured on the first call, then remembered.
 
-    Takes two or three minutes, in 43 fresh processes, for each number of threads and version of the libraries.
+    Takes some five minutes, in 43 fresh processes, for each number of threads and version of the libraries.
 
     Args:
         threads: of the measured processes; default: torch's own.

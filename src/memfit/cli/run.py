@@ -55,7 +55,7 @@ def account(
     routing: Annotated[Routing | None, typer.Option(help="For experts; default: both are shown.")] = None,
     resident: Annotated[
         bool,
-        typer.Option("--resident", help="Predict the whole process, too; measures this machine once, three minutes."),
+        typer.Option("--resident", help="Predict the whole process, too; measures this machine once, five minutes."),
     ] = False,
     top: Annotated[int, typer.Option(help="Entries to list.", min=0)] = 10,
     as_json: Json = False,
