@@ -158,3 +158,11 @@ def test_a_dry_run_writes_nothing_and_prints_the_plan(memfit, model, tmp_path):
     code, out, _ = memfit("fit", model, "-b", "80%", "-o", "out", *SMALL, *FEW, "--dry-run", "--json")
     assert code == 0 and json.loads(out)["fits"] is True
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [("--batch", "4"), ("--budget", "1GiB"), ("--full",), ("--lr", "1e-3")])
+def test_what_contradicts_a_training_plan_is_refused(memfit, option):
+    code, out, err = memfit("train", "model", "--data", "text.txt", "--plan", "plan.json", *option)
+    assert code == 2
+    assert f"{option[0]} beside --plan" in err
+    assert not out

@@ -72,25 +72,21 @@ Prompt = Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)]
 NewTokens = Annotated[int, typer.Option(help="Tokens written after the prompt.", min=0)]
 TextFile = Annotated[
     Path | None,
-    typer.Option(
-        "--text", help="UTF-8 text: its first half prices choices, its second half judges the result."
-    ),
+    typer.Option("--text", help="UTF-8 text: its first half prices choices, its second half judges the result."),
 ]
-Bits = Annotated[
-    str, typer.Option(help="Widths that may be chosen, of 8, 6, 5, 4, 3, 2 (16, as it is, always may).")
-]
+Bits = Annotated[str, typer.Option(help="Widths that may be chosen, of 8, 6, 5, 4, 3, 2 (16, as it is, always may).")]
 GroupSizes = Annotated[
     str | None,
     typer.Option("--groups", help="Group sizes that may be chosen, of 128, 64, 32. Default: by width."),
 ]
 KvBits = Annotated[str, typer.Option(help="KV-cache widths that may be chosen, of 16, 8, 4, 2.")]
-Keep = Annotated[
-    list[str] | None, typer.Option(help="Leave tensors of this name in 16 bits (a part is enough).")
-]
+Keep = Annotated[list[str] | None, typer.Option(help="Leave tensors of this name in 16 bits (a part is enough).")]
 Asymmetric = Annotated[
     bool,
     typer.Option("--asymmetric", help="Use zero points (8 bits a value on disk for stock transformers)."),
 ]
+
+
 class Task(StrEnum):
     """What is planned for."""
 
@@ -131,9 +127,7 @@ def main() -> None:
 
 
 def _fail(error: MemfitError) -> None:
-    stderr().print(
-        f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-    )
+    stderr().print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     if "--json" in sys.argv:
         extra: dict[str, Any] = {}
         if isinstance(error, DoesNotFit):
@@ -144,7 +138,6 @@ def _fail(error: MemfitError) -> None:
                 extra |= {"report": error.report.to_json()}  # type: ignore[attr-defined]
         print_json({"error": type(error).__name__, "message": str(error), **extra})
     sys.exit(error.exit_code)
-
 
 
 def write(file: Path, text: str) -> None:
@@ -186,3 +179,12 @@ def show(what: RenderableType) -> None:
 def print_json(data: Any) -> None:
     """Print for a program, on stdout."""
     sys.stdout.write(json.dumps(data) + "\n")
+
+
+def refuse_beside_a_plan(context: typer.Context, own: tuple[str, ...]) -> None:
+    """A plan has settings of its `own`: what contradicts them on the command line is not ignored."""
+    for name in own:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} beside --plan: the plan has its own. Leave it out, or edit the plan.")

@@ -35,6 +35,7 @@ from .app import (
     app,
     print_json,
     progress_to,
+    refuse_beside_a_plan,
     show,
     write,
 )
@@ -187,13 +188,11 @@ def fit(
     source = str(demo.model_directory()) if model is None else model
     given = None
     if plan_file is not None:
-        _refuse_beside_a_plan(context)
+        refuse_beside_a_plan(context, _IN_THE_PLAN)
         given = read_plan(plan_file)
     if dry_run:
         progress = progress_to(quiet)
-        made = memfit.plan(
-            source, budget, task=task, text=text, allowed=allowed, given=given, progress=progress
-        )
+        made = memfit.plan(source, budget, task=task, text=text, allowed=allowed, given=given, progress=progress)
         if as_json:
             print_json(_plan_json(made))
         else:
@@ -279,8 +278,7 @@ def report(
         found = Report.from_json(data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{directory}: no report can be read from report.json ({error}). "
-            "Give a directory made by `memfit fit`."
+            f"{directory}: no report can be read from report.json ({error}). Give a directory made by `memfit fit`."
         ) from error
     if as_json:
         print_json(data)
@@ -292,15 +290,6 @@ _IN_THE_PLAN = (
     "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric",
 )  # fmt: skip
 """What a plan says itself."""
-
-
-def _refuse_beside_a_plan(context: typer.Context) -> None:
-    """A plan has its own budget, task and choices: what contradicts it is not ignored."""
-    for name in _IN_THE_PLAN:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = name.replace("_", "-")
-            raise UsageError(f"--{option} beside --plan: the plan has its own. Leave it out, or edit the plan.")
 
 
 def _allowed(bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool) -> Any:

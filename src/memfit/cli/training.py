@@ -22,12 +22,17 @@ from .app import (
     app,
     print_json,
     progress_to,
+    refuse_beside_a_plan,
     show,
     stderr,
 )
 
 _ALONE = "MEMFIT_ALONE"
 """Set in the process that trains."""
+_IN_THE_PLAN = (
+    "budget", "batch", "sequence", "lr", "weight_decay", "clip", "optimizer", "full", "adapters", "slowdown",
+)  # fmt: skip
+"""What a plan says itself."""
 
 
 def training_task(batch: int, sequence: int, optimizer: str = "adamw", **settings: Any) -> Any:
@@ -55,6 +60,7 @@ def show_training_plan(plan: Any, *, as_json: bool) -> None:
 
 @app.command()
 def train(
+    context: typer.Context,
     model: Model,
     data: Annotated[
         str,
@@ -90,9 +96,7 @@ def train(
     enforce: Annotated[
         bool, typer.Option("--enforce", help="Under a hard limit: more memory is refused by the system.")
     ] = False,
-    certify: Annotated[
-        int, typer.Option(help="Steps of plain training to run first, and to compare with.", min=0)
-    ] = 0,
+    certify: Annotated[int, typer.Option(help="Steps of plain training to run first, and to compare with.", min=0)] = 0,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps. Default: ten times in a run.", min=0)] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps. Default: as evaluated.", min=0)] = None,
     text_column: Annotated[str | None, typer.Option(help="The name of the text.")] = None,
@@ -110,6 +114,8 @@ def train(
 
     Stopped by SIGTERM or Ctrl-C, a run is saved, and goes on with --resume.
     """
+    if plan_file is not None:
+        refuse_beside_a_plan(context, _IN_THE_PLAN)
     _in_a_process_of_its_own()
     import torch
 
