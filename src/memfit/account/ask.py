@@ -227,3 +227,33 @@ def _ask_attention(shapes: tuple[tuple[int, ...], ...], causal: bool, dtype: tor
         query, key, value = (torch.empty(shape, dtype=dtype) for shape in shapes)
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return ask(lambda: attention(query, key, value, 0.0, causal))
+
+
+def ask_attention_backward(args: tuple[Any, ...]) -> int:
+    """Scratch of the backward pass of the CPU's attention on q [B, H, T, D], k, v [B, Hkv, S, D].
+
+    Each thread works on one head of one text, in blocks of at most 256 queries and 512 keys, so a few heads of one text
+    tell it. The products of 16 bits within take scratch as well, and how many of them run at once is up to chance.
+    """
+    query, key, value = args[1:4]
+    threads = torch.get_num_threads()
+    share = query.shape[1] // key.shape[1]
+    groups = min(key.shape[1], -(-2 * threads // share))
+    batch = 1 if groups * share >= threads else min(query.shape[0], threads)
+    tokens, seen = _remainder_kept(query.shape[2], 1024), _remainder_kept(key.shape[2], 1024)
+    shapes = (
+        (batch, groups * share, tokens, query.shape[3]), (batch, groups, seen, key.shape[3]),
+        (batch, groups, seen, value.shape[3]),
+    )  # fmt: skip
+    return _ask_attention_backward(shapes, bool(args[7]), query.dtype, threads)
+
+
+@cache
+def _ask_attention_backward(shapes: tuple[tuple[int, ...], ...], causal: bool, dtype: torch.dtype, threads: int) -> int:
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    with _disable_current_modes(), torch.no_grad():
+        query, key, value = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+        out, logsumexp = forward(query, key, value, 0.0, causal)
+        gradient = torch.zeros_like(out)
+    return ask(lambda: backward(gradient, query, key, value, out, logsumexp, 0.0, causal))

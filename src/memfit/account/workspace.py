@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memfit.packed.routing import ROUTING
 
-from .ask import ask_attention, ask_call, ask_eigenvectors, ask_product, ask_recurrent
+from .ask import ask_attention, ask_attention_backward, ask_call, ask_eigenvectors, ask_product, ask_recurrent
 
 _HALVES: Final = (torch.bfloat16, torch.float16)
 Scratch = tuple[list[int], list[int]]
@@ -138,6 +138,11 @@ def _attention(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     return [], [ask_attention(args)]
 
 
+def _attention_backward(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """cpu/FlashAttentionKernel.cpp: blocks of scores and of their gradients for each thread, and products' scratch."""
+    return [], [ask_attention_backward(args)]
+
+
 def _convolution(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     """Convolution.cpp: 1-dim convolutions run as 2-dim ones, on copies in oneDNN's layout."""
     return [], [ask_call(func, args)]
@@ -190,6 +195,7 @@ _RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
     aten.baddbmm: _product,
     aten._grouped_mm: _grouped_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten._safe_softmax: _safe_softmax,
     aten._linalg_eigh: _eigenvectors,
     aten.convolution: _convolution,

@@ -91,7 +91,7 @@ class AdaptedLinear(lora.Linear):
             y_MN = self._with_dora(names[0], x_MK, y_MN)
         else:
             y_MN = self._add_product(names[0], self.lora_dropout[names[0]](x_MK), y_MN)
-        return y_MN.view(*x.shape[:-1], y_MN.shape[-1])
+        return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], y_MN.shape[-1])
 
     def _add_product(self, name: str, x_MK: Tensor, y_MN: Tensor) -> Tensor:
         """y + s (x Aᵀ) Bᵀ, in y."""

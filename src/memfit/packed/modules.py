@@ -58,7 +58,7 @@ class PackedLinear(nn.Module):
         # In place: y is fresh, and a second copy of it would be the peak of a wide head. And before it is viewed,
         # as the backward pass copies the gradient of a view that was changed.
         y = self.store.matmul(input.reshape(-1, self.in_features)).add_(self.bias)
-        return y.view(*input.shape[:-1], self.out_features)
+        return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return (
