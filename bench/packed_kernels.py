@@ -1,6 +1,6 @@
 """How fast packed weights run against bf16: one row (decode) and 512 rows (prompt).
 
-    python bench/kernels.py [--rounds 15] [--rows 1 512] [--threads 2] [--output bench/results/kernels.json]
+    python bench/packed_kernels.py [--rounds 15] [--rows 1 512] [--threads 2] [--output bench/results/kernels.json]
 
 Prints 10⁹ weights/s, GFLOP/s and each one's ratio to bf16. The variants take turns within a round, so that
 what else the machine does falls on all of them; a figure is the median of its rounds.

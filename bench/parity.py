@@ -77,7 +77,7 @@ LOSSY = {
     "qlora": Recipe(precision="master", adapters=Adapters(base_bits=4)),
 }
 RATES = {"lora": 1e-3, "dora": 1e-3, "qlora": 1e-3, "adafactor": 1e-4, "muon": 1e-3, "galore": 1e-4, "apollo": 1e-4}
-"""Learning rates of what does not learn at AdamW's."""
+"""Learning rates of what learns otherwise than AdamW on all weights; it is no part of the last verdict."""
 
 
 def data(file: Path, seed: int) -> Any:

@@ -66,8 +66,9 @@ def seconds_of(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
     # A loss in chunks makes logits once more, and once more again where the head's gradient is made later.
     products = (3 if whole else 2) + int(recipe.chunk_nbytes is not None) + int(recipe.rows)
     seconds = forward * ((3 if whole else 2) + share) + head * products
-    if recipe.in_backward and task.hyper.clip is not None:
-        seconds *= 2  # a pass for the gradient's norm alone goes before
+    if task.hyper.clip is not None:
+        # For the gradient's norm alone: a pass that goes before, or the rows of the head's gradient once more.
+        seconds += seconds if recipe.in_backward else 2 * head * int(recipe.rows)
     parts = max(recipe.slices, -(-task.batch // (recipe.micro_batch or task.batch)))
     seconds *= 1.0 + _EACH_SLICE * (parts.bit_length() - 1)
     if whole:
