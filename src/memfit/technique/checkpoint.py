@@ -303,16 +303,23 @@ def _may_retry(segment: Segment, call: _Call) -> bool:
 
 
 def _joined(call: _Call, tensors: Sequence[Tensor], parts: list[slice]) -> list[Any]:
-    """The outputs of all slices, each written into one tensor for the whole batch."""
+    """The outputs of all slices, each written into one tensor for the whole batch.
+
+    What has no row for each of the batch's (T5's position bias) is the same of every slice: the first one's is taken.
+    """
     whole: list[Any] = []
     for part in parts:
         out = call.run(call.cut(tensors, part))
         if not whole:
+            rows = part.stop - part.start
             whole = [
-                leaf.new_empty((call.rows, *leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf for leaf in out
+                leaf.new_empty((call.rows, *leaf.shape[1:]))
+                if isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,)
+                else leaf
+                for leaf in out
             ]
         for target, leaf in zip(whole, out, strict=True):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and call.is_sliced(target):
                 target[part].copy_(leaf)
         del out, leaf, target
     return whole
@@ -324,16 +331,22 @@ def _backward(
     """Run the block again, slice by slice, and its backward pass: the gradients of its inputs."""
     parts = call.parts(tensors)
     found: list[Tensor | None] = [None] * len(tensors)
-    for part in parts:
+    for number, part in enumerate(parts):
         own = tensors if len(parts) == 1 else call.cut(tensors, part)
         leaves = [t.detach().requires_grad_(need) for t, need in zip(own, needs, strict=True)]
         with torch.enable_grad(), call.autocast():
             out = [leaf for leaf in call.run(leaves) if isinstance(leaf, Tensor)]
         roots, given = [], []
         for tensor, gradient in zip(out, gradients, strict=True):
-            if gradient is not None and tensor.requires_grad:
-                roots.append(tensor)
-                given.append(gradient if len(parts) == 1 else gradient[part])
+            if gradient is None or not tensor.requires_grad:
+                continue
+            if len(parts) > 1 and call.is_sliced(gradient):
+                # Where slices are not of one size, one may have had a row for all.
+                gradient = gradient[part].sum_to_size(tensor.shape)
+            elif number:
+                continue  # it was the first slice's
+            roots.append(tensor)
+            given.append(gradient)
         del out, own
         torch.autograd.backward(roots, given)
         del roots, given
