@@ -215,6 +215,26 @@ def test_a_run_goes_down_where_room_is_short_and_up_again(model, text, plan, pla
     assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
 
 
+def test_a_run_goes_down_where_a_step_took_more_than_its_budget(model, text, plan, plain, tmp_path, monkeypatch):
+    """Someone else's bytes in this process, as a user's own data set may hold, count as the system counts them."""
+    from memfit.train.loop import Loop
+
+    hoard = []
+    call = Loop._one
+
+    def greedy(self):
+        if self.done == 2 and not hoard:
+            hoard.append(b"x" * (plan.budget_nbytes + self.settings.runtime_nbytes))
+        return call(self)
+
+    monkeypatch.setattr(Loop, "_one", greedy)
+    watcher = Watcher()
+    report = train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS), observers=(watcher,))
+    assert [record.rung for record in watcher.records][:4] == [0, 0, 0, 1]
+    assert "measured" in watcher.notes[0][1] and "allowed: going on with" in watcher.notes[0][1]
+    assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
+
+
 def test_memory_that_is_never_enough_is_told(model, text, plan, tmp_path, monkeypatch):
     from memfit.train import loop
     from memfit.train.step import TrainStep

@@ -19,6 +19,7 @@ from torch import Tensor
 from memfit.account.meter import resident_nbytes, trim
 from memfit.errors import Interrupted, MemfitError, UsageError
 from memfit.technique.checkpoint import is_out_of_memory
+from memfit.units import format_size
 
 from .checkpoints import Checkpoints
 from .ladder import Ladder
@@ -85,6 +86,8 @@ class Settings:
     """Steps between checkpoints; 0: one at the end."""
     evaluate_every: int = 0
     budget_nbytes: int | None = None
+    runtime_nbytes: int = 0
+    """On a CPU, what the process may grow by beyond the budget, which bounds allocated bytes: the runtime's own."""
 
 
 class Loop:
@@ -119,6 +122,7 @@ class Loop:
         self.device = next(step.model.parameters()).device
         self.done = 0
         self._waited = 0
+        self._files = resident_nbytes()["file"]
         self.records: list[Record] = []
         """Of the steps done; of those before a resumption, what the caller puts here."""
         self.notes: list[tuple[int, str]] = []
@@ -274,10 +278,15 @@ class Loop:
     def _watch_budget(self, record: Record) -> None:
         """A measured peak over the budget: the next steps take less."""
         budget = self.settings.budget_nbytes
-        if budget is None or self.device.type != "cuda" or record.peak_nbytes <= budget:
+        if budget is None:
             return
-        if self.ladder.failed():
-            self._move(f"{record.peak_nbytes} bytes measured, {budget} allowed")
+        measured, allowed = record.peak_nbytes, budget
+        if self.device.type != "cuda":
+            # Code that a step was the first to run, and files that were read, are no part of the model.
+            measured -= max(0, resident_nbytes()["file"] - self._files)
+            allowed += self.settings.runtime_nbytes
+        if measured > allowed and self.ladder.failed():
+            self._move(f"{format_size(measured)} measured, {format_size(allowed)} allowed")
 
     # -- parts ------------------------------------------------------------------------------------------
 

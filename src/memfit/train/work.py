@@ -17,13 +17,15 @@ from .objective import output_head, why_no_chunks
 from .recipe import Recipe
 from .task import Train
 
-Make = Callable[[torch.dtype], nn.Module]
-"""From a dtype to the model with its weights in it; called on fake tensors."""
+Make = Callable[[Recipe], nn.Module]
+"""From a recipe to the model with its weights, in the recipe's dtype and packed if it packs; called on fake tensors."""
 
 _DISK_NBYTES: Final = 1.0e9
 """Bytes a second to a disk and back: an estimate, on the low side of what is common."""
 _EACH_SLICE: Final = 0.02
 """Share of a step's time that each doubling of slices or micro-batches costs: products get smaller."""
+_EACH_SUM: Final = {"fp32": 2.0e-9, "weights": 5.0e-10, "int8": 4.0e-9}
+"""Seconds to add one entry of a micro-batch's gradient to the batch's, by what they add up in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Shape:
 def shape_of(make: Make) -> Shape:
     """What counts of the model that `make` makes."""
     with no_collection(), FakeTensorMode(allow_non_fake_inputs=True):
-        model = make(torch.bfloat16)
+        model = make(Recipe(precision="bf16"))
         blocks = tuple(stacked_blocks(model))
         head = output_head(model)
         in_blocks = sum(p.numel() for _, block in blocks for p in block.parameters())
@@ -72,6 +74,8 @@ def seconds_of(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
     parts = max(recipe.slices, -(-task.batch // (recipe.micro_batch or task.batch)))
     seconds *= 1.0 + _EACH_SLICE * (parts.bit_length() - 1)
     if whole:
+        sums = -(-task.batch // (recipe.micro_batch or task.batch)) - 1
+        seconds += sums * shape.parameters * _EACH_SUM[recipe.gradients]
         seconds += shape.parameters * (4e-9 if recipe.state_bits >= 16 else 6e-9)
         if recipe.states == "disk":
             seconds += 2 * shape.parameters * recipe.state_bits / 4 / _DISK_NBYTES
