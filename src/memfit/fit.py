@@ -23,7 +23,7 @@ from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.format.directory import OutputDirectory
 from memfit.format.resume import WorkDirectory
-from memfit.models import load_model, loader_for
+from memfit.models import load_model, load_to_train, loader_for
 from memfit.outside import known_outside, outside_of_machine
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
@@ -91,7 +91,8 @@ def account(
         else:
             source = open_source(model, weights=False)
             if isinstance(task, Train):
-                made = account_of(source, task, device=device, dtype=task.dtype)
+                recipe = task.recipe
+                made = dry_run(lambda: load_to_train(source, recipe), task, device=device)
             else:
                 task = replace(task, kv_bits=source.kv_bits) if task.kv_bits == 16 else task
                 made = account_of(source, task, device=device)

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from memfit.errors import UsageError
-from memfit.source.load import load
+from memfit.source.load import Read, load
 from memfit.source.source import Source, open_source, source_from_config
+from memfit.train.recipe import Recipe
+from memfit.train.task import packing
 
 ModelSpec = str | dict[str, Any]
 """A path or hub id; `{"config": {...}}`: random weights; `{"factory": "module:function"}`: any module."""
@@ -32,18 +34,26 @@ def loader_for(spec: ModelSpec) -> "Source | Callable[[], nn.Module]":
 
 
 def load_model(
-    made: "Source | Callable[[], nn.Module]", *, dtype: str | torch.dtype | None = None
+    made: "Source | Callable[[], nn.Module]",
+    *,
+    dtype: str | torch.dtype | None = None,
+    pack: Callable[[nn.Module, Read], None] | None = None,
 ) -> nn.Module:
-    """The model with its weights, real or, under a fake mode, fake."""
+    """The model with its weights, real or, under a fake mode, fake; of a source, `pack`ed while it is loaded."""
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(made, Source):
         if made.checkpoint is None:
             made = source_from_config(made.config)
-        return load(made, dtype=kind)
+        return load(made, dtype=kind, pack=pack)
     model = made().eval().requires_grad_(False)
     if kind is not None:
         _cast_floats(model, kind)
     return model
+
+
+def load_to_train(made: "Source | Callable[[], nn.Module]", recipe: Recipe) -> nn.Module:
+    """The model with its weights as `recipe` trains it: in its dtype, and packed if it packs."""
+    return load_model(made, dtype=recipe.dtype, pack=packing(recipe))
 
 
 def _cast_floats(model: nn.Module, dtype: torch.dtype) -> None:

@@ -17,9 +17,9 @@ from torch import nn
 
 from memfit.account.account import Account
 from memfit.account.dry_run import dry_run
-from memfit.account.replay import stacked_blocks
+from memfit.account.replay import Products, stacked_blocks
 from memfit.errors import DoesNotFit, UsageError
-from memfit.models import load_model
+from memfit.models import load_to_train
 from memfit.planning import account_of
 from memfit.source.check import check
 from memfit.source.source import Source, open_source
@@ -27,7 +27,7 @@ from memfit.technique.adapters import Adapters
 from memfit.train.ladder import Rung
 from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe, describe
-from memfit.train.task import SteadyStep, Train
+from memfit.train.task import SteadyStep, Train, packing
 from memfit.train.work import Make, Shape, products_per_second, seconds_of, shape_of, static_nbytes
 from memfit.units import format_size, parse_size
 
@@ -91,8 +91,8 @@ def plan_to_train(
     check(source)
     stored = stored_dtype(source)
 
-    def make(dtype: torch.dtype) -> nn.Module:
-        return load_model(source, dtype=dtype)
+    def make(recipe: Recipe) -> nn.Module:
+        return load_to_train(source, recipe)
 
     whole = None
     if isinstance(budget, str) and budget.strip().endswith("%"):
@@ -367,6 +367,8 @@ class _Tracer:
         self.make, self.task, self.device, self.shape = make, task, device, shape
         self._peaks: dict[Recipe, int] = {}
         self._whole: dict[Recipe, Account] = {}
+        self._products: Products = {}
+        self._repeats: dict[Recipe, Products] = {}
 
     def whole(self, recipe: Recipe) -> Account:
         """The account of the whole model."""
@@ -388,6 +390,7 @@ class _Tracer:
             self._peaks[recipe] = max(
                 b.peak_nbytes + left * (b.peak_nbytes - a.peak_nbytes) // (_CUTS[1] - _CUTS[0])
                 for a, b in zip(few.phases, more.phases, strict=True)
+                if b.name != "load" or packing(recipe) is None
             )
         return self._peaks[recipe]
 
@@ -395,16 +398,19 @@ class _Tracer:
         task = self.task.with_recipe(recipe)
 
         def made() -> nn.Module:
-            model = self.make(task.dtype)
-            if count is not None:
-                _cut(model, count)
+            if count is None:
+                return self.make(recipe)
+            # Packed when it is cut, to save time: so it is not loaded as the whole will be, which is left out above.
+            model = self.make(replace(recipe, adapters=None))
+            _cut(model, count)
             return model
 
         if count is not None:
             kept = {name for name in recipe.recompute if int(name.rpartition(".")[2]) < count}
             task = task.with_recipe(replace(recipe, recompute=tuple(n for n in recipe.recompute if n in kept)))
-            return dry_run(made, SteadyStep(task), device=self.device)
-        return dry_run(made, task, device=self.device)
+        traced = task if count is None else SteadyStep(task)
+        repeats = self._repeats.setdefault(replace(recipe, recompute=()), {})
+        return dry_run(made, traced, device=self.device, products=self._products, repeats=repeats)
 
 
 def _cut(model: nn.Module, count: int) -> None:

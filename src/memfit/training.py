@@ -23,7 +23,7 @@ from memfit.data.read import RawData, read_data, split_rows
 from memfit.errors import UsageError
 from memfit.evaluate.classification import Classification, classify_score
 from memfit.format.directory import OutputDirectory
-from memfit.models import load_model
+from memfit.models import load_to_train
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.training import TrainReport, render_training_page
 from memfit.source.check import check
@@ -35,15 +35,16 @@ from memfit.train.classifier import is_classifier, load_classifier
 from memfit.train.loop import Loop, Observer, Settings
 from memfit.train.output import write_model
 from memfit.train.plan import TrainPlan, read_train_plan
+from memfit.train.recipe import Recipe
 from memfit.train.schedule import Kind as ScheduleKind
 from memfit.train.schedule import Schedule
 from memfit.train.step import TrainStep
-from memfit.train.task import Train, make_trainable
+from memfit.train.task import Train, make_trainable, packing
 from memfit.train.watching import LogFile
 from memfit.train.work import Make
 from memfit.train_planning import plain_recipe, plan_training, stored_dtype
 from memfit.units import parse_size
-from memfit.worker import RUNTIME_NBYTES, limited
+from memfit.worker import KERNEL_NBYTES, RUNTIME_NBYTES, limited
 
 _HELD_OUT: Final = 0.05
 _EVALUATIONS: Final = 10
@@ -150,7 +151,7 @@ def train(
         whole = None
         if isinstance(budget, str) and budget.strip().endswith("%"):
             plain = task.with_recipe(plain_recipe(stored, task))
-            whole = dry_run(lambda: subject.make(plain.dtype), plain, device=device).peak_nbytes
+            whole = dry_run(lambda: subject.make(plain.recipe), plain, device=device).peak_nbytes
         plan = plan_training(
             subject.make, subject.name, task, parse_size(budget, whole_nbytes=whole), stored=stored, full=full,
             adapters=adapters, slowdown=slowdown, device=device, progress=progress,
@@ -166,9 +167,8 @@ def train(
     reset_resident_peak()
     outside = resident_nbytes()["now"]
     limit = plan.budget_nbytes if enforce else None
-    kernels = int(plan.predicted.get("kernels", 0))
-    with limited(limit, runtime_nbytes=RUNTIME_NBYTES + (kernels << 20)), _stop_on_signals() as stop:
-        trained = subject.real(plan.task.dtype)
+    with limited(limit, runtime_nbytes=_runtime_nbytes(plan)), _stop_on_signals() as stop:
+        trained = subject.real(plan.recipe)
         if device != "cpu":
             trained.to(device)
         make_trainable(trained, plan.recipe)
@@ -239,8 +239,8 @@ class Subject:
                 f"{source.name}: has a config and no weights. `plan` works on it; `train` needs the weights."
             )
 
-        def make(dtype: torch.dtype) -> nn.Module:
-            return load_model(source, dtype=dtype)
+        def make(recipe: Recipe) -> nn.Module:
+            return load_to_train(source, recipe)
 
         text: Any = source.config.get_text_config()
         return cls(
@@ -257,16 +257,16 @@ class Subject:
         if tokenizer is None:
             raise UsageError("a module of one's own has no tokenizer: give one, or a function from text to ids.")
 
-        def make(dtype: torch.dtype) -> nn.Module:
+        def make(recipe: Recipe) -> nn.Module:
             made = fake_copy(module)
-            _cast_floats(made, dtype)
+            _cast_floats(made, recipe.dtype)
             return made
 
         config: Any = getattr(module, "config", None)
         kind = type(module).__name__
         return cls(
             name=kind, kind="classifier" if kind.endswith("ForSequenceClassification") else "causal", make=make,
-            real=lambda dtype: module, stored=next(module.parameters()).dtype, tokenizer=tokenizer,
+            real=lambda recipe: module, stored=next(module.parameters()).dtype, tokenizer=tokenizer,
             vocabulary=vocabulary(module), context=_context(config), module=module,
             classes=int(config.num_labels) if kind.endswith("ForSequenceClassification") else None,
         )  # fmt: skip
@@ -288,10 +288,11 @@ class Subject:
         classes = self.classes or max(2, raw.classes, held.classes)
         pad = getattr(self.tokenizer, "pad_token_id", None)
 
-        def make(dtype: torch.dtype) -> nn.Module:
+        def make(recipe: Recipe) -> nn.Module:
             return load_classifier(
-                source, classes=classes, names=raw.label_names, dtype=dtype, seed=seed, pad=0 if pad is None else pad
-            )
+                source, classes=classes, names=raw.label_names, dtype=recipe.dtype, seed=seed,
+                pad=0 if pad is None else pad, pack=packing(recipe),
+            )  # fmt: skip
 
         return replace(self, kind="classifier", make=make, real=make, classes=classes)
 
@@ -376,8 +377,13 @@ def _settings(options: Options, steps: int, plan: TrainPlan) -> Settings:
     return Settings(
         schedule=Schedule(steps=steps, warmup=warmup, kind=options.schedule), seed=options.seed,
         evaluate_every=every, save_every=every if options.save_every is None else options.save_every,
-        budget_nbytes=plan.budget_nbytes,
+        budget_nbytes=plan.budget_nbytes, runtime_nbytes=_runtime_nbytes(plan),
     )  # fmt: skip
+
+
+def _runtime_nbytes(plan: TrainPlan) -> int:
+    """What the runtime may grow by beside the allocator: its buffers, and code for each shape of a product."""
+    return RUNTIME_NBYTES + int(plan.predicted.get("kernels", 0)) * KERNEL_NBYTES
 
 
 def _make_way(run: Path, *, resume: bool, overwrite: bool) -> None:

@@ -136,7 +136,7 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
     from memfit.account.outside import with_outside
     from memfit.account.watch import Unwatched
-    from memfit.models import load_model, loader_for
+    from memfit.models import load_model, load_to_train, loader_for
     from memfit.task.infer import Infer
     from memfit.train.task import Train
 
@@ -144,9 +144,15 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     told = {name: value for name, value in job["task"].items() if name != "task"}
     task = Train.from_json(told) if job["task"].get("task") == "train" else Infer(**told)
     source = loader_for(job["model"])
+
+    def load() -> Any:
+        if isinstance(task, Train):
+            return load_to_train(source, task.recipe)
+        return load_model(source, dtype=job.get("dtype"))
+
     reset_resident_peak()
     with limited(job.get("enforce_nbytes"), runtime_nbytes=job.get("runtime_nbytes", RUNTIME_NBYTES)):
-        model = load_model(source, dtype=job.get("dtype"))
+        model = load()
         loaded = resident_nbytes()
         task.run(model, Unwatched())
     resident = resident_nbytes()
@@ -154,7 +160,7 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     reset_resident_peak()
     meter = Meter()
     with meter.phase("load"):
-        model = load_model(source, dtype=job.get("dtype"))
+        model = load()
         hold_model(model, meter)
     task.run(model, meter)
     account = replace(meter.account(), file_backed_nbytes=resident["file"])

@@ -12,12 +12,13 @@ from memfit.account.dry_run import dry_run
 from memfit.account.meter import Meter
 from memfit.account.replay import stacked_blocks
 from memfit.errors import UsageError
-from memfit.models import load_model
+from memfit.models import load_to_train
+from memfit.packed.modules import packed_modules
 from memfit.source.source import source_from_config
 from memfit.technique.adapters import Adapters
 from memfit.train.hyper import Hyper
 from memfit.train.recipe import Recipe
-from memfit.train.task import Train
+from memfit.train.task import Train, make_trainable
 
 DECODER = {
     "vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -71,11 +72,11 @@ def both(config, recipe, *, clip=None, whole=False):
     if recipe.recompute:
         recipe = replace(recipe, recompute=names)
     task = Train(batch=4, sequence=32, recipe=recipe, hyper=Hyper(clip=clip, rank=16))
-    predicted = dry_run(lambda: load_model(source, dtype=task.dtype), task, whole=whole)
+    predicted = dry_run(lambda: load_to_train(source, task.recipe), task, whole=whole)
     gc.collect()  # what an earlier test left in cycles must not end within this measurement
     meter = Meter()
     with meter.phase("load"):
-        model = load_model(source, dtype=task.dtype)
+        model = load_to_train(source, task.recipe)
     task.run(model, meter)
     return predicted, meter.account()
 
@@ -126,6 +127,49 @@ def test_each_lever_lowers_the_peak_it_is_for():
     assert plain > chunked > rows > low
 
 
+def test_a_packed_model_is_packed_while_it_is_loaded():
+    """So loading takes the packed blocks and one weight, and the packed weights are those that packing later makes."""
+    config = hf.LlamaConfig(**DECODER | {"num_hidden_layers": 8})
+    source, recipe = source_from_config(config), RECIPES["qlora"]
+    predicted, measured = both(config, replace(recipe, micro_batch=1))
+    check(predicted, measured)
+    loaded, whole = load_to_train(source, recipe), load_to_train(source, replace(recipe, adapters=None))
+    nbytes = {name: sum(b.nbytes for b in model.state_dict().values()) for name, model in (("p", loaded), ("w", whole))}
+    largest = 2 * DECODER["hidden_size"] * DECODER["intermediate_size"]
+    assert (
+        nbytes["p"] < predicted.phase("load").peak_nbytes < min(nbytes["w"], predicted.phase("load").end_nbytes * 1.2)
+    )
+    assert largest < nbytes["w"] - nbytes["p"]
+    make_trainable(whole, recipe)
+    make_trainable(loaded, recipe)
+    packed, later = packed_modules(loaded), packed_modules(whole)
+    assert packed.keys() == later.keys() and len(packed) == 8 * 7
+    for name, module in packed.items():
+        for part, buffer in module.store.named_buffers():
+            assert torch.equal(buffer, getattr(later[name].store, part)), (name, part)
+
+
+def test_traces_of_one_recipe_share_what_is_alike():
+    """What an earlier trace has told is the same for a deeper model, and for other blocks that are recomputed."""
+    shallow, deep = (source_from_config(hf.LlamaConfig(**DECODER | {"num_hidden_layers": n})) for n in (2, 5))
+    for name in ("frugal", "qlora", "master"):
+        products, repeats = {}, {}
+
+        def traced(source, count, **known):
+            blocks = tuple(name for name, _ in stacked_blocks(source.build(dtype=torch.float32)))
+            recipe = replace(RECIPES[name], recompute=blocks[:count])
+            task = Train(batch=4, sequence=32, recipe=recipe, hyper=Hyper(clip=1.0))
+            return dry_run(lambda: load_to_train(source, recipe), task, **known)
+
+        traced(shallow, 2, products=products, repeats=repeats)
+        assert repeats
+        for count in (5, 3):
+            first, later = traced(deep, count), traced(deep, count, products=products, repeats=repeats)
+            for phase in first.phases:
+                assert abs(phase.peak_nbytes - later.phase(phase.name).peak_nbytes) <= 64, (name, count, phase.name)
+                assert abs(phase.end_nbytes - later.phase(phase.name).end_nbytes) <= 64, (name, count, phase.name)
+
+
 def test_a_sequence_longer_than_the_context_is_refused():
     config = hf.LlamaConfig(**DECODER, max_position_embeddings=16)
     with pytest.raises(UsageError, match="32 tokens, and the model's context has 16"):
@@ -147,7 +191,7 @@ def test_work_like_earlier_work_is_told_from_it(name):
     recipe = RECIPES[name]
     recipe = replace(recipe, recompute=names) if recipe.recompute else recipe
     task = Train(batch=4, sequence=32, recipe=recipe, hyper=Hyper(clip=1.0))
-    every, once = (dry_run(lambda: load_model(source, dtype=task.dtype), task, whole=whole) for whole in (True, False))
+    every, once = (dry_run(lambda: load_to_train(source, task.recipe), task, whole=whole) for whole in (True, False))
     assert [phase.name for phase in once.phases] == [phase.name for phase in every.phases]
     for phase in once.phases:
         other = every.phase(phase.name)

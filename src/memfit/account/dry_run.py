@@ -38,6 +38,7 @@ class Loaded:
         device: `cpu` or `cuda`, whose allocator is meant.
         whole: trace every block, also those equal to one already traced.
         products: of earlier traces on as many threads, to go on from.
+        repeats: of earlier traces of training by the same recipe, whichever blocks are recomputed.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Loaded:
         device: str = "cpu",
         whole: bool = False,
         products: Products | None = None,
+        repeats: Products | None = None,
     ) -> None:
-        self.whole, self.products = whole, products
+        self.whole, self.products, self.repeats = whole, products, repeats
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.follow = Follow(device=device)
         blocks = Blocks(self.follow, products=products)
@@ -66,7 +68,7 @@ class Loaded:
     def run(self, task: Task) -> Ledger:
         """What was born and what ended in loading and in the task, in order."""
         follow = self.follow.again(self.held)
-        blocks = Blocks(follow, products=self.products)
+        blocks = Blocks(follow, products=self.products, repeats=self.repeats)
         learns = getattr(task, "learns", False)
         if learns:
             follow.ledger.runtime += TRAINING
@@ -87,15 +89,24 @@ def trace(
     device: str = "cpu",
     whole: bool = False,
     products: Products | None = None,
+    repeats: Products | None = None,
 ) -> Ledger:
     """Make a model and run a task on it, on fake tensors; what was born, and what ended, in order.
 
     Arguments: see `Loaded`.
     """
-    return Loaded(make, device=device, whole=whole, products=products).run(task)
+    return Loaded(make, device=device, whole=whole, products=products, repeats=repeats).run(task)
 
 
-def dry_run(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False) -> Account:
+def dry_run(
+    make: Callable[[], nn.Module],
+    task: Task,
+    *,
+    device: str = "cpu",
+    whole: bool = False,
+    products: Products | None = None,
+    repeats: Products | None = None,
+) -> Account:
     """The account of making a model and running a task on it.
 
     Args:
@@ -103,9 +114,11 @@ def dry_run(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", w
         task: what is run on it.
         device: `cpu` or `cuda`, whose allocator is meant; what is installed does not matter.
         whole: trace every block, also those equal to one already traced.
+        products, repeats: see `Loaded`.
     """
     started = time.perf_counter()
-    account = settle(trace(make, task, device=device, whole=whole), device=device)
+    ledger = trace(make, task, device=device, whole=whole, products=products, repeats=repeats)
+    account = settle(ledger, device=device)
     return replace(account, seconds=time.perf_counter() - started)
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .account import Kind
 from .cuda import CUBLAS_WORKSPACE
-from .fakes import QUICK, fake_mode, written
+from .fakes import QUICK, fake_mode, shaped, written
 from .ledger import Ledger, Shape, Storage
 from .mend import MENDED
 from .workspace import NONE, kernel_of, workspace
@@ -54,6 +54,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device  # half of all that a mode is asked
         if func.namespace == "prim":
             return func(*args, **kwargs)
         if func is torch.ops.aten.add.Tensor and _adds_up_in_place(*args):
@@ -74,6 +76,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mend = MENDED[self.device].get(func)
         if mend is None:
             out = written(func, args, kwargs)
+            if out is None and self.mode is not None:
+                out = shaped(self.mode, func, args, kwargs)
             if out is None:
                 out = func(*args, **kwargs)
         else:
@@ -180,6 +184,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 hook.remove()
 
 
+_DEVICE = torch.ops.prim.device.default
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 _WRAPPERS = ("_fn", "inner")
 """Functions of torch's that stand between a dispatch mode and its caller."""

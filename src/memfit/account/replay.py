@@ -56,17 +56,29 @@ class _Recording:
     """Attributes of each cache layer after the call."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Itself:
+    """In a description, an object that only it is like."""
+
+    kind: type
+    number: int
+
+
 class Blocks:
     """Replays calls of equal blocks while it is `on` a model.
 
     Args:
         products: recordings of products with packed weights; given to several, each is traced once for all.
+        repeats: of what training does over and over, by the recipe at hand; given to several that have one recipe.
     """
 
-    def __init__(self, follow: Follow, *, products: "Products | None" = None) -> None:
+    def __init__(
+        self, follow: Follow, *, products: "Products | None" = None, repeats: "Products | None" = None
+    ) -> None:
         self.follow = follow
-        self._known: dict[Any, _Recording | None] = {}
-        self._products = {} if products is None else products
+        self._known: Products = {}
+        self._products: Products = {} if products is None else products
+        self._repeats: Products = {} if repeats is None else repeats
         self._structures: dict[int, Any] = {}
 
     @contextmanager
@@ -98,13 +110,18 @@ class Blocks:
         name: str,
         given: Callable[[], Sequence[Any]],
         call: Callable[[], Any],
+        any_recipe: bool,
     ) -> Any:
         structure = None
         if block is not None:
             structure = self._structures.setdefault(id(block), None) or _structure(block)
             self._structures[id(block)] = structure
         modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
-        return self._once(self._known, self._describe((key, structure, modes), None, given(), {}), name, call)
+        described = self._describe((key, structure, modes), None, given(), {})
+        known = self._products if any_recipe else self._repeats
+        if described is not None and any(isinstance(part, _Itself) for part in described[0][2]):
+            known = self._known  # another trace has other objects, and may give them the same number
+        return self._once(known, described, name, call)
 
     @contextmanager
     def on_products(self) -> Iterator[None]:
@@ -130,7 +147,8 @@ class Blocks:
 
     @contextmanager
     def on_loading(self) -> Iterator[None]:
-        """Packed weights of one scheme and shape are loaded alike: the first is traced, the others replayed."""
+        """Packed weights of one scheme and shape are loaded, or packed, alike: the first is traced, the others
+        replayed."""
         plain = PackedWeight.load_from
 
         def load_from(store: PackedWeight, read: Any, prefix: str, **options: Any) -> None:
@@ -144,7 +162,8 @@ class Blocks:
 
         PackedWeight.load_from = load_from  # type: ignore[method-assign, assignment]
         try:
-            yield
+            with repeating(self._repeat):
+                yield
         finally:
             PackedWeight.load_from = plain  # type: ignore[method-assign]
 
@@ -195,7 +214,7 @@ class Blocks:
                 layers += found[0]
                 parts.append(found[1])
             else:
-                parts.append((type(leaf), id(leaf)))
+                parts.append(_Itself(type(leaf), id(leaf)))
         for layer in layers:
             for attribute, value in sorted(vars(layer).items()):
                 parts.append(attribute)

@@ -30,12 +30,32 @@ def blocks_to_run(blocks: Iterable[_Block]) -> list[_Block]:
     return found
 
 
-Repeat = Callable[[Any, nn.Module | None, str, Callable[[], Sequence[Any]], Callable[[], Any]], Any]
+@contextmanager
+def copies_of_fakes() -> Iterator[None]:
+    """Inside, fake tensors may be copied deeply.
+
+    A copy of one has a copy of its mode, and in that copies of weak references to storages, which torch (2.13) gives
+    back once for each copy: the count of a storage that is long gone, in memory that is someone else's by then, falls.
+    """
+    FakeTensorMode.__deepcopy__ = lambda mode, memo: mode  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del FakeTensorMode.__deepcopy__  # type: ignore[attr-defined]
+
+
+Repeat = Callable[[Any, nn.Module | None, str, Callable[[], Sequence[Any]], Callable[[], Any], bool], Any]
 _repeat: Repeat | None = None
 
 
 def repeated(
-    key: Any, block: nn.Module | None, name: str, given: Callable[[], Sequence[Any]], call: Callable[[], Any]
+    key: Any,
+    block: nn.Module | None,
+    name: str,
+    given: Callable[[], Sequence[Any]],
+    call: Callable[[], Any],
+    *,
+    any_recipe: bool = False,
 ) -> Any:
     """What `call` does and returns: in a dry run, work like earlier work is told from that and not run.
 
@@ -45,8 +65,9 @@ def repeated(
         name: of the block or parameter, under which births are written down.
         given: tells all tensors that `call` reads, changes or frees.
         call: returns every tensor that it leaves behind, in tuples, lists or dicts.
+        any_recipe: whether its course is the same in training by any recipe.
     """
-    return call() if _repeat is None else _repeat(key, block, name, given, call)
+    return call() if _repeat is None else _repeat(key, block, name, given, call, any_recipe)
 
 
 @contextmanager

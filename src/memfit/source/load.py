@@ -13,6 +13,8 @@ from memfit.source.source import Source
 
 Place = Callable[[str], torch.device | str]
 """From a parameter's or packed module's name to the device that it goes to."""
+Read = Callable[[str], torch.Tensor]
+"""From a parameter's name to a fresh CPU tensor of it, in the model's dtype."""
 
 
 def load(
@@ -21,6 +23,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     place: Place | None = None,
+    pack: Callable[[nn.Module, Read], None] | None = None,
 ) -> nn.Module:
     """The model of `source` with its weights, in evaluation mode.
 
@@ -32,6 +35,8 @@ def load(
         dtype: of the float parameters; default: as the config says, else as stored.
         device: where the parameters and buffers go.
         place: where each parameter goes, by its name, in place of `device`.
+        pack: is called with the model while all its parameters are on meta; puts filled packed modules into it, and
+            reads what they are made of.
 
     Raises:
         BrokenInput: a weight is missing, of another shape or type, or not finite.
@@ -40,6 +45,9 @@ def load(
     model = source.build(dtype=dtype)
     where: Place = place if place is not None else lambda name: device
     packed, stored = packed_modules(model), _stored_nbytes(source)
+    if pack is not None:
+        plain = dict(model.named_parameters(remove_duplicate=False))
+        pack(model, lambda name: source.read_parameter(name, dtype=plain[name].dtype))
     for name, module in sorted(packed.items(), key=lambda item: -stored[item[0]]):
         module.load_from(source.read_packed, name)
         _move_buffers(module, where(name))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from memfit.errors import UsageError
-from memfit.packed.fake import repeated
+from memfit.packed.fake import copies_of_fakes, repeated
 from memfit.packed.modules import (
     PackedLinear,
     is_experts,
@@ -185,13 +185,28 @@ class Adapters:
         with warnings.catch_warnings():
             # peft copies new heads (`copy.deepcopy`), which asks fake tensors for an address; they copy well without.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            Injector(model, config, ADAPTER)
+            with copies_of_fakes():
+                Injector(model, config, ADAPTER)
         if self.dtype == "float32":
             for module in model.modules():
                 if isinstance(module, AdaptedLinear):
                     for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
                         recast(part, dtype=torch.float32)
         return model
+
+    def pack(self, model: nn.Module, quantize: Quantize, read: Callable[[str], Tensor]) -> None:
+        """Pack what `apply` would, of a model that is not loaded yet: beyond it, one weight is held at a time.
+
+        Args:
+            model: changed in place; the parameters on meta.
+            read: from a parameter's name to its values.
+
+        Raises:
+            UsageError: `why_not`.
+        """
+        if (reason := self.why_not(model)) is not None:
+            raise UsageError(f"adapters: {reason}.")
+        _pack(model, self.packs(model), quantize, read)
 
     def config(self, model: nn.Module) -> "LoraConfig":
         """What peft calls this, for `model`."""
@@ -249,21 +264,27 @@ def save(model: nn.Module, directory: str | Path, *, base: str | None) -> None:
     config.save_pretrained(str(directory), auto_mapping_dict=mapping)
 
 
-def _pack(model: nn.Module, schemes: dict[str, Scheme], quantize: Quantize) -> None:
-    """Swap layers for packed ones, each weight dropped as soon as it is rounded."""
-    plain = {name: model.get_submodule(name) for name in schemes}
+def _pack(
+    model: nn.Module, schemes: dict[str, Scheme], quantize: Quantize, read: Callable[[str], Tensor] | None = None
+) -> None:
+    """Swap layers for packed ones, the largest first; each weight is dropped as soon as it is rounded.
+
+    Where the weights are on meta, `read` reads them.
+    """
+    names = sorted(schemes, key=lambda name: -_entries(model.get_submodule(name)))
+    plain = {name: model.get_submodule(name) for name in names}
     pack_module_skeleton(model, schemes)
-    for name in schemes:
+    for name in names:
         module, packed = plain.pop(name), packed_modules(model.get_submodule(name))[""]
-        if isinstance(packed, PackedLinear):
-            if not packed.tied:
-                _fill(packed.store, quantize, module.get_parameter("weight").detach(), name)
-        else:
-            for part in ("gate_up_proj", "down_proj"):
-                store, weight = getattr(packed, part), module.get_parameter(part).detach()
-                _fill(store, quantize, weight.flatten(0, 1), name)
-                del weight
-                delattr(module, part)
+        linear = isinstance(packed, PackedLinear)
+        if linear and packed.tied:
+            continue
+        for part in ("weight",) if linear else ("gate_up_proj", "down_proj"):
+            store: PackedWeight = packed.store if isinstance(packed, PackedLinear) else getattr(packed, part)
+            weight = module.get_parameter(part).detach() if read is None else read(f"{name}.{part}")
+            _fill(store, quantize, weight.flatten(0, -2), name)
+            del weight
+            delattr(module, part)
         del module
 
 
@@ -272,7 +293,8 @@ def _fill(store: PackedWeight, quantize: Quantize, weight: Tensor, name: str) ->
         store.fill(*quantize(weight, store.scheme))
         return dict(store._buffers)
 
-    store._buffers.update(repeated(("pack", store.scheme), None, name, lambda: (weight,), call))
+    found = repeated(("pack", store.scheme, store.kernel), None, name, lambda: (weight,), call, any_recipe=True)
+    store._buffers.update(found)
 
 
 def _linear_of_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -335,6 +357,10 @@ def _head(model: nn.Module) -> nn.Module | None:
 def _inputs(module: nn.Module) -> int:
     """What the inputs of all its weights are multiples of."""
     return math.gcd(*(p.shape[-1] for p in module.parameters(recurse=False) if p.dim() > 1))
+
+
+def _entries(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:

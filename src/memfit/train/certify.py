@@ -8,7 +8,6 @@ import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .loop import Data, draw_from
@@ -21,7 +20,7 @@ Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 def certify(
-    make: Callable[[torch.dtype], nn.Module],
+    make: Callable[[Recipe], nn.Module],
     plan: TrainPlan,
     data: Data,
     steps: int,
@@ -52,7 +51,7 @@ def certify(
 
 
 def _losses(
-    make: Callable[[torch.dtype], nn.Module],
+    make: Callable[[Recipe], nn.Module],
     recipe: Recipe,
     plan: TrainPlan,
     data: Data,
@@ -62,7 +61,7 @@ def _losses(
     seed: int,
 ) -> list[float]:
     draw_from(seed, 0)
-    model = make(plan.task.with_recipe(recipe).dtype)
+    model = make(recipe)
     make_trainable(model, recipe)
     step = TrainStep(model, recipe, hyper=plan.task.hyper, loss=loss, seed=seed)
     found = []

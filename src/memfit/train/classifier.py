@@ -1,7 +1,7 @@
 """A model with a head for classes: as it is, or a body without one that is given a new head."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from memfit.errors import UsageError
-from memfit.source.load import load
+from memfit.source.load import Read, load
 from memfit.source.skeleton import build_skeleton, locate, model_class
 from memfit.source.source import Source
 
@@ -27,6 +27,7 @@ def load_classifier(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     pad: int | None = None,
+    pack: Callable[[nn.Module, Read], None] | None = None,
 ) -> nn.Module:
     """The model of `source` with a head of `classes`: its own, or where it has none a new one, drawn from `seed`.
 
@@ -34,6 +35,7 @@ def load_classifier(
 
     Args:
         names: of the classes, for the config. pad: the id of padding, which models that read from the left need.
+        pack: see `load`.
 
     Raises:
         UsageError: its own head has another number of classes, or its kind can have none.
@@ -42,8 +44,8 @@ def load_classifier(
         own = int(source.config.num_labels)
         if own != classes:
             raise UsageError(f"{source.name}: its head has {own} classes, and the data has {classes}.")
-        return load(source, dtype=dtype)
-    body = load(source, dtype=dtype)
+        return load(source, dtype=dtype, pack=pack)
+    body = load(source, dtype=dtype, pack=pack)
     model: nn.Module = _skeleton(source, classes, names, next(body.parameters()).dtype, pad)
     prefix = str(model.base_model_prefix)
     inner: nn.Module = getattr(body, str(getattr(body, "base_model_prefix", "")), body)

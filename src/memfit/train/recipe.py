@@ -3,8 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from memfit.packed.stash import STORES, Store
 from memfit.technique.adapters import Adapters
+from memfit.technique.precision import Precision as PrecisionOf
 
 Precision = Literal["fp32", "autocast", "master", "stochastic", "kahan", "bf16", "fp16"]
 Gradients = Literal["weights", "fp32", "int8"]
@@ -62,6 +65,11 @@ class Recipe:
             raise ValueError(f"{self.optimizer} has states of 32 bits alone, got state_bits={self.state_bits}")
         if self.rows and (self.chunk_nbytes is None or self.optimizer not in ("adamw", "sgd")):
             raise ValueError("rows needs the loss in chunks, and an optimizer that moves each weight by itself")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are loaded in."""
+        return PrecisionOf(kind=self.precision).dtype
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"recompute": list(self.recompute)}

@@ -166,7 +166,7 @@ class TrainStep:
         self.model.eval()
         try:
             outs = []
-            for part in self._micro_batches(batch):
+            for part in self._micro_batches(batch, slices=self.recipe.slices):
                 with self._forward_mode():
                     out = self.objective.forward(self.model, part)
                 with self.precision.on(batch["labels"].device if "labels" in batch else torch.device("cpu")):
@@ -274,14 +274,18 @@ class TrainStep:
         stack.enter_context(self.precision.on(next(self.model.parameters()).device))
         return stack
 
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
+    def _micro_batches(self, batch: Batch, slices: int = 1) -> list[Batch]:
+        """Parts of a batch that go through the model at once, each of them cut once more into `slices`."""
         rows = next(iter(batch.values())).shape[0]
-        size = min(self.recipe.micro_batch or rows, rows)
+        size = -(-min(self.recipe.micro_batch or rows, rows) // slices)
         starts = list(range(0, rows, size))
         fake = _is_fake(batch)
-        # The first micro-batch meets no gradients, the second does, the last updates: those between are alike.
-        # (But where rows of a table's gradient are made, each leaves something until the update.)
-        chosen = blocks_to_run(starts) if fake and not self._tables else starts
+        # The first micro-batch meets no gradients, the second does, and the others are like the second. (But where
+        # rows of a table's gradient are made, each leaves something until the update, and in an update within the
+        # backward pass the last is like no other.)
+        chosen = starts
+        if fake and not self._tables:
+            chosen = blocks_to_run(starts) if self.recipe.in_backward or rows % size else starts[:2]
         return [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in chosen]
 
     # -- gradients and updates --------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from memfit.account.watch import Watch
 from memfit.errors import UsageError
 from memfit.packed.scheme import Scheme
 from memfit.task.infer import vocabulary
-from memfit.technique.precision import Precision
 from memfit.technique.quantize import quantize
 
 from .gradients import trained
@@ -63,7 +62,7 @@ class Train:
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are loaded in."""
-        return Precision(kind=self.recipe.precision).dtype
+        return self.recipe.dtype
 
     def with_recipe(self, recipe: Recipe) -> "Train":
         return replace(self, recipe=recipe)
@@ -120,6 +119,14 @@ def make_trainable(model: nn.Module, recipe: Recipe) -> None:
     elif not any(parameter.requires_grad for parameter in model.parameters()):
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+
+
+def packing(recipe: Recipe) -> Callable[[nn.Module, Callable[[str], Tensor]], None] | None:
+    """What packs a model as `make_trainable` would, while it is loaded (`source.load`); None if nothing is packed."""
+    adapters = recipe.adapters
+    if adapters is None or adapters.base_bits == 16:
+        return None
+    return lambda model, read: adapters.pack(model, _rounded, read)
 
 
 def _rounded(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
