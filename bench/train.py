@@ -9,7 +9,7 @@ predicted, is what memfit's budgets are shares of.
 
 - plain: AdamW of torch on fp32 weights, all logits, nothing recomputed
 - trainer: transformers' Trainer, bf16, gradient checkpointing, one row at a time accumulated, bitsandbytes' 8-bit AdamW
-- memfit-100, -60, -40, -25, -12: plans within that share of plain's peak (bf16 weights with an exact fp32 master)
+- memfit-100, -60, -40, -25, -6: plans within that share of plain's peak (bf16 weights with an exact fp32 master)
 """
 
 import argparse
@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE))
 from _common import verdict, write_result  # noqa: E402
 
 THREADS = 2
-RUNS = ("plain", "trainer", "memfit-100", "memfit-60", "memfit-40", "memfit-25", "memfit-12")
+RUNS = ("plain", "trainer", "memfit-100", "memfit-60", "memfit-40", "memfit-25", "memfit-6")
 LR = 1e-5
 
 

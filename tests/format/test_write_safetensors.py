@@ -11,6 +11,7 @@ from memfit.errors import MemfitError
 from memfit.format.packed import packed_specs
 from memfit.format.safetensors import TensorSpec, Writer
 from memfit.packed.scheme import Scheme
+from memfit.source.safetensors import open_checkpoint
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -57,6 +58,36 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         digests.append(write(tmp_path / name, tensors()).shards[0].sha256)
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_tensors_written_in_parts_are_the_same_bytes_and_come_back_in_parts(tmp_path: Path, step: int) -> None:
+    found = tensors()
+    del found["nothing"]  # a reader refuses tensors without elements
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = write(tmp_path / "whole", found, shard_nbytes=100)
+    with Writer(tmp_path / "parts", specs_of(found), shard_nbytes=100) as writer:
+        for name, tensor in found.items():
+            flat = tensor.reshape(-1)
+            writer.write_parts(name, (flat[n : n + step] for n in range(0, flat.numel(), step)))
+    assert [shard.sha256 for shard in writer.shards] == [shard.sha256 for shard in whole.shards]
+    back = open_checkpoint(tmp_path / "parts")
+    assert back is not None
+    for name, tensor in found.items():
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.numel(), step):
+            part = torch.empty_like(flat[start : start + step])
+            back.read_part(name, start, part)
+            assert torch.equal(part, flat[start : start + step])
+    with pytest.raises(ValueError, match=r"fp32 is torch.float32 \(4, 2\); no torch.float32 5 from 4 on"):
+        back.read_part("fp32", 4, torch.empty(5))
+
+
+def test_parts_that_are_not_the_whole_are_refused(tmp_path: Path) -> None:
+    specs = specs_of({"a": torch.ones(2, 3)})
+    with pytest.raises(ValueError, match="a: 6 entries were announced, 4 came"), Writer(tmp_path, specs) as writer:
+        writer.write_parts("a", [torch.ones(2), torch.ones(2)])
 
 
 def test_shards_hold_at_most_their_bytes_and_the_index_names_them(tmp_path: Path) -> None:

@@ -149,6 +149,16 @@ def test_a_packed_model_is_packed_while_it_is_loaded():
             assert torch.equal(buffer, getattr(later[name].store, part)), (name, part)
 
 
+def test_saving_and_resuming_take_a_tile_however_large_a_tensor_is():
+    """States on the disk go to the checkpoint, and come back, without ever being whole in memory."""
+    config = hf.LlamaConfig(**DECODER | {"vocab_size": 60_000})
+    predicted, measured = both(config, RECIPES["disk"])
+    check(predicted, measured)
+    table = 4 * 60_000 * DECODER["hidden_size"]
+    for name in ("save", "resume"):
+        assert measured.phase(name).peak_nbytes - measured.phase("step").end_nbytes < table / 4
+
+
 def test_traces_of_one_recipe_share_what_is_alike():
     """What an earlier trace has told is the same for a deeper model, and for other blocks that are recomputed."""
     shallow, deep = (source_from_config(hf.LlamaConfig(**DECODER | {"num_hidden_layers": n})) for n in (2, 5))

@@ -133,13 +133,7 @@ class Writer:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor, which must be `name`, contiguous and on the CPU."""
-        if self._next == len(self.specs):
-            raise ValueError(f"{name}: all {len(self.specs)} announced tensors are written already")
-        spec = self.specs[self._next]
-        if name != spec.name:
-            raise ValueError(
-                f"{name}: the next tensor announced is {spec.name} ({self._next + 1} of {len(self.specs)})"
-            )
+        spec = self._announced(name)
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             got, due = f"{tensor.dtype} {list(tensor.shape)}", f"{spec.dtype} {list(spec.shape)}"
             raise ValueError(f"{name}: announced as {due}, got {got}")
@@ -151,6 +145,26 @@ class Writer:
             self._write_bytes(tensor)
         self._next += 1
 
+    def write_parts(self, name: str, parts: Iterable[Tensor]) -> None:
+        """Write the next tensor, which must be `name`, as flat parts that come in order; each is real and on the CPU.
+        A dry writer lets them come."""
+        spec = self._announced(name)
+        entries, real = 0, not self._dry
+        if real:
+            self._begin()
+        for part in parts:
+            if part.dtype != spec.dtype or part.dim() != 1 or not part.is_contiguous() or part.device.type != "cpu":
+                got = f"{part.dtype} {list(part.shape)} on {part.device}"
+                raise ValueError(f"{name}: a flat, contiguous part of {spec.dtype} on the CPU is due, got {got}")
+            entries += part.numel()
+            if real:
+                self._put(_bytes_of(part))
+        if real:
+            if entries != math.prod(spec.shape):
+                raise ValueError(f"{name}: {math.prod(spec.shape)} entries were announced, {entries} came")
+            self._end()
+        self._next += 1
+
     def pass_over(self, names: Iterable[str]) -> None:
         """Count the next tensors, which must be `names`, as written; only of a dry writer."""
         for name in names:
@@ -158,14 +172,30 @@ class Writer:
                 raise ValueError(f"{name}: only a dry writer passes over tensors, and only in order")
             self._next += 1
 
+    def _announced(self, name: str) -> TensorSpec:
+        """The next tensor's, which must be `name`."""
+        if self._next == len(self.specs):
+            raise ValueError(f"{name}: all {len(self.specs)} announced tensors are written already")
+        spec = self.specs[self._next]
+        if name != spec.name:
+            raise ValueError(
+                f"{name}: the next tensor announced is {spec.name} ({self._next + 1} of {len(self.specs)})"
+            )
+        return spec
+
     def _write_bytes(self, tensor: Tensor) -> None:
-        shard, first, last = self._place(self._next)
+        self._begin()
+        if tensor.numel():
+            self._put(_bytes_of(tensor))
+        self._end()
+
+    def _begin(self) -> None:
+        shard, first, _ = self._place(self._next)
         if self._next == first:
             self._open(shard)
-        if tensor.numel():
-            # A view of the same memory, as bytes; numpy has no bfloat16, so the view is taken before.
-            flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-            self._put(memoryview(flat))  # type: ignore[arg-type]  # an array is a buffer; its stub says not
+
+    def _end(self) -> None:
+        shard, _, last = self._place(self._next)
         if self._next == last:
             self._close(shard)
 
@@ -226,6 +256,11 @@ class Writer:
         # Without shards on disk the tensors were fake, and there is nothing to index.
         if len(self._parts) > 1 and self.shards:
             self._write_index()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, as bytes; numpy has no bfloat16, so the view is taken before."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def header_bytes(specs: Sequence[TensorSpec]) -> bytes:

@@ -4,6 +4,7 @@ A safetensors file is 8 bytes of header length n (little endian), n bytes of JSO
 its dtype, shape and [begin, end) within the rest of the file, then that rest, without holes.
 """
 
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,14 @@ class SafetensorsCheckpoint:
                 part = block[: min(step, flat.numel() - start)]
                 _read_checked(descriptor, info, info.offset + start * info.dtype.itemsize, _bytes_of(part))
                 cast_into(flat[start : start + part.numel()], part)
+
+    def read_part(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill flat `out`, of the stored dtype, with the tensor's entries from `start` on, all dimensions as one."""
+        info = self.tensors[name]
+        if out.dtype != info.dtype or not out.is_contiguous() or not 0 <= start <= math.prod(info.shape) - out.numel():
+            raise ValueError(f"{name} is {info.dtype} {info.shape}; no {out.dtype} {out.numel()} from {start} on")
+        with _opened(info.file) as descriptor:
+            _read_checked(descriptor, info, info.offset + start * info.dtype.itemsize, _bytes_of(out))
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """The stored bytes of one tensor, a block at a time, unchecked: for comparing and hashing."""

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from memfit.errors import BrokenInput
 from memfit.format.safetensors import TensorSpec, Writer
+from memfit.packed.fake import blocks_to_run
 from memfit.source.safetensors import open_checkpoint
 
 from .gradients import trained
 from .step import TrainStep
+from .tiles import tiles
 
 _COUNTERS = "step.json"
 
@@ -31,11 +33,11 @@ def state_specs(step: TrainStep) -> list[TensorSpec]:
 
 
 def save_states(step: TrainStep, directory: Path | None) -> list[TensorSpec]:
-    """Write weights and states into `directory`, one tensor at a time; None: run all but the writing."""
+    """Write weights and states into `directory`, a tile at a time; None: run all but the writing."""
     specs = state_specs(step)
     with Writer(directory or Path("."), specs, dry=directory is None) as writer:
-        for name, tensor in _tensors(step):
-            writer.write(name, tensor)
+        for name, parts in _tensors(step):
+            writer.write_parts(name, parts)
     if directory is not None:
         scaler = step.scaler
         counters = {"steps": step.steps, "loss_scale": None if scaler is None else [scaler.value, scaler.good]}
@@ -43,12 +45,20 @@ def save_states(step: TrainStep, directory: Path | None) -> list[TensorSpec]:
     return specs
 
 
-def _tensors(step: TrainStep) -> Iterator[tuple[str, Tensor]]:
+def _tensors(step: TrainStep) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    """(name, its flat tiles on the CPU) of each tensor to be written."""
     for name, parameter in trained(step.model):
-        yield f"weight/{name}", parameter.detach()
-    for name in step.mover.states.names():
-        for state, (_, entries) in step.mover.states.slots(name).items():
-            yield f"state/{name}/{state}", step.mover.states.read(name, state, 0, entries)
+        flat = parameter.detach().reshape(-1)
+        yield f"weight/{name}", (flat[start:stop].cpu() for start, stop in _tiles(flat.numel()))
+    states = step.mover.states
+    for name in states.names():
+        for state, (_, entries) in states.slots(name).items():
+            parts = (states.read(name, state, start, stop).cpu() for start, stop in _tiles(entries))
+            yield f"state/{name}/{state}", parts
+
+
+def _tiles(entries: int) -> list[tuple[int, int]]:
+    return blocks_to_run(tiles(entries, torch.device("cpu")))
 
 
 def restore_states(step: TrainStep, source: "Path | list[TensorSpec]") -> None:
@@ -58,19 +68,28 @@ def restore_states(step: TrainStep, source: "Path | list[TensorSpec]") -> None:
         BrokenInput: the files do not hold what the model and the recipe ask for.
     """
     read, has = _from_files(source) if isinstance(source, Path) else _from_specs(source)
+    states = step.mover.states
     with torch.no_grad():
         for name, parameter in trained(step.model):
-            flat = parameter.detach()
-            read(f"weight/{name}", tuple(parameter.shape), flat)
+            flat = parameter.detach().view(-1)
+            for start, stop in _tiles(flat.numel()):
+                tile = flat[start:stop]
+                if tile.device.type == "cpu":
+                    read(f"weight/{name}", tuple(parameter.shape), start, tile)
+                else:
+                    read(f"weight/{name}", tuple(parameter.shape), start, held := torch.empty_like(tile, device="cpu"))
+                    tile.copy_(held)
             wanted = step.mover.slots(parameter)
             if not all(has(f"state/{name}/{state}") for state in wanted):
                 continue  # a parameter that never had a gradient has no states
             step.mover.make(name, parameter)
             for state, (_, entries) in wanted.items():
-                target = step.mover.states.read(name, state, 0, entries)
-                read(f"state/{name}/{state}", (entries,), target)
-                step.mover.states.write(name, state, 0, target)
-                del target
+                for start, stop in _tiles(entries):
+                    target = states.read(name, state, start, stop)
+                    back = target.cpu()
+                    read(f"state/{name}/{state}", (entries,), start, back)
+                    states.write(name, state, start, target if back is target else target.copy_(back))
+                    del target, back
     if isinstance(source, Path):
         counters: dict[str, Any] = json.loads((source / _COUNTERS).read_text(encoding="utf-8"))
         step.steps = counters["steps"]
@@ -80,7 +99,7 @@ def restore_states(step: TrainStep, source: "Path | list[TensorSpec]") -> None:
 
 def _from_specs(specs: list[TensorSpec]) -> Any:
     known = {spec.name for spec in specs}
-    return (lambda name, shape, out: None), known.__contains__
+    return (lambda name, shape, start, out: None), known.__contains__
 
 
 def _from_files(directory: Path) -> Any:
@@ -88,7 +107,7 @@ def _from_files(directory: Path) -> Any:
     if found is None:
         raise BrokenInput(f"{directory}: no training state is here (no .safetensors file).")
 
-    def read(name: str, shape: tuple[int, ...], out: Tensor) -> None:
+    def read(name: str, shape: tuple[int, ...], start: int, out: Tensor) -> None:
         info = found.tensors.get(name)
         if info is None:
             raise BrokenInput(f"{directory}: {name} is missing. It was saved from another model or recipe.")
@@ -97,6 +116,6 @@ def _from_files(directory: Path) -> Any:
                 f"{directory}: {name} is {info.dtype} {list(info.shape)}, {out.dtype} {list(shape)} was expected. "
                 "It was saved from another model or recipe."
             )
-        found.read_into(name, out)
+        found.read_part(name, start, out)
 
     return read, found.tensors.__contains__
