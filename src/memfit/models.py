@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from memfit.errors import UsageError
 from memfit.source.load import Read, load
 from memfit.source.source import Source, open_source, source_from_config
+from memfit.train.away import sending
 from memfit.train.recipe import Recipe
 from memfit.train.task import packing
 
@@ -38,22 +39,25 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     pack: Callable[[nn.Module, Read], None] | None = None,
+    send: Callable[[str, nn.Parameter], None] | None = None,
 ) -> nn.Module:
-    """The model with its weights, real or, under a fake mode, fake; of a source, `pack`ed while it is loaded."""
+    """The model with its weights, real or, under a fake mode, fake; `pack` and `send`: see `load`."""
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(made, Source):
         if made.checkpoint is None:
             made = source_from_config(made.config)
-        return load(made, dtype=kind, pack=pack)
+        return load(made, dtype=kind, pack=pack, send=send)
     model = made().eval().requires_grad_(False)
     if kind is not None:
         _cast_floats(model, kind)
     return model
 
 
-def load_to_train(made: "Source | Callable[[], nn.Module]", recipe: Recipe) -> nn.Module:
-    """The model with its weights as `recipe` trains it: in its dtype, and packed if it packs."""
-    return load_model(made, dtype=recipe.dtype, pack=packing(recipe))
+def load_to_train(
+    made: "Source | Callable[[], nn.Module]", recipe: Recipe, *, directory: str | None = None
+) -> nn.Module:
+    """The model with its weights as `recipe` trains it: in its dtype, packed, or away in `directory`, if it says so."""
+    return load_model(made, dtype=recipe.dtype, pack=packing(recipe), send=sending(recipe, directory))
 
 
 def _cast_floats(model: nn.Module, dtype: torch.dtype) -> None:

@@ -247,10 +247,16 @@ def _ways(
     rows = (False, True) if shape.tables and whole and tier.settings["optimizer"] in ("adamw", "sgd") else (False,)
     recomputes: tuple[tuple[str, ...], ...] = ((), shape.blocks) if shape.blocks else ((),)
     places: tuple[Literal["memory", "disk"], ...] = ("memory", "disk")
-    options = itertools.product(recomputes, splits, rows, (False, True) if whole else (False,), places, places)
-    for recompute, split, by_rows, in_backward, states, store in options:
+    options = itertools.product(
+        recomputes, splits, rows, (False, True) if whole else (False,), places, places, places
+    )  # fmt: skip
+    packs = not whole and tier.settings["adapters"].base_bits < 16
+    for recompute, split, by_rows, in_backward, states, store, weights in options:
         # The inputs of blocks are small beside the states: they go to the disk last, and are few ways more to try.
         if store == "disk" and (states == "memory" or not recompute):
+            continue
+        # Weights go there after the inputs, and whatever else waits beside them: they are read in every pass.
+        if weights == "disk" and (store == "memory" or packs or (whole and not in_backward)):
             continue
         if split > 1 and not recompute and (in_backward or by_rows):
             continue  # each micro-batch would leave rows until the update, or have its update wait for the last
@@ -263,14 +269,14 @@ def _ways(
                 settings["gradients"] = "fp32" if settings["precision"] != "fp32" else "weights"
         recipe = Recipe(
             **settings, recompute=recompute, rows=by_rows, in_backward=in_backward, states=states, store=store,
-            chunk_nbytes=chunk,
+            weights=weights, chunk_nbytes=chunk,
         )  # fmt: skip
         seconds = seconds_of(shape, task, recipe, rate)
         if slowdown is not None and seconds > slowdown * plain:
             continue
         levers = (
             int(bool(recompute)), split if recompute else 0, 0 if recompute else split, int(by_rows),
-            int(in_backward), int(states == "disk"), int(store == "disk"),
+            int(in_backward), int(states == "disk"), int(store == "disk"), int(weights == "disk"),
         )  # fmt: skip
         found.append(Way(recipe=recipe, seconds=seconds, levers=levers))
     yield from sorted(found, key=lambda way: (way.seconds, way.levers))
@@ -323,7 +329,7 @@ def _keep_blocks(recipe: Recipe, shape: Shape, tracer: "_Tracer", budget_nbytes:
     What a kept block costs is told by the two ends, all recomputed and all kept.
     """
     every = len(recipe.recompute)
-    if not every or recipe.slices > 1:
+    if not every or recipe.slices > 1 or recipe.weights != "memory":
         return recipe
     least = tracer.whole(recipe).peak_nbytes
     most = tracer.peak(replace(recipe, recompute=(), store="memory"))
@@ -409,7 +415,7 @@ class _Tracer:
             kept = {name for name in recipe.recompute if int(name.rpartition(".")[2]) < count}
             task = task.with_recipe(replace(recipe, recompute=tuple(n for n in recipe.recompute if n in kept)))
         traced = task if count is None else SteadyStep(task)
-        repeats = self._repeats.setdefault(replace(recipe, recompute=()), {})
+        repeats = self._repeats.setdefault(replace(recipe, recompute=("some",) if recipe.recompute else ()), {})
         return dry_run(made, traced, device=self.device, products=self._products, repeats=repeats)
 
 

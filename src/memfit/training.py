@@ -29,6 +29,7 @@ from memfit.report.training import TrainReport, render_training_page
 from memfit.source.check import check
 from memfit.source.live import fake_copy
 from memfit.source.source import Source, open_source
+from memfit.train.away import sending
 from memfit.train.certify import certify
 from memfit.train.checkpoints import Checkpoints
 from memfit.train.classifier import is_classifier, load_classifier
@@ -168,7 +169,7 @@ def train(
     outside = resident_nbytes()["now"]
     limit = plan.budget_nbytes if enforce else None
     with limited(limit, runtime_nbytes=_runtime_nbytes(plan)), _stop_on_signals() as stop:
-        trained = subject.real(plan.recipe)
+        trained = subject.real(plan.recipe, str(run))
         if device != "cpu":
             trained.to(device)
         make_trainable(trained, plan.recipe)
@@ -188,9 +189,10 @@ def train(
             loop.run()
         progress("writing the model")
         scores = classification_of(step, judged) if batches.kind == "classifier" else None
-        step.close()
         with output:
             files = write_model(trained, output, source=subject.source, tokenizer=subject.tokenizer)
+            if subject.module is not None:
+                step.close()
             report = TrainReport(
                 model=subject.name, data=raw.name, out=str(target), plan=plan.to_json(),
                 records=tuple(vars(record) for record in loop.records), scores=tuple(loop.scores),
@@ -214,7 +216,8 @@ class Subject:
     kind: Kind
     make: Make
     """On fake tensors."""
-    real: Make
+    real: Callable[..., nn.Module]
+    """With its weights: from a recipe, and the directory where weights are to wait that are away."""
     stored: torch.dtype
     tokenizer: Any
     vocabulary: int
@@ -239,8 +242,8 @@ class Subject:
                 f"{source.name}: has a config and no weights. `plan` works on it; `train` needs the weights."
             )
 
-        def make(recipe: Recipe) -> nn.Module:
-            return load_to_train(source, recipe)
+        def make(recipe: Recipe, directory: str | None = None) -> nn.Module:
+            return load_to_train(source, recipe, directory=directory)
 
         text: Any = source.config.get_text_config()
         return cls(
@@ -266,7 +269,7 @@ class Subject:
         kind = type(module).__name__
         return cls(
             name=kind, kind="classifier" if kind.endswith("ForSequenceClassification") else "causal", make=make,
-            real=lambda recipe: module, stored=next(module.parameters()).dtype, tokenizer=tokenizer,
+            real=lambda recipe, directory=None: module, stored=next(module.parameters()).dtype, tokenizer=tokenizer,
             vocabulary=vocabulary(module), context=_context(config), module=module,
             classes=int(config.num_labels) if kind.endswith("ForSequenceClassification") else None,
         )  # fmt: skip
@@ -288,10 +291,10 @@ class Subject:
         classes = self.classes or max(2, raw.classes, held.classes)
         pad = getattr(self.tokenizer, "pad_token_id", None)
 
-        def make(recipe: Recipe) -> nn.Module:
+        def make(recipe: Recipe, directory: str | None = None) -> nn.Module:
             return load_classifier(
                 source, classes=classes, names=raw.label_names, dtype=recipe.dtype, seed=seed,
-                pad=0 if pad is None else pad, pack=packing(recipe),
+                pad=0 if pad is None else pad, pack=packing(recipe), send=sending(recipe, directory),
             )  # fmt: skip
 
         return replace(self, kind="classifier", make=make, real=make, classes=classes)

@@ -25,9 +25,12 @@ EXACT = {
     "rows": {"rows": True, "chunk_nbytes": 40_000},
     "rows of micro-batches": {"rows": True, "micro_batch": 2},
     "states on the disk": {"states": "disk"},
+    "weights on the disk": {"recompute": LAYERS, "weights": "disk"},
+    "weights of two blocks on the disk": {"recompute": LAYERS[:2], "weights": "disk", "in_backward": True},
+    "weights on the host": {"recompute": LAYERS, "weights": "host", "slices": 2},
     "all": {
         "recompute": LAYERS, "slices": 6, "in_backward": True, "rows": True, "states": "disk", "store": "disk",
-        "chunk_nbytes": 40_000,
+        "weights": "disk", "chunk_nbytes": 40_000,
     },
 }  # fmt: skip
 

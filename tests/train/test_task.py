@@ -39,6 +39,13 @@ RECIPES = {
     "int8": Recipe(gradients="int8", micro_batch=2, recompute=(ALL,), store="int8"),
     "disk": Recipe(states="disk", recompute=(ALL,), store="disk"),
     "kahan": Recipe(precision="kahan", optimizer="sgd"),
+    "weights away": Recipe(
+        recompute=(ALL,), slices=2, in_backward=True, rows=True, chunk_nbytes=1 << 17, precision="master",
+        states="disk", store="disk", weights="disk",
+    ),
+    "weights away, lora": Recipe(
+        recompute=(ALL,), adapters=Adapters(rank=4), weights="disk", precision="master", chunk_nbytes=1 << 17
+    ),
     "adafactor": Recipe(optimizer="adafactor"),
     "galore": Recipe(optimizer="galore"),
     "apollo": Recipe(optimizer="apollo"),
@@ -93,7 +100,7 @@ def test_every_lever_is_predicted(name):
     check(*both(hf.LlamaConfig(**DECODER), RECIPES[name]))
 
 
-@pytest.mark.parametrize("recipe", ["plain", "frugal", "master"])
+@pytest.mark.parametrize("recipe", ["plain", "frugal", "master", "weights away"])
 @pytest.mark.parametrize("name", ["gemma3", "mixtral", "gpt2", "bert"])
 def test_every_kind_of_model_is_predicted(name, recipe):
     chosen = RECIPES[recipe]
@@ -149,6 +156,17 @@ def test_a_packed_model_is_packed_while_it_is_loaded():
             assert torch.equal(buffer, getattr(later[name].store, part)), (name, part)
 
 
+def test_weights_that_wait_on_the_disk_are_never_all_in_memory():
+    """From loading to resuming, a block's weights at a time, whatever else there is."""
+    config = hf.LlamaConfig(**DECODER | {"vocab_size": 100, "num_hidden_layers": 24})
+    predicted, measured = both(config, RECIPES["weights away"])
+    check(predicted, measured)
+    blocks = sum(p.numel() for p in source_from_config(config).build().parameters()) * 2
+    assert measured.phase("load").end_nbytes < blocks / 10
+    peak = max(p.peak_nbytes for p in measured.phases if p.name in ("load", "forward", "step", "save", "resume"))
+    assert peak < blocks / 2
+
+
 def test_saving_and_resuming_take_a_tile_however_large_a_tensor_is():
     """States on the disk go to the checkpoint, and come back, without ever being whole in memory."""
     config = hf.LlamaConfig(**DECODER | {"vocab_size": 60_000})
@@ -192,7 +210,9 @@ def test_a_task_is_read_back_from_json():
         assert Train.from_json(json.loads(json.dumps(task.to_json()))) == task
 
 
-@pytest.mark.parametrize("name", ["recomputed", "frugal", "master", "int8", "disk", "qlora", "muon", "plain"])
+@pytest.mark.parametrize(
+    "name", ["recomputed", "frugal", "master", "int8", "disk", "qlora", "muon", "plain", "weights away"]
+)
 def test_work_like_earlier_work_is_told_from_it(name):
     """Blocks and updates that are not traced again take what they took: event by event, under their own names."""
     config = hf.LlamaConfig(**DECODER | {"num_hidden_layers": 5})

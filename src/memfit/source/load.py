@@ -24,6 +24,7 @@ def load(
     device: torch.device | str = "cpu",
     place: Place | None = None,
     pack: Callable[[nn.Module, Read], None] | None = None,
+    send: Callable[[str, nn.Parameter], None] | None = None,
 ) -> nn.Module:
     """The model of `source` with its weights, in evaluation mode.
 
@@ -37,6 +38,7 @@ def load(
         place: where each parameter goes, by its name, in place of `device`.
         pack: is called with the model while all its parameters are on meta; puts filled packed modules into it, and
             reads what they are made of.
+        send: is given each parameter that is not tied, and its name, as soon as it was read, and may take its data.
 
     Raises:
         BrokenInput: a weight is missing, of another shape or type, or not finite.
@@ -52,7 +54,10 @@ def load(
         module.load_from(source.read_packed, name)
         _move_buffers(module, where(name))
     for names in sorted(_parameters(model), key=lambda names: -_nbytes(model, names[0])):
-        _materialise(model, names, source, torch.device(where(names[0])))
+        parameter = _materialise(model, names, source, torch.device(where(names[0])))
+        if send is not None and len(names) == 1:
+            send(names[0], parameter)
+        del parameter
     _load_buffers(model, source, where)
     return model
 
@@ -66,13 +71,14 @@ def _parameters(model: nn.Module) -> Iterator[list[str]]:
     yield from names.values()
 
 
-def _materialise(model: nn.Module, names: list[str], source: Source, device: torch.device) -> None:
+def _materialise(model: nn.Module, names: list[str], source: Source, device: torch.device) -> nn.Parameter:
     """Read one parameter and set it under each of its names."""
     tensor = source.read_parameter(names[0], dtype=model.get_parameter(names[0]).dtype)
     parameter = nn.Parameter(_at(tensor, device), requires_grad=False)
     for name in names:
         owner, leaf = locate(model, name)
         setattr(owner, leaf, parameter)
+    return parameter
 
 
 def _load_buffers(model: nn.Module, source: Source, where: Place) -> None:

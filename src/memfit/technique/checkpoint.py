@@ -100,6 +100,10 @@ class Owner(Protocol):
         """Take back what `kept` has told of an equal block."""
         ...
 
+    def here(self, segment: "Segment") -> AbstractContextManager[None]:
+        """Inside, the block has its weights, wherever they are outside."""
+        ...
+
 
 class Alone:
     """No owner: gradients stay where autograd puts them."""
@@ -116,6 +120,9 @@ class Alone:
     def keep(self, segment: "Segment", kept: list[Any]) -> None:
         for parameter, gradient in zip(segment.block.parameters(), kept, strict=True):
             parameter.grad = gradient
+
+    def here(self, segment: "Segment") -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class Segment:
@@ -139,7 +146,8 @@ class Segment:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self.plain(*args, **kwargs)
+            with self.owner.here(self):
+                return self.plain(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         # A Function whose inputs need no gradient gets no backward, though the block's parameters need one.
         anchor = torch.empty(0, requires_grad=True)
@@ -235,7 +243,13 @@ class _Recomputed(torch.autograd.Function):
         ctx.random = _random_state(tensors) if call.segment.draws else None
         call.note_autocast(tensors)
         needs = ctx.needs
-        tree, ctx.stash = call.repeated("forward", needs, lambda: tensors, lambda: _forward(call, tensors, needs))
+
+
+        def run() -> Any:
+            with call.segment.owner.here(call.segment):
+                return _forward(call, tensors, needs)
+
+        tree, ctx.stash = call.repeated("forward", needs, lambda: tensors, run)
         out, call.out_spec = tree_flatten(tree)
         call.out_leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out]
         found = tuple(leaf for leaf in out if isinstance(leaf, Tensor))
@@ -254,8 +268,9 @@ class _Recomputed(torch.autograd.Function):
         ready = owner.ready(segment)
 
         def run() -> Any:
-            found = _backward_or_smaller(call, tensors, ctx.needs, gradients, ctx.random)
-            owner.done(segment, ready)
+            with owner.here(segment):
+                found = _backward_or_smaller(call, tensors, ctx.needs, gradients, ctx.random)
+                owner.done(segment, ready)
             return found, owner.kept(segment)
 
         numbers = {id(parameter): number for number, parameter in enumerate(segment.block.parameters())}

@@ -43,6 +43,11 @@ class PlanCallback(TrainerCallback):  # type: ignore[misc]
                 f"gradient_accumulation_steps is {args.gradient_accumulation_steps}: set it to 1, and "
                 f"per_device_train_batch_size to the batch, {self.plan.task.batch}. The plan cuts it as it needs."
             )
+        if self.plan.recipe.weights != "memory":
+            raise UsageError(
+                f"the plan keeps weights on the {self.plan.recipe.weights}, and the Trainer would save what is in "
+                "their place. Train with `memfit.train` or a loop of your own, or plan with a larger budget."
+            )
         model: nn.Module = given["model"]
         self._optimizer = given.get("optimizer")
         make_trainable(model, self.plan.recipe)

@@ -28,6 +28,7 @@ def load_classifier(
     seed: int = 0,
     pad: int | None = None,
     pack: Callable[[nn.Module, Read], None] | None = None,
+    send: Callable[[str, nn.Parameter], None] | None = None,
 ) -> nn.Module:
     """The model of `source` with a head of `classes`: its own, or where it has none a new one, drawn from `seed`.
 
@@ -35,7 +36,7 @@ def load_classifier(
 
     Args:
         names: of the classes, for the config. pad: the id of padding, which models that read from the left need.
-        pack: see `load`.
+        pack, send: see `load`.
 
     Raises:
         UsageError: its own head has another number of classes, or its kind can have none.
@@ -44,8 +45,8 @@ def load_classifier(
         own = int(source.config.num_labels)
         if own != classes:
             raise UsageError(f"{source.name}: its head has {own} classes, and the data has {classes}.")
-        return load(source, dtype=dtype, pack=pack)
-    body = load(source, dtype=dtype, pack=pack)
+        return load(source, dtype=dtype, pack=pack, send=send)
+    body = load(source, dtype=dtype, pack=pack, send=send)
     model: nn.Module = _skeleton(source, classes, names, next(body.parameters()).dtype, pad)
     prefix = str(model.base_model_prefix)
     inner: nn.Module = getattr(body, str(getattr(body, "base_model_prefix", "")), body)

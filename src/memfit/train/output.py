@@ -13,6 +13,8 @@ from memfit.format.safetensors import TensorSpec, Writer
 from memfit.source.source import Source
 from memfit.technique.adapters import save as save_adapters
 
+from .away import here
+
 
 def write_model(
     model: nn.Module, out: OutputDirectory, *, source: Source | None = None, tokenizer: Any = None
@@ -36,7 +38,8 @@ def write_model(
     ]
     with Writer(out.path, specs) as writer:
         for name, tensor in tensors.items():
-            writer.write(name, tensor.detach().contiguous())
+            with here((tensor,)):
+                writer.write(name, tensor.detach().contiguous())
     config = getattr(model, "config", None)
     if config is not None:
         data = json.loads(config.to_json_string(use_diff=True))

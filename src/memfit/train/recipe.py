@@ -47,6 +47,8 @@ class Recipe:
     """What gradients add up in: the weights' dtype, `fp32`, or `int8` with error feedback."""
     states: Place = "memory"
     """Where optimizer states wait between updates (exact)."""
+    weights: Place = "memory"
+    """Where the weights of recomputed blocks wait while no block of theirs runs (exact)."""
     adapters: Adapters | None = None
     """Train low-rank adapters alone, the model frozen, perhaps packed; None: train the whole model."""
 
@@ -54,6 +56,7 @@ class Recipe:
         for name, known in (
             ("precision", get_args(Precision)), ("optimizer", OPTIMIZERS), ("state_bits", STATE_BITS),
             ("store", STORES), ("gradients", get_args(Gradients)), ("states", get_args(Place)),
+            ("weights", get_args(Place)),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
@@ -65,6 +68,11 @@ class Recipe:
             raise ValueError(f"{self.optimizer} has states of 32 bits alone, got state_bits={self.state_bits}")
         if self.rows and (self.chunk_nbytes is None or self.optimizer not in ("adamw", "sgd")):
             raise ValueError("rows needs the loss in chunks, and an optimizer that moves each weight by itself")
+        if self.weights != "memory":
+            if not self.recompute:
+                raise ValueError(f"weights wait on the {self.weights} for blocks that are recomputed, and none is")
+            if self.adapters is not None and self.adapters.kind != "lora":
+                raise ValueError(f"{self.adapters.kind} reads the weights when it is made; they cannot be away")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,7 +114,10 @@ def describe(recipe: Recipe, blocks: int) -> str:
         parts.append("updates within the backward pass")
     if recipe.rows:
         parts.append("embedding and head updated by rows")
-    for place, what in ((recipe.states, "optimizer states"), (recipe.store, "inputs of blocks")):
+    places = (
+        (recipe.states, "optimizer states"), (recipe.weights, "weights of blocks"), (recipe.store, "inputs of blocks")
+    )  # fmt: skip
+    for place, what in places:
         if place != "memory":
             parts.append(f"{what} in {place}" if place == "int8" else f"{what} on the {place}")
     return ", ".join(parts)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memfit.errors import BrokenInput
 from memfit.format.safetensors import TensorSpec, Writer
 from memfit.packed.fake import blocks_to_run
 from memfit.source.safetensors import open_checkpoint
 
+from .away import changed, here
 from .gradients import trained
 from .step import TrainStep
 from .tiles import tiles
@@ -48,13 +49,19 @@ def save_states(step: TrainStep, directory: Path | None) -> list[TensorSpec]:
 def _tensors(step: TrainStep) -> Iterator[tuple[str, Iterator[Tensor]]]:
     """(name, its flat tiles on the CPU) of each tensor to be written."""
     for name, parameter in trained(step.model):
-        flat = parameter.detach().reshape(-1)
-        yield f"weight/{name}", (flat[start:stop].cpu() for start, stop in _tiles(flat.numel()))
+        yield f"weight/{name}", _weight(parameter)
     states = step.mover.states
     for name in states.names():
         for state, (_, entries) in states.slots(name).items():
             parts = (states.read(name, state, start, stop).cpu() for start, stop in _tiles(entries))
             yield f"state/{name}/{state}", parts
+
+
+def _weight(parameter: nn.Parameter) -> Iterator[Tensor]:
+    with here((parameter,)):
+        flat = parameter.detach().reshape(-1)
+        for start, stop in _tiles(flat.numel()):
+            yield flat[start:stop].cpu()
 
 
 def _tiles(entries: int) -> list[tuple[int, int]]:
@@ -71,14 +78,17 @@ def restore_states(step: TrainStep, source: "Path | list[TensorSpec]") -> None:
     states = step.mover.states
     with torch.no_grad():
         for name, parameter in trained(step.model):
-            flat = parameter.detach().view(-1)
-            for start, stop in _tiles(flat.numel()):
-                tile = flat[start:stop]
-                if tile.device.type == "cpu":
-                    read(f"weight/{name}", tuple(parameter.shape), start, tile)
-                else:
-                    read(f"weight/{name}", tuple(parameter.shape), start, held := torch.empty_like(tile, device="cpu"))
-                    tile.copy_(held)
+            with here((parameter,)):
+                flat = parameter.detach().view(-1)
+                for start, stop in _tiles(flat.numel()):
+                    tile = flat[start:stop]
+                    back = tile if tile.device.type == "cpu" else torch.empty_like(tile, device="cpu")
+                    read(f"weight/{name}", tuple(parameter.shape), start, back)
+                    if back is not tile:
+                        tile.copy_(back)
+                    del tile, back
+                changed(parameter)
+                del flat
             wanted = step.mover.slots(parameter)
             if not all(has(f"state/{name}/{state}") for state in wanted):
                 continue  # a parameter that never had a gradient has no states

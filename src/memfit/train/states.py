@@ -5,7 +5,7 @@ An update asks for the tiles of one part of a parameter, changes them in place, 
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -134,20 +134,25 @@ class OnDisk:
         dtype, _ = self._slots[name][state]
         tile = torch.empty(stop - start, dtype=dtype)
         if name not in self._fake:
-            buffer = memoryview(tile.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            done = os.preadv(self._files[name, state], [buffer], start * dtype.itemsize)
-            assert done == len(buffer), f"{name} {state}: {done} of {len(buffer)} bytes read"
+            _moved(os.preadv, self._files[name, state], tile, start)
         return tile.to(self._devices[name])
 
     def write(self, name: str, state: str, start: int, tile: Tensor) -> None:
         if name not in self._fake:
-            buffer = memoryview(tile.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
-            done = os.pwritev(self._files[name, state], [buffer], start * tile.dtype.itemsize)
-            assert done == len(buffer), f"{name} {state}: {done} of {len(buffer)} bytes written"
+            _moved(os.pwritev, self._files[name, state], tile.cpu(), start)
 
     def __del__(self) -> None:
         for file in self._files.values():
             os.close(file)
+
+
+def _moved(call: Callable[..., int], file: int, tile: Tensor, start: int) -> None:
+    """Read or write a flat tile, from its entry `start` of the file on: one call moves 2 GiB at most."""
+    buffer, at, done = memoryview(tile.view(torch.uint8).numpy()), start * tile.element_size(), 0  # type: ignore[arg-type]
+    while done < len(buffer):
+        moved = call(file, [buffer[done:]], at + done)
+        assert moved > 0, f"a file of states ends after {at + done} bytes"
+        done += moved
 
 
 def states_at(place: Place, directory: str | None = None) -> States:

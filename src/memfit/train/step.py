@@ -8,7 +8,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from memfit.technique.chunk_loss import ChunkLoss, HeadCall, rows_of_gradient
 from memfit.technique.precision import LossScale, Precision
 from memfit.technique.row_gradients import RowGradients, known_lookup, rows_on
 
+from .away import bring_back, changed, here, sending
 from .gradients import Accumulated, clip_coefficient, trained
 from .hyper import Hyper
 from .objective import Batch, LanguageModel, Objective, objective_of, output_head, without_head
@@ -90,6 +91,7 @@ class TrainStep:
         self._uses: dict[int, int] = {}
         self._expected: dict[int, int] = {}
         self._stack = ExitStack()
+        self._directory = directory
         self._set_up(recipe)
 
     def _set_up(self, recipe: Recipe) -> None:
@@ -102,7 +104,23 @@ class TrainStep:
         self.segments: list[Segment] = self._stack.enter_context(
             Checkpoint(blocks=recipe.recompute, slices=recipe.slices, store=recipe.store).on(self.model, owner=self)
         )
+        self._send()
         self._hook()
+
+    def _send(self) -> None:
+        """Weights of blocks that are recomputed go where they are to wait, those of others come back."""
+        send = sending(self.recipe, self._directory)
+        sent: set[int] = set()
+        if send is not None:
+            stacked = self._in_stacks()
+            for segment in self.segments:
+                for name, parameter in segment.block.named_parameters():
+                    if id(parameter) in stacked:
+                        send(f"{segment.name}.{name}", parameter)
+                        sent.add(id(parameter))
+        for parameter in self.model.parameters():
+            if id(parameter) not in sent:
+                bring_back(parameter)
 
     def change(self, recipe: Recipe) -> None:
         """Go on by another recipe that learns the same: other parts, other blocks recomputed, the same states.
@@ -110,7 +128,7 @@ class TrainStep:
         Raises:
             ValueError: the recipe has other weights or states.
         """
-        for name in ("precision", "optimizer", "state_bits", "states", "adapters"):
+        for name in ("precision", "optimizer", "state_bits", "states", "weights", "adapters"):
             if getattr(recipe, name) != getattr(self.recipe, name):
                 raise ValueError(f"{name} cannot change within a run: {getattr(self.recipe, name)!r} is in use")
         self.discard()
@@ -182,8 +200,10 @@ class TrainStep:
         return (0.0 if is_fake(total) else float(total)), labels, found
 
     def close(self) -> None:
-        """Unwrap the model: it is an ordinary one again, with the weights it has now."""
+        """Unwrap the model: it is an ordinary one again, with the weights it has now, all of them in memory."""
         self._stack.close()
+        for parameter in self.model.parameters():
+            bring_back(parameter)
 
     def discard(self) -> None:
         """Drop the gradients of a step that was left by an error."""
@@ -363,6 +383,10 @@ class TrainStep:
         held = [self._held(self._names.get(id(p), ""), p) for p in segment.block.parameters()]
         return [self._counting, *held]
 
+    def here(self, segment: Segment) -> AbstractContextManager[None]:
+        """Inside, the block has its weights."""
+        return here(segment.block.parameters())
+
     def keep(self, segment: Segment, kept: list[Any]) -> None:
         """Take them, of an equal block in a dry run."""
         for parameter, held in zip(segment.block.parameters(), kept[1:], strict=True):
@@ -392,7 +416,9 @@ class TrainStep:
         self._updated += 1
 
         def run() -> Any:
-            self.mover.move(name, parameter, self.gradients, step=self.steps + 1, coefficient=self._coefficient)
+            with here((parameter,)):
+                self.mover.move(name, parameter, self.gradients, step=self.steps + 1, coefficient=self._coefficient)
+                changed(parameter)
             self.gradients.clear(parameter)
             return self._held(name, parameter)
 

@@ -201,6 +201,9 @@ def train_step(
         directory: where states go that the plan puts on the disk.
         seed: of stochastic rounding.
 
+    Where the plan keeps weights on the disk, the blocks' parameters have no values of their own between steps;
+    `step.close()` gives them back.
+
     A batch has `input_ids` and `labels` (−100 is ignored) of a language model; or `input_ids`, `attention_mask` and one
     label a row of a classifier.
     """

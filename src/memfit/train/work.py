@@ -79,6 +79,9 @@ def seconds_of(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
         seconds += shape.parameters * (4e-9 if recipe.state_bits >= 16 else 6e-9)
         if recipe.states == "disk":
             seconds += 2 * shape.parameters * recipe.state_bits / 4 / _DISK_NBYTES
+    if recipe.weights == "disk":
+        passes = (2 + int(whole)) * (2 if recipe.in_backward and task.hyper.clip is not None else 1)
+        seconds += passes * share * shape.in_blocks * recipe.dtype.itemsize / _DISK_NBYTES
     if recipe.store == "disk":
         width = (shape.in_blocks / max(len(shape.blocks), 1) / 12) ** 0.5
         seconds += 2 * len(recipe.recompute) * tokens * width * 2 / _DISK_NBYTES
@@ -88,7 +91,7 @@ def seconds_of(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
 def static_nbytes(shape: Shape, recipe: Recipe) -> int:
     """Bytes that are there at some moment of every step, at the least: weights, states, gradients that wait."""
     if recipe.adapters is not None:
-        return shape.in_blocks * recipe.adapters.base_bits // 8
+        return 0 if recipe.weights != "memory" else shape.in_blocks * recipe.adapters.base_bits // 8
     bits = {"fp32": 32, "autocast": 32, "master": 32, "kahan": 32, "fp16": 48}.get(recipe.precision, 16)
     states = {"adamw": 2, "sgd": 1}.get(recipe.optimizer, 0)
     if recipe.states == "memory":
@@ -96,6 +99,8 @@ def static_nbytes(shape: Shape, recipe: Recipe) -> int:
     elif recipe.precision in ("master", "kahan", "fp16"):
         bits = 16  # what a master adds to the weights waits with the states
     nbytes = shape.parameters * bits // 8
+    if recipe.weights != "memory":
+        nbytes -= shape.in_blocks * recipe.dtype.itemsize
     if not recipe.in_backward:
         each = {"int8": 1, "fp32": 4}.get(recipe.gradients, 4 if recipe.precision in ("fp32", "autocast") else 2)
         nbytes += each * (shape.in_blocks if recipe.rows else shape.parameters)
