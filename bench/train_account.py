@@ -33,7 +33,7 @@ from memfit.account.account import Account  # noqa: E402
 from memfit.account.dry_run import dry_run  # noqa: E402
 from memfit.account.meter import Meter  # noqa: E402
 from memfit.account.outside import predict_resident  # noqa: E402
-from memfit.account.replay import stacked_blocks  # noqa: E402
+from memfit.account.structure import stacked_blocks  # noqa: E402
 from memfit.errors import DoesNotFit, UsageError  # noqa: E402
 from memfit.models import load_to_train, loader_for  # noqa: E402
 from memfit.outside import outside_of_machine  # noqa: E402

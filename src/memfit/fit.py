@@ -323,9 +323,19 @@ def measure(model: str | Path, task: Infer | None = None, *, threads: int | None
     return Account.from_json(answer["account"])
 
 
-def load(directory: str | Path) -> nn.Module:
-    """A fitted model, running from its packed weights. Give `forward` a cache of `make_cache`, too."""
-    return load_model(loader_for(str(directory)))
+def load(model: str | Path, plan: TrainPlan | None = None) -> nn.Module:
+    """A model with its weights: a fitted one runs from its packed weights. Give `forward` a cache of `make_cache`, too.
+
+    Args:
+        model: a directory, a `.gguf` file or a hub id.
+        plan: of training: the model comes in its dtype, with what it packs packed and what it keeps on the disk there,
+            and takes no more on its way than it says. For `train_step`.
+
+    Raises:
+        BrokenInput: a weight is missing, of another shape or type, or not finite.
+    """
+    source = loader_for(str(model))
+    return load_model(source) if plan is None else load_to_train(source, plan.recipe)
 
 
 # -- parts --------------------------------------------------------------------------------------------

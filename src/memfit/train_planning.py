@@ -17,7 +17,8 @@ from torch import nn
 
 from memfit.account.account import Account
 from memfit.account.dry_run import dry_run
-from memfit.account.replay import Products, stacked_blocks
+from memfit.account.replay import Products
+from memfit.account.structure import stacked_blocks
 from memfit.errors import DoesNotFit, UsageError
 from memfit.models import load_to_train
 from memfit.planning import account_of

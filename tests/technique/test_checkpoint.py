@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from memfit.account.replay import stacked_blocks
+from memfit.account.structure import stacked_blocks
 from memfit.technique.checkpoint import Checkpoint
 
 DECODER = {

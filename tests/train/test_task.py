@@ -8,15 +8,17 @@ import pytest
 import torch
 import transformers as hf
 
+import memfit
 from memfit.account.dry_run import dry_run
 from memfit.account.meter import Meter
-from memfit.account.replay import stacked_blocks
+from memfit.account.structure import stacked_blocks
 from memfit.errors import UsageError
 from memfit.models import load_to_train
 from memfit.packed.modules import packed_modules
-from memfit.source.source import source_from_config
+from memfit.source.source import open_source, source_from_config
 from memfit.technique.adapters import Adapters
 from memfit.train.hyper import Hyper
+from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe
 from memfit.train.task import Train, make_trainable
 
@@ -154,6 +156,33 @@ def test_a_packed_model_is_packed_while_it_is_loaded():
     for name, module in packed.items():
         for part, buffer in module.store.named_buffers():
             assert torch.equal(buffer, getattr(later[name].store, part)), (name, part)
+
+
+def test_a_plan_loads_a_model_as_it_trains_it(tmp_path):
+    """So a loop of one's own begins with no more than the plan says."""
+    from memfit import demo
+
+    task = Train(batch=2, sequence=32, hyper=Hyper(lr=3e-3))
+    source = demo.model_directory()
+    names = tuple(name for name, _ in stacked_blocks(open_source(source).build()))
+    kept = {name: p.shape for name, p in memfit.load(source).named_parameters()}
+    for recipe in (RECIPES["weights away"], RECIPES["qlora"], RECIPES["plain"]):
+        recipe = replace(recipe, recompute=names if recipe.recompute else ())
+        plan = TrainPlan(
+            model="demo", task=task.with_recipe(recipe), budget_nbytes=1 << 30, predicted={}, changes=(), seconds=1.0,
+            slowdown=1.0, device="cpu", rungs=(),
+        )  # fmt: skip
+        learner = memfit.load(source, plan)
+        assert {p.dtype for p in learner.parameters()} == {recipe.dtype}
+        assert bool(packed_modules(learner)) == (recipe.adapters is not None)
+        step = memfit.train_step(learner, plan, directory=str(tmp_path))
+        ids = torch.randint(0, 100, (2, 32), generator=torch.Generator().manual_seed(0))
+        losses = [step({"input_ids": ids, "labels": ids}).loss for _ in range(3)]
+        assert losses[2] < losses[0]
+        step.close()
+        if recipe.adapters is None:
+            assert {name: p.shape for name, p in learner.named_parameters()} == kept
+            assert all(p.untyped_storage().nbytes() == p.nbytes for p in learner.parameters())
 
 
 def test_weights_that_wait_on_the_disk_are_never_all_in_memory():

@@ -25,9 +25,19 @@ from memfit.packed.store import PackedWeight
 from .fakes import make_fake, view_fake
 from .follow import Follow
 from .ledger import Storage
-
-_LAYER_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx"})
-_Plain = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+from .structure import (
+    PLAIN,
+    Itself,
+    cache_layers,
+    is_cache,
+    is_record,
+    layer_number,
+    packed_holders,
+    shape_of,
+    stacked_blocks,
+    structure_of,
+    take_apart,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +66,6 @@ class _Recording:
     """Attributes of each cache layer after the call."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Itself:
-    """In a description, an object that only it is like."""
-
-    kind: type
-    number: int
-
-
 class Blocks:
     """Replays calls of equal blocks while it is `on` a model.
 
@@ -85,8 +87,8 @@ class Blocks:
     def on(self, model: nn.Module) -> Iterator[None]:
         """Wrap the blocks of every stack in `model`; unwrapped again at the end."""
         wrapped: list[nn.Module] = []
-        for name, block in (*stacked_blocks(model), *_packed(model)):
-            structure = _structure(block)
+        for name, block in (*stacked_blocks(model), *packed_holders(model)):
+            structure = structure_of(block)
             if structure is not None:
                 block.forward = self._wrap(name, block, structure, block.forward)
                 wrapped.append(block)
@@ -114,12 +116,12 @@ class Blocks:
     ) -> Any:
         structure = None
         if block is not None:
-            structure = self._structures.setdefault(id(block), None) or _structure(block)
+            structure = self._structures.setdefault(id(block), None) or structure_of(block)
             self._structures[id(block)] = structure
         modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
         described = self._describe((key, structure, modes), None, given(), {})
         known = self._products if any_recipe else self._repeats
-        if described is not None and any(isinstance(part, _Itself) for part in described[0][2]):
+        if described is not None and any(isinstance(part, Itself) for part in described[0][2]):
             known = self._known  # another trace has other objects, and may give them the same number
         return self._once(known, described, name, call)
 
@@ -168,10 +170,10 @@ class Blocks:
             PackedWeight.load_from = plain  # type: ignore[method-assign]
 
     def _wrap(self, name: str, block: nn.Module, structure: Any, forward: Any) -> Any:
-        layer_number = _layer_number(block)
+        own_layer = layer_number(block)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            described = self._describe(structure, layer_number, args, kwargs)
+            described = self._describe(structure, own_layer, args, kwargs)
             return self._once(self._known, described, name, lambda: forward(*args, **kwargs))
 
         return call
@@ -194,10 +196,10 @@ class Blocks:
     # -- describing ---------------------------------------------------------------------------------
 
     def _describe(
-        self, structure: Any, layer_number: int | None, args: Any, kwargs: Any
+        self, structure: Any, own_layer: int | None, args: Any, kwargs: Any
     ) -> tuple[Any, dict[int, Tensor], list[Any]] | None:
         """(key of the call, its input storages and a tensor on each, its cache layers), None if unknown."""
-        leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_cache)
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=is_cache)
         layers: list[Any] = []
         parts: list[Any] = []
         tensors: list[Tensor] = []
@@ -205,26 +207,26 @@ class Blocks:
             if isinstance(leaf, Tensor):
                 tensors.append(leaf)
                 parts.append("tensor")
-            elif isinstance(leaf, _Plain):
+            elif isinstance(leaf, PLAIN):
                 parts.append(leaf)
-            elif _is_cache(leaf):
-                found = _cache_layers(leaf, layer_number)
+            elif is_cache(leaf):
+                found = cache_layers(leaf, own_layer)
                 if found is None:
                     return None
                 layers += found[0]
                 parts.append(found[1])
             else:
-                parts.append(_Itself(type(leaf), id(leaf)))
+                parts.append(Itself(type(leaf), id(leaf)))
         for layer in layers:
             for attribute, value in sorted(vars(layer).items()):
                 parts.append(attribute)
-                _take_apart(value, parts, tensors)
+                take_apart(value, parts, tensors)
         roles: dict[int, Tensor] = {}
         order: dict[int, int] = {}
         for tensor in tensors:
             number = self.follow.number_of(tensor)
             roles.setdefault(number, tensor)
-            parts.append((order.setdefault(number, len(order)), _shape(tensor)))
+            parts.append((order.setdefault(number, len(order)), shape_of(tensor)))
         key = (structure, repr(spec), tuple(parts))
         try:
             hash(key)
@@ -256,7 +258,7 @@ class Blocks:
 
         def recipe(value: Any) -> Any:
             if not isinstance(value, Tensor):
-                if not isinstance(value, _Plain):
+                if not isinstance(value, PLAIN):
                     raise _Unknown
                 return value
             number = self.follow.number_of(value)
@@ -341,111 +343,6 @@ class _Unknown(Exception):
 _UNSEEN = object()
 
 
-def stacked_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(dotted name, block) of each block in a stack: a `ModuleList` of two or more; outermost stacks only."""
-    stacks: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(stack + ".") for stack in stacks):
-            continue
-        if isinstance(module, nn.ModuleList) and len(module) > 1:
-            stacks.append(name)
-            for number, block in enumerate(module):
-                yield f"{name}.{number}", block
-
-
-def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that run from packed weights: equal ones recur in blocks that are not equal as a whole."""
-    for name, module in model.named_modules():
-        if any(getattr(child, "holds_weights", False) for child in module.children()):
-            yield name, module
-
-
-def _structure(block: nn.Module) -> Any:
-    """All of a block that decides what it allocates: classes, settings, shapes; not its number or values."""
-    parts: list[Any] = []
-    for name, module in block.named_modules():
-        plain = tuple(
-            (key, value)
-            for key, value in sorted(vars(module).items())
-            if isinstance(value, _Plain) and key not in _LAYER_NUMBERS
-        )
-        tensors = tuple(
-            (key, _shape(tensor))
-            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        )
-        parts.append((name, type(module), plain, tensors))
-    return tuple(parts)
-
-
-def _shape(tensor: Tensor) -> tuple[Any, ...]:
-    return (
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
-        tensor.storage_offset(),
-        tensor.dtype,
-        tensor.requires_grad,
-    )
-
-
-def _layer_number(block: nn.Module) -> int | None:
-    for module in block.modules():
-        for name in _LAYER_NUMBERS:
-            number = vars(module).get(name)
-            if isinstance(number, int):
-                return number
-    return None
-
-
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "layers") or hasattr(value, "self_attention_cache")
-
-
-def _cache_layers(cache: Any, number: int | None) -> tuple[list[Any], Any] | None:
-    """The cache's layers that block `number` may touch, and what else of the cache decides its course."""
-    if number is None:
-        return None
-    if hasattr(cache, "self_attention_cache"):
-        inner = (cache.self_attention_cache, cache.cross_attention_cache)
-        if any(number >= len(part.layers) for part in inner):
-            return None
-        # The block itself sets the flag that says the cross-attention is filled: tell such calls apart.
-        updated = cache.is_updated.get(number)
-        return ([part.layers[number] for part in inner], ("cross", updated)) if updated else None
-    if number >= len(cache.layers):
-        return None
-    return [cache.layers[number]], type(cache)
-
-
-def _take_apart(value: Any, parts: list[Any], tensors: list[Tensor]) -> None:
-    """Add to `parts` all of an attribute that decides what is allocated, and to `tensors` those inside it."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        parts.append("tensor")
-    elif isinstance(value, _Plain):
-        parts.append(value)
-    elif isinstance(value, (list, tuple)):
-        parts.append((type(value), len(value)))
-        for item in value:
-            _take_apart(item, parts, tensors)
-    elif isinstance(value, dict):
-        parts.append((dict, tuple(value)))
-        for item in value.values():
-            _take_apart(item, parts, tensors)
-    elif _is_record(value):
-        parts.append((type(value), tuple(vars(value))))
-        for item in vars(value).values():
-            _take_apart(item, parts, tensors)
-    else:
-        parts.append((type(value), id(value)))
-
-
-def _is_record(value: Any) -> bool:
-    """Whether an object is tensors and settings under names, and no more."""
-    if isinstance(value, (nn.Module, type)) or not hasattr(value, "__dict__"):
-        return False
-    return all(isinstance(item, (Tensor, _View, *_Plain)) for item in vars(value).values())
-
-
 def _map(value: Any, change: Any) -> Any:
     if isinstance(value, (Tensor, _View)):
         return change(value)
@@ -453,7 +350,7 @@ def _map(value: Any, change: Any) -> Any:
         return type(value)(_map(item, change) for item in value)
     if isinstance(value, dict):
         return {key: _map(item, change) for key, item in value.items()}
-    if not isinstance(value, _Plain) and _is_record(value):
+    if not isinstance(value, PLAIN) and is_record(value, _View):
         made = object.__new__(type(value))
         vars(made).update({key: _map(item, change) for key, item in vars(value).items()})
         return made

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from memfit.account.replay import stacked_blocks
+from memfit.account.structure import stacked_blocks
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.experts import run_experts
 from memfit.packed.fake import blocks_to_run

@@ -21,14 +21,15 @@ from memfit.packed.fake import blocks_to_run, is_fake, repeated
 from memfit.technique.checkpoint import Checkpoint, Segment
 from memfit.technique.chunk_loss import ChunkLoss, HeadCall, rows_of_gradient
 from memfit.technique.precision import LossScale, Precision
-from memfit.technique.row_gradients import RowGradients, known_lookup, rows_on
+from memfit.technique.row_gradients import rows_on
 
 from .away import bring_back, changed, here, sending
 from .gradients import Accumulated, clip_coefficient, trained
 from .hyper import Hyper
-from .objective import Batch, LanguageModel, Objective, objective_of, output_head, without_head
+from .objective import Batch, Objective, objective_of, output_head, without_head
 from .recipe import Recipe
 from .update import Mover
+from .uses import find_tables, in_one_block, used_outside
 
 
 class LossNotFinite(MemfitError):
@@ -99,7 +100,7 @@ class TrainStep:
         self.recipe = recipe
         chunks = None if recipe.chunk_nbytes is None else ChunkLoss(chunk_nbytes=recipe.chunk_nbytes)
         self.objective: Objective = objective_of(self.model, chunks=chunks, loss=self._loss)
-        self._tables = self._find_tables() if recipe.rows else {}
+        self._tables = find_tables(self.model, self.objective) if recipe.rows else {}
         self.gradients = Accumulated(recipe.gradients, self._tables)
         self.segments: list[Segment] = self._stack.enter_context(
             Checkpoint(blocks=recipe.recompute, slices=recipe.slices, store=recipe.store).on(self.model, owner=self)
@@ -112,7 +113,7 @@ class TrainStep:
         send = sending(self.recipe, self._directory)
         sent: set[int] = set()
         if send is not None:
-            stacked = self._in_stacks()
+            stacked = in_one_block(self.model)
             for segment in self.segments:
                 for name, parameter in segment.block.named_parameters():
                     if id(parameter) in stacked:
@@ -317,11 +318,11 @@ class TrainStep:
             for parameter in {id(p): p for p in segment.block.parameters()}.values():
                 inside[id(parameter)] = inside.get(id(parameter), 0) + 1
         self._uses = inside
-        outside = {id(p) for p in self._used_outside(inside)}
+        outside = used_outside(self.model, tuple(segment.name for segment in self.segments)) & inside.keys()
         for key in outside:
             self._uses.pop(key, None)
         self._names = {id(parameter): name for name, parameter in trained(self.model)}
-        stacked = self._in_stacks()
+        stacked = in_one_block(self.model)
         for _, parameter in trained(self.model):
             key = id(parameter)
             alone = key in stacked and key not in self._uses and key not in outside
@@ -331,28 +332,6 @@ class TrainStep:
                 self._stack.callback(handle.remove)
         for segment in self.segments:
             segment.may_retry = self.recipe.in_backward and self.recipe.gradients == "weights"
-
-    def _used_outside(self, inside: dict[int, int]) -> list[nn.Parameter]:
-        """Parameters of checkpointed blocks that modules outside of them hold as well."""
-        blocks = tuple(segment.name + "." for segment in self.segments)
-        found = []
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if id(parameter) in inside and not name.startswith(blocks):
-                found.append(parameter)
-        return found
-
-    def _in_stacks(self) -> set[int]:
-        """Parameters that belong to one block of a stack: their gradient is whole when it arrives."""
-        from memfit.account.replay import stacked_blocks
-
-        count: dict[int, int] = {}
-        for _, block in stacked_blocks(self.model):
-            for key in {id(p) for p in block.parameters()}:
-                count[key] = count.get(key, 0) + 1
-        names: dict[int, int] = {}
-        for _, parameter in self.model.named_parameters(remove_duplicate=False):
-            names[id(parameter)] = names.get(id(parameter), 0) + 1
-        return {key for key, number in count.items() if number == 1 and names[key] == 1}
 
     def _arrived_alone(self, parameter: Tensor) -> None:
         self.gradients.arrived(parameter)
@@ -439,27 +418,6 @@ class TrainStep:
             return rows_of_gradient(call, table, bias, start, stop)
 
         self._tables[id(head.weight)].add_head(call.hidden_ND.shape[0], make)
-
-    def _find_tables(self) -> dict[int, RowGradients]:
-        """Trained embeddings and the head whose gradients can be made by rows."""
-        if not isinstance(self.objective, LanguageModel) or self.objective.chunks is None:
-            raise UsageError("gradients by rows need the loss in chunks, which this model does not allow.")
-        head = output_head(self.model)
-        assert head is not None
-        users: dict[int, list[nn.Module]] = {}
-        for module in self.model.modules():
-            for parameter in module.parameters(recurse=False):
-                users.setdefault(id(parameter), []).append(module)
-        found: dict[int, RowGradients] = {}
-        for module in self.model.modules():
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, nn.Parameter) or not weight.requires_grad or weight.dim() != 2:
-                continue
-            if all(user is head or known_lookup(user) for user in users[id(weight)]) and isinstance(
-                module, nn.Embedding | nn.Linear
-            ):
-                found[id(weight)] = RowGradients(weight)
-        return found
 
 
 def _is_fake(batch: Mapping[str, Any]) -> bool:

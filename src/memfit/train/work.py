@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from memfit.account.dry_run import no_collection
-from memfit.account.replay import stacked_blocks
+from memfit.account.structure import stacked_blocks
 from memfit.technique.row_gradients import known_lookup
 
 from .objective import output_head, why_no_chunks
