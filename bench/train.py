@@ -203,17 +203,27 @@ def main() -> None:
             rows.append(row)
             print(kind, f"{row['growth_nbytes'] / 2**20:.0f} MiB, {row['tokens_per_second']:.1f} tokens/s", flush=True)
             print("   ", [round(loss, 4) for loss in row["losses"]], flush=True)
-    by = {row["run"]: row for row in rows}
-    verdicts = []
-    for kind in kinds:
-        if kind.startswith("memfit") and "trainer" in by:
-            ours, theirs = by[kind], by["trainer"]
-            peak = ours["growth_nbytes"] / theirs["growth_nbytes"]
-            speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
-            passed = peak <= 0.6 and speed >= 0.9
-            verdicts.append(verdict(f"{kind} beside the Trainer", passed, f"peak {peak:.2f}, tokens/s {speed:.2f}"))
     result = {"batch": sizes[0], "sequence": sizes[1], "steps": given.steps, "planned": planned, "runs": rows}
-    write_result("train", result | {"verdicts": verdicts}, output=given.output)
+    write_result("train", result | {"verdicts": judged(rows)}, output=given.output)
+
+
+def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Peak and speed beside the Trainer's; and how far the loss curve is from plain training's, beside how far the
+    Trainer's is. A curve within a hundredth of plain's, in fp32 throughout, is called equal."""
+    by = {row["run"]: row for row in rows}
+    found = []
+    for kind, ours in by.items():
+        if not kind.startswith("memfit") or not {"plain", "trainer"} <= by.keys():
+            continue
+        plain, theirs = by["plain"]["losses"], by["trainer"]
+        curves = (ours["losses"], theirs["losses"])
+        gaps = [max(abs(a - b) for a, b in zip(curve, plain, strict=False)) for curve in curves]
+        peak = ours["growth_nbytes"] / theirs["growth_nbytes"]
+        speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
+        detail = f"peak {peak:.2f}, tokens/s {speed:.2f}; loss {gaps[0]:.4f} from plain's, the Trainer's {gaps[1]:.4f}"
+        passed = peak <= 0.6 and speed >= 0.9 and gaps[0] <= 0.01
+        found.append(verdict(f"{kind} beside the Trainer", passed, detail))
+    return found
 
 
 if __name__ == "__main__":
