@@ -13,13 +13,16 @@ from memfit.account.dry_run import dry_run
 from memfit.account.meter import Meter
 from memfit.account.structure import stacked_blocks
 from memfit.errors import UsageError
+from memfit.format.directory import OutputDirectory
 from memfit.models import load_to_train
 from memfit.packed.modules import packed_modules
 from memfit.source.source import open_source, source_from_config
 from memfit.technique.adapters import Adapters
 from memfit.train.hyper import Hyper
+from memfit.train.output import write_model
 from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe
+from memfit.train.save import restore_states, save_states
 from memfit.train.task import Train, make_trainable
 
 DECODER = {
@@ -183,6 +186,38 @@ def test_a_plan_loads_a_model_as_it_trains_it(tmp_path):
         if recipe.adapters is None:
             assert {name: p.shape for name, p in learner.named_parameters()} == kept
             assert all(p.untyped_storage().nbytes() == p.nbytes for p in learner.parameters())
+
+
+def test_what_is_saved_is_the_same_wherever_the_weights_wait(tmp_path):
+    source = source_from_config(hf.LlamaConfig(**DECODER))
+    ids = torch.randint(0, 2000, (4, 32), generator=torch.Generator().manual_seed(0))
+    names = tuple(name for name, _ in stacked_blocks(source.build()))
+    for name in ("weights away", "weights away, lora"):
+        files = []
+        for place in ("memory", "disk"):
+            recipe = replace(RECIPES[name], recompute=names, weights=place)
+            torch.manual_seed(0)
+            model = load_to_train(source, recipe)
+            step = memfit.train_step(model, Train(batch=4, sequence=32, recipe=recipe, hyper=Hyper(lr=1e-2)))
+            for _ in range(2):
+                step({"input_ids": ids, "labels": ids})
+            out = tmp_path / f"{name} {place}"
+            with OutputDirectory(out) as directory:
+                write_model(model, directory, source=source)
+            saved = tmp_path / f"{name} {place} states"
+            saved.mkdir()
+            save_states(step, saved)
+            files.append(
+                [file.read_bytes() for folder in (out, saved) for file in sorted(folder.glob("*.safetensors"))]
+            )
+            if recipe.adapters is None:
+                again = memfit.train_step(load_to_train(source, recipe), Train(batch=4, sequence=32, recipe=recipe))
+                restore_states(again, saved)
+                again.close()
+                step.close()
+                for one, other in zip(again.model.parameters(), model.parameters(), strict=True):
+                    assert torch.equal(one, other)
+        assert files[0] == files[1] and len(files[0]) == 2
 
 
 def test_weights_that_wait_on_the_disk_are_never_all_in_memory():

@@ -116,7 +116,8 @@ class TrainStep:
             stacked = in_one_block(self.model)
             for segment in self.segments:
                 for name, parameter in segment.block.named_parameters():
-                    if id(parameter) in stacked:
+                    # Of adapters, what is trained stays: it is small, and is saved by others.
+                    if id(parameter) in stacked and (self.recipe.adapters is None or not parameter.requires_grad):
                         send(f"{segment.name}.{name}", parameter)
                         sent.add(id(parameter))
         for parameter in self.model.parameters():
