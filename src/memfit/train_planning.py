@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from memfit.account.account import Account
-from memfit.account.dry_run import dry_run
+from memfit.account.dry_run import trace
 from memfit.account.replay import Products
+from memfit.account.settle import settle
 from memfit.account.structure import stacked_blocks
 from memfit.errors import DoesNotFit, UsageError
 from memfit.models import load_to_train
@@ -417,7 +418,8 @@ class _Tracer:
             task = task.with_recipe(replace(recipe, recompute=tuple(n for n in recipe.recompute if n in kept)))
         traced = task if count is None else SteadyStep(task)
         repeats = self._repeats.setdefault(replace(recipe, recompute=("some",) if recipe.recompute else ()), {})
-        return dry_run(made, traced, device=self.device, products=self._products, repeats=repeats)
+        ledger = trace(made, traced, device=self.device, products=self._products, repeats=repeats)
+        return settle(ledger, device=self.device)
 
 
 def _cut(model: nn.Module, count: int) -> None:

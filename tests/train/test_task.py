@@ -9,8 +9,9 @@ import torch
 import transformers as hf
 
 import memfit
-from memfit.account.dry_run import dry_run
+from memfit.account.dry_run import dry_run, trace
 from memfit.account.meter import Meter
+from memfit.account.settle import settle
 from memfit.account.structure import stacked_blocks
 from memfit.errors import UsageError
 from memfit.format.directory import OutputDirectory
@@ -251,7 +252,7 @@ def test_traces_of_one_recipe_share_what_is_alike():
             blocks = tuple(name for name, _ in stacked_blocks(source.build(dtype=torch.float32)))
             recipe = replace(RECIPES[name], recompute=blocks[:count])
             task = Train(batch=4, sequence=32, recipe=recipe, hyper=Hyper(clip=1.0))
-            return dry_run(lambda: load_to_train(source, recipe), task, **known)
+            return settle(trace(lambda: load_to_train(source, recipe), task, **known))
 
         traced(shallow, 2, products=products, repeats=repeats)
         assert repeats

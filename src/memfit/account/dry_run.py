@@ -98,15 +98,7 @@ def trace(
     return Loaded(make, device=device, whole=whole, products=products, repeats=repeats).run(task)
 
 
-def dry_run(
-    make: Callable[[], nn.Module],
-    task: Task,
-    *,
-    device: str = "cpu",
-    whole: bool = False,
-    products: Products | None = None,
-    repeats: Products | None = None,
-) -> Account:
+def dry_run(make: Callable[[], nn.Module], task: Task, *, device: str = "cpu", whole: bool = False) -> Account:
     """The account of making a model and running a task on it.
 
     Args:
@@ -114,11 +106,9 @@ def dry_run(
         task: what is run on it.
         device: `cpu` or `cuda`, whose allocator is meant; what is installed does not matter.
         whole: trace every block, also those equal to one already traced.
-        products, repeats: see `Loaded`.
     """
     started = time.perf_counter()
-    ledger = trace(make, task, device=device, whole=whole, products=products, repeats=repeats)
-    account = settle(ledger, device=device)
+    account = settle(trace(make, task, device=device, whole=whole), device=device)
     return replace(account, seconds=time.perf_counter() - started)
 
 
