@@ -24,9 +24,10 @@ from _common import verdict, write_result
 from memfit import Hyper, Recipe, demo
 from memfit.data.batches import batches_of
 from memfit.data.read import read_data
-from memfit.models import load_model
+from memfit.models import load_to_train
 from memfit.source.source import open_source
 from memfit.technique.adapters import Adapters
+from memfit.train.certify import apart
 from memfit.train.loop import draw_from
 from memfit.train.step import TrainStep
 from memfit.train.task import Train, make_trainable
@@ -50,8 +51,10 @@ EXACT = {
     "update in the backward pass": Recipe(recompute=BLOCKS, in_backward=True, chunk_nbytes=None),
     "states on the disk": Recipe(states="disk", chunk_nbytes=None),
     "states on the host": Recipe(states="host", chunk_nbytes=None),
+    "weights of blocks on the disk": Recipe(recompute=BLOCKS, weights="disk", chunk_nbytes=None),
     "all of them": Recipe(
-        recompute=BLOCKS, slices=8, store="disk", chunk_nbytes=SMALL, rows=True, in_backward=True, states="disk"
+        recompute=BLOCKS, slices=8, store="disk", chunk_nbytes=SMALL, rows=True, in_backward=True, states="disk",
+        weights="disk",
     ),
 }
 LOSSY = {
@@ -76,7 +79,7 @@ LOSSY = {
     "dora": Recipe(adapters=Adapters(kind="dora")),
     "qlora": Recipe(precision="master", adapters=Adapters(base_bits=4)),
 }
-RATES = {"lora": 1e-3, "dora": 1e-3, "qlora": 1e-3, "adafactor": 1e-4, "muon": 1e-3, "galore": 1e-4, "apollo": 1e-4}
+RATES = {"lora": 1e-3, "dora": 1e-3, "qlora": 1e-3, "adafactor": 1e-4, "muon": 1e-4, "galore": 1e-4, "apollo": 1e-4}
 """Learning rates of what learns otherwise than AdamW on all weights; it is no part of the last verdict."""
 
 
@@ -94,7 +97,7 @@ def learn(recipe: Recipe, steps: int, *, seed: int = 0, lr: float = LR) -> tuple
     """(losses, mean loss on 16 batches kept apart, seconds a step)."""
     draw_from(seed, 0)
     task = Train(batch=BATCH, sequence=SEQUENCE, recipe=recipe, hyper=Hyper(lr=lr))
-    model = load_model(SOURCE, dtype=task.dtype)
+    model = load_to_train(SOURCE, recipe)
     make_trainable(model, recipe)
     step, batches = TrainStep(model, recipe, hyper=task.hyper, seed=seed), data(demo.calibration_text(), seed)
     losses = []
@@ -106,10 +109,6 @@ def learn(recipe: Recipe, steps: int, *, seed: int = 0, lr: float = LR) -> tuple
     found = [step.evaluate(HELD_OUT.batch(0, number)) for number in range(16)]
     step.close()
     return losses, sum(loss for loss, _, _ in found) / len(found), seconds
-
-
-def apart(one: list[float], other: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def main() -> None:

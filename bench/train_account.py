@@ -131,6 +131,14 @@ RECIPES = {
         precision="master", states="disk", recompute=ALL, store="disk", chunk_nbytes=SMALL
     ),
     "adafactor, recompute in slices": Recipe(optimizer="adafactor", recompute=ALL, slices=2, chunk_nbytes=SMALL),
+    "weights on disk": Recipe(recompute=ALL, weights="disk", chunk_nbytes=None),
+    "master, in backward by rows, all on disk": Recipe(
+        precision="master", recompute=ALL, slices=4, in_backward=True, rows=True, chunk_nbytes=SMALL, states="disk",
+        store="disk", weights="disk",
+    ),
+    "lora, weights on disk": Recipe(
+        precision="master", adapters=Adapters(), recompute=ALL, weights="disk", chunk_nbytes=SMALL
+    ),
     "qlora, recompute": Recipe(
         precision="master", adapters=Adapters(base_bits=4), recompute=ALL, slices=2, chunk_nbytes=SMALL
     ),

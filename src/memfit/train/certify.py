@@ -45,8 +45,8 @@ def certify(
         for name, recipe in (("plain", plain), ("halves", halves), ("planned", plan.recipe))
     }
     return {
-        "steps": steps, "losses": found, "gap": _apart(found["planned"], found["plain"]),
-        "floor": _apart(found["halves"], found["plain"]),
+        "steps": steps, "losses": found, "gap": apart(found["planned"], found["plain"]),
+        "floor": apart(found["halves"], found["plain"]),
     }  # fmt: skip
 
 
@@ -75,5 +75,6 @@ def _losses(
     return found
 
 
-def _apart(one: list[float], other: list[float]) -> float:
+def apart(one: list[float], other: list[float]) -> float:
+    """The largest distance of two runs' losses, step by step."""
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
