@@ -136,9 +136,7 @@ RECIPES = {
         precision="master", recompute=ALL, slices=4, in_backward=True, rows=True, chunk_nbytes=SMALL, states="disk",
         store="disk", weights="disk",
     ),
-    "lora, weights on disk": Recipe(
-        precision="master", adapters=Adapters(), recompute=ALL, weights="disk", chunk_nbytes=SMALL
-    ),
+    "lora, weights on disk": Recipe(adapters=Adapters(), recompute=ALL, weights="disk", chunk_nbytes=SMALL),
     "qlora, recompute": Recipe(
         precision="master", adapters=Adapters(base_bits=4), recompute=ALL, slices=2, chunk_nbytes=SMALL
     ),
