@@ -8,6 +8,7 @@ Peaks are resident peaks of the process beyond what it had when its libraries we
 predicted, is what memfit's budgets are shares of.
 
 - plain: AdamW of torch on fp32 weights, all logits, nothing recomputed
+- autocast: the same with bf16 products, a row at a time: what bf16 makes of the loss curve (its speed is not looked at)
 - trainer: transformers' Trainer, bf16, gradient checkpointing, one row at a time accumulated, bitsandbytes' 8-bit AdamW
 - memfit-100, -60, -40, -25, -6: plans within that share of plain's peak (bf16 weights with an exact fp32 master)
 """
@@ -29,7 +30,7 @@ sys.path.insert(0, str(HERE))
 from _common import verdict, write_result  # noqa: E402
 
 THREADS = 2
-RUNS = ("plain", "trainer", "memfit-100", "memfit-60", "memfit-40", "memfit-25", "memfit-6")
+RUNS = ("plain", "autocast", "trainer", "memfit-100", "memfit-60", "memfit-40", "memfit-25", "memfit-6")
 LR = 1e-5
 
 
@@ -97,6 +98,25 @@ def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
             del loss
+            times.append(time.perf_counter() - started)
+    elif kind == "autocast":
+        there = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        optimizer = torch.optim.AdamW(there.parameters(), lr=LR, weight_decay=0.0)
+        for number in range(steps):
+            started = time.perf_counter()
+            found = data.batch(0, number)
+            total = 0.0
+            for row in range(batch):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    own = {name: tensor[row : row + 1] for name, tensor in found.items()}
+                    loss = there(**own, use_cache=False).loss / batch  # rows have as many labels each
+                loss.backward()
+                total += float(loss.detach())
+                del loss
+            torch.nn.utils.clip_grad_norm_(there.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total)
             times.append(time.perf_counter() - started)
     elif kind == "trainer":
         there = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
@@ -208,20 +228,23 @@ def main() -> None:
 
 
 def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Peak and speed beside the Trainer's; and how far the loss curve is from plain training's, beside how far the
-    Trainer's is. A curve within a hundredth of plain's, in fp32 throughout, is called equal."""
+    """Peak and speed beside the Trainer's; and how far the loss curve is from that of plain training with bf16
+    products. The noise that is allowed: how far plain fp32 training's is."""
     by = {row["run"]: row for row in rows}
     found = []
     for kind, ours in by.items():
-        if not kind.startswith("memfit") or not {"plain", "trainer"} <= by.keys():
+        if not kind.startswith("memfit") or not {"plain", "autocast", "trainer"} <= by.keys():
             continue
-        plain, theirs = by["plain"]["losses"], by["trainer"]
-        curves = (ours["losses"], theirs["losses"])
-        gaps = [max(abs(a - b) for a, b in zip(curve, plain, strict=False)) for curve in curves]
+        same, theirs = by["autocast"]["losses"], by["trainer"]
+        curves = (ours["losses"], theirs["losses"], by["plain"]["losses"])
+        gaps = [statistics.fmean(abs(a - b) for a, b in zip(curve, same, strict=True)) for curve in curves]
         peak = ours["growth_nbytes"] / theirs["growth_nbytes"]
         speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
-        detail = f"peak {peak:.2f}, tokens/s {speed:.2f}; loss {gaps[0]:.4f} from plain's, the Trainer's {gaps[1]:.4f}"
-        passed = peak <= 0.6 and speed >= 0.9 and gaps[0] <= 0.01
+        detail = (
+            f"peak {peak:.2f}, tokens/s {speed:.2f}; loss {gaps[0]:.4f} apart, the Trainer's {gaps[1]:.4f}, plain fp32 "
+            f"{gaps[2]:.4f}"
+        )  # fmt: skip
+        passed = peak <= 0.6 and speed >= 0.9 and gaps[0] <= gaps[2]
         found.append(verdict(f"{kind} beside the Trainer", passed, detail))
     return found
 
