@@ -160,6 +160,19 @@ def test_a_dry_run_writes_nothing_and_prints_the_plan(memfit, model, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_full_and_adapters_exclude_each_other(memfit, model):
+    for words in (("plan", model, "-b", "60%", "--task", "train"), ("train", model, "--data", "text.txt")):
+        code, out, err = memfit(*words, "--full", "--adapters")
+        assert code == 2 and "--full and --adapters exclude each other" in err and not out
+
+
+def test_a_plan_to_train_is_not_one_to_fit(memfit, model, tmp_path):
+    words = ("-b", "90%", "--task", "train", "--batch", "2", "--sequence", "16", "-o", "plan.json")
+    assert memfit("plan", model, *words)[0] == 0
+    code, _, err = memfit("fit", model, "--plan", "plan.json", "-o", "out")
+    assert code == 4 and "one to train: give it to `memfit train --plan`" in " ".join(err.split())
+
+
 @pytest.mark.parametrize("option", [("--batch", "4"), ("--budget", "1GiB"), ("--full",), ("--lr", "1e-3")])
 def test_what_contradicts_a_training_plan_is_refused(memfit, option):
     code, out, err = memfit("train", "model", "--data", "text.txt", "--plan", "plan.json", *option)

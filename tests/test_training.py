@@ -101,6 +101,16 @@ def test_a_run_learns_and_its_output_loads(plain):
     assert "<svg" in (out / "training.html").read_text()
 
 
+def test_the_report_of_a_trained_model_is_shown_again(plain, capsys, monkeypatch):
+    from memfit.cli import main
+
+    monkeypatch.setattr("sys.argv", ["memfit", "report", str(plain[1])])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert "peak, measured" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(model, text, plan, plain, tmp_path, at):
     class Killed(BaseException):

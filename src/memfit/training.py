@@ -121,6 +121,7 @@ def train(
         LossNotFinite, SaveFailed: the last good checkpoint is kept.
     """
     options = options or Options()
+    Schedule(steps=1, kind=options.schedule)  # a name that is not known is told before anything is made
     task = task or Train()
     if isinstance(given, str | Path):
         given = read_train_plan(given)
@@ -138,6 +139,8 @@ def train(
         raw, held = split_rows(raw, _HELD_OUT, options.seed)
     else:
         held = read_data(options.evaluation, text_column=options.text_column, label_column=options.label_column)
+    kinds = {"text": "texts", "pairs": "prompts with completions", "labelled": f"texts of {raw.classes} classes"}
+    progress(f"{raw.name}: {len(raw.rows)} {kinds[raw.kind]} to train on, {len(held.rows)} held out")
     subject = subject.for_data(raw, held, options.seed)
     batches = subject.batches(raw, task, options.seed, shuffle=True)
     judged = subject.batches(held, task, options.seed, shuffle=False)

@@ -111,6 +111,7 @@ def test_names_of_classes_are_numbered_in_their_order():
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'{"a": 1}', "row 1 has no text; its columns are a"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}', "row 2 has no label"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "label": 1}', "row 1 has no label"),
         ("a.jsonl", b'{"text": 3}', "row 1 has a int as its text"),
         ("a.jsonl", b'{"text": "a", "label": -1}', "row 1 has the label -1"),
         ("a.tsv", b"a\t1\nb", "line 2 has 1 columns, 2 were expected"),

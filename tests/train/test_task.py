@@ -71,6 +71,9 @@ def configs():
         "llama": hf.LlamaConfig(**DECODER),
         "gemma3": hf.Gemma3TextConfig(**DECODER, head_dim=16, sliding_window=8),
         "mixtral": hf.MixtralConfig(**DECODER, num_local_experts=4),
+        "llama, classes": hf.LlamaConfig(
+            **DECODER | {"num_key_value_heads": 4}, architectures=["LlamaForSequenceClassification"]
+        ),
         "gpt2": hf.GPT2Config(vocab_size=2000, n_embd=64, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2),
         "bert": hf.BertConfig(
             vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -107,16 +110,42 @@ def test_every_lever_is_predicted(name):
 
 
 @pytest.mark.parametrize("recipe", ["plain", "frugal", "master", "weights away"])
-@pytest.mark.parametrize("name", ["gemma3", "mixtral", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gemma3", "mixtral", "gpt2", "bert", "llama, classes"])
 def test_every_kind_of_model_is_predicted(name, recipe):
     chosen = RECIPES[recipe]
-    if name == "bert":
+    if name in ("bert", "llama, classes"):
         chosen = replace(chosen, rows=False)
     check(*both(configs()[name], chosen))
 
 
 def test_clipping_in_two_passes_is_predicted():
     check(*both(hf.LlamaConfig(**DECODER), RECIPES["frugal"], clip=1.0))
+
+
+def test_a_recomputed_block_does_not_fill_a_cache_twice():
+    """A loss of one's own may call the model as it is: with a cache, by its config."""
+    source = source_from_config(hf.LlamaConfig(**DECODER))
+    names = tuple(name for name, _ in stacked_blocks(source.build()))
+    ids = torch.randint(0, 2000, (4, 16), generator=torch.Generator().manual_seed(0))
+
+    def loss(model, batch):
+        return model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=True).loss
+
+    found = []
+    for recompute in ((), names):
+        task = Train(batch=4, sequence=16, recipe=Recipe(recompute=recompute), hyper=Hyper(lr=1e-3))
+        step = memfit.train_step(load_to_train(source, task.recipe), task, loss=loss)
+        found.append([step({"input_ids": ids}).loss for _ in range(3)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_batch_larger_than_planned_is_refused():
+    source = source_from_config(hf.LlamaConfig(**DECODER))
+    step = memfit.train_step(load_to_train(source, Recipe()), Train(batch=2, sequence=16))
+    ids = torch.zeros(3, 16, dtype=torch.long)
+    with pytest.raises(UsageError, match="a batch of 3 x 16 tokens, and the plan is for 2 x 16"):
+        step({"input_ids": ids, "labels": ids})
+    assert step({"input_ids": ids[:1], "labels": ids[:1]}).labels == 15
 
 
 def test_states_are_named_and_the_first_step_makes_them():

@@ -181,6 +181,12 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data) + "\n")
 
 
+def refuse_both(full: bool, adapters: bool) -> None:
+    """`--full` rules out what `--adapters` asks for."""
+    if full and adapters:
+        raise UsageError("--full and --adapters exclude each other: leave out one, or both to let the plan choose.")
+
+
 def refuse_beside_a_plan(context: typer.Context, own: tuple[str, ...]) -> None:
     """A plan has settings of its `own`: what contradicts them on the command line is not ignored."""
     for name in own:

@@ -36,6 +36,7 @@ from .app import (
     print_json,
     progress_to,
     refuse_beside_a_plan,
+    refuse_both,
     show,
     write,
 )
@@ -115,6 +116,7 @@ def plan(
     from memfit.report.terminal import render_plan
 
     if task is Task.train:
+        refuse_both(full, adapters)
         planned = memfit.plan(
             model, budget, task=training_task(batch, sequence, optimizer), full=not adapters, adapters=not full,
             slowdown=slowdown, device=device.value, progress=progress_to(quiet),
@@ -269,16 +271,29 @@ def report(
     directory: Annotated[Path, typer.Argument(help="A fitted model's directory.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Show the report of a fitted model again. Its page is report.html in the directory."""
+    """Show the report of a fitted or trained model again. Its page is report.html or training.html there."""
     from memfit.report.report import Report
     from memfit.report.terminal import render_report
+    from memfit.report.training import TrainReport, render_training
 
+    if (directory / "training.json").is_file():
+        try:
+            told = json.loads((directory / "training.json").read_text(encoding="utf-8"))
+            trained = TrainReport.from_json(told)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{directory}: no report can be read from training.json ({error}).") from error
+        if as_json:
+            print_json(told)
+        else:
+            show(render_training(trained))
+        return
     try:
         data = json.loads((directory / "report.json").read_text(encoding="utf-8"))
         found = Report.from_json(data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{directory}: no report can be read from report.json ({error}). Give a directory made by `memfit fit`."
+            f"{directory}: no report can be read from report.json ({error}). Give a directory made by `memfit fit` "
+            "or `memfit train`."
         ) from error
     if as_json:
         print_json(data)

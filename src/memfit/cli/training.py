@@ -23,6 +23,7 @@ from .app import (
     print_json,
     progress_to,
     refuse_beside_a_plan,
+    refuse_both,
     show,
     stderr,
 )
@@ -119,6 +120,7 @@ def train(
     _in_a_process_of_its_own()
     import torch
 
+    refuse_both(full, adapters)
     from memfit.report.training import render_training
     from memfit.train.watching import Bar, TensorBoard
     from memfit.training import Options

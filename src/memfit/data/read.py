@@ -227,7 +227,8 @@ def _rows(name: str, rows: Iterable[Any], text_column: str | None, label_column:
     first = listed[0]
     if not isinstance(first, Mapping):
         raise BrokenInput(f"{name}: row 1 is a {type(first).__name__}; objects with a `text` were expected.")
-    columns = [str(key) for key in first]
+    # Of all rows: a label that only some have is missing from the others, not from the data.
+    columns = list(dict.fromkeys(str(key) for row in listed if isinstance(row, Mapping) for key in row))
     if text_column is None and {"prompt", "completion"} <= set(columns):
         prompts, completions = (
             [_text(name, n, row, column) for n, row in enumerate(listed, 1)] for column in ("prompt", "completion")

@@ -206,6 +206,8 @@ class _Check:
     def keys(self, data: Any, known: set[str], where: str) -> None:
         if not isinstance(data, Mapping):
             raise self.broken(where, f"must be an object, not {type(data).__name__}")
+        if "rungs" in data and "rungs" not in known:
+            raise self.broken(where, "is one to train: give it to `memfit train --plan`, or `memfit.train(given=)`")
         if missing := sorted(known - data.keys()):
             raise self.broken(where, f"lacks {', '.join(missing)}")
         if unknown := sorted(map(str, data.keys() - known)):

@@ -75,11 +75,13 @@ def lines_of(report: TrainReport) -> list[tuple[str, str]]:
         found.append(("accuracy, 95 %", f"{low:.4f} to {high:.4f} ({report.classification['rows']} rows)"))
         low, high = report.classification["f1_interval"]
         found.append(("F1, 95 %", f"{low:.4f} to {high:.4f}"))
+        of = report.classification
+        found.append(("precision, recall", f"{of['precision']:.4f}, {of['recall']:.4f}"))
     found.append(("speed", f"{report.tokens_per_second:.0f} tokens/s"))
     found.append(("budget", format_size(plan["budget_nbytes"])))
     found.append(("peak, predicted", f"{format_size(plan['predicted']['peak_nbytes'])} allocated"))
     if report.measured_nbytes is not None:
-        what = "allocated" if plan["device"] == "cuda" else "resident, beyond what the process had before the model"
+        what = "allocated" if plan["device"] == "cuda" else "resident growth: what was allocated, and libraries' own"
         found.append(("peak, measured", f"{format_size(report.measured_nbytes)} {what}"))
     found += [("learned otherwise", change) for change in plan["changes"]] or [("learned otherwise", "nothing")]
     found += [(f"at step {step}", what) for step, what in report.notes]

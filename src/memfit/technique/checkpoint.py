@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from memfit.account.structure import is_cache
 from memfit.errors import UsageError
 from memfit.packed.fake import blocks_to_run, is_fake, repeated
 from memfit.packed.stash import STORES, Store, stash, unstash
@@ -148,6 +149,9 @@ class Segment:
         if not torch.is_grad_enabled():
             with self.owner.here(self):
                 return self.plain(*args, **kwargs)
+        # A cache is for generating: this pass would fill it, and the one that recomputes the block once more.
+        args = tuple(None if is_cache(value) else value for value in args)
+        kwargs = {name: None if is_cache(value) else value for name, value in kwargs.items()}
         leaves, spec = tree_flatten((args, kwargs))
         # A Function whose inputs need no gradient gets no backward, though the block's parameters need one.
         anchor = torch.empty(0, requires_grad=True)

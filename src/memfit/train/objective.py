@@ -101,7 +101,9 @@ class Classifier:
         if "input_ids" not in names:
             out = model(given["input_ids"])
         else:
-            out = model(**{name: value for name, value in given.items() if name in names})
+            own: dict[str, Any] = {name: value for name, value in given.items() if name in names}
+            # A cache would be filled by the pass that a block is recomputed in, once more.
+            out = model(**own, **({"use_cache": False} if "use_cache" in names else {}))
         if isinstance(out, Tensor):
             return out
         return out.logits if hasattr(out, "logits") else out[0]  # type: ignore[no-any-return]

@@ -85,6 +85,8 @@ class TrainStep:
         self.steps = 0
         """Steps done."""
         self.mover = Mover(model, recipe, self.hyper, directory=directory, seed=seed)
+        self.most: tuple[int, int] | None = None
+        """The largest batch that is taken, rows and tokens of each; None: any."""
         self._squares: Tensor | None = None
         self._coefficient: Tensor | None = None
         self._counting = self._last = False
@@ -146,6 +148,7 @@ class TrainStep:
             LossNotFinite: the loss is NaN or infinite; nothing was updated.
             UsageError: no label of the batch counts.
         """
+        self._check_size(batch)
         labels = self.objective.count(batch)
         if labels == 0:
             raise UsageError("all labels of the batch are ignored: it has nothing to learn from. Leave it out.")
@@ -172,6 +175,17 @@ class TrainStep:
         if self.scaler is not None:
             self.scaler.grow()
         return Outcome(loss=loss, labels=labels, gradient_norm=norm)
+
+    def _check_size(self, batch: Batch) -> None:
+        """A batch that is larger than planned would take more than was told."""
+        ids = batch.get("input_ids")
+        if self.most is None or ids is None or ids.dim() < 2:
+            return
+        if ids.shape[0] > self.most[0] or ids.shape[1] > self.most[1]:
+            raise UsageError(
+                f"a batch of {ids.shape[0]} x {ids.shape[1]} tokens, and the plan is for {self.most[0]} x "
+                f"{self.most[1]}. Plan for the largest batch there is."
+            )
 
     @property
     def updates_begun(self) -> bool:

@@ -209,4 +209,6 @@ def train_step(
     """
     task = plan if isinstance(plan, Train) else plan.task
     make_trainable(model, task.recipe)
-    return TrainStep(model, task.recipe, hyper=task.hyper, loss=loss, directory=directory, seed=seed)
+    step = TrainStep(model, task.recipe, hyper=task.hyper, loss=loss, directory=directory, seed=seed)
+    step.most = (task.batch, task.sequence)
+    return step
