@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE))
 from _common import verdict, write_result  # noqa: E402
 from train import gemma  # noqa: E402
 
-SHARES = (40, 25, 12, 6, 4)
+SHARES = (25, 12, 10)
 STEPS = 4
 CONTROL = 0.6
 
