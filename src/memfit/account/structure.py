@@ -118,7 +118,7 @@ def take_apart(value: Any, parts: list[Any], tensors: list[Tensor]) -> None:
         for item in vars(value).values():
             take_apart(item, parts, tensors)
     else:
-        parts.append((type(value), id(value)))
+        parts.append(Itself(type(value), id(value)))
 
 
 def is_record(value: Any, *also: type) -> bool:

@@ -276,29 +276,20 @@ def report(
     from memfit.report.terminal import render_report
     from memfit.report.training import TrainReport, render_training
 
-    if (directory / "training.json").is_file():
-        try:
-            told = json.loads((directory / "training.json").read_text(encoding="utf-8"))
-            trained = TrainReport.from_json(told)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{directory}: no report can be read from training.json ({error}).") from error
-        if as_json:
-            print_json(told)
-        else:
-            show(render_training(trained))
-        return
+    trained = (directory / "training.json").is_file()
+    name = "training.json" if trained else "report.json"
     try:
-        data = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-        found = Report.from_json(data)
+        data = json.loads((directory / name).read_text(encoding="utf-8"))
+        shown = render_training(TrainReport.from_json(data)) if trained else render_report(Report.from_json(data))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{directory}: no report can be read from report.json ({error}). Give a directory made by `memfit fit` "
-            "or `memfit train`."
+            f"{directory}: no report can be read from {name} ({error}). Give a directory made by `memfit fit` or "
+            "`memfit train`."
         ) from error
     if as_json:
         print_json(data)
     else:
-        show(render_report(found))
+        show(shown)
 
 
 _IN_THE_PLAN = (

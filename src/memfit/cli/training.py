@@ -115,12 +115,12 @@ def train(
 
     Stopped by SIGTERM or Ctrl-C, a run is saved, and goes on with --resume.
     """
+    refuse_both(full, adapters)
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
     _in_a_process_of_its_own()
     import torch
 
-    refuse_both(full, adapters)
     from memfit.report.training import render_training
     from memfit.train.watching import Bar, TensorBoard
     from memfit.training import Options

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from memfit.errors import MemfitError
 from memfit.packed.fake import is_fake
+from memfit.source.checkpoint import bytes_of
 from memfit.units import format_size
 
 SHARD_NBYTES: Final = 4 * 2**30
@@ -158,7 +159,7 @@ class Writer:
                 raise ValueError(f"{name}: a flat, contiguous part of {spec.dtype} on the CPU is due, got {got}")
             entries += part.numel()
             if real:
-                self._put(_bytes_of(part))
+                self._put(memoryview(bytes_of(part)))  # type: ignore[arg-type]  # an array is a buffer; its stub says not
         if real:
             if entries != math.prod(spec.shape):
                 raise ValueError(f"{name}: {math.prod(spec.shape)} entries were announced, {entries} came")
@@ -186,7 +187,7 @@ class Writer:
     def _write_bytes(self, tensor: Tensor) -> None:
         self._begin()
         if tensor.numel():
-            self._put(_bytes_of(tensor))
+            self._put(memoryview(bytes_of(tensor)))  # type: ignore[arg-type]
         self._end()
 
     def _begin(self) -> None:
@@ -256,11 +257,6 @@ class Writer:
         # Without shards on disk the tensors were fake, and there is nothing to index.
         if len(self._parts) > 1 and self.shards:
             self._write_index()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor, as bytes; numpy has no bfloat16, so the view is taken before."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def header_bytes(specs: Sequence[TensorSpec]) -> bytes:

@@ -77,7 +77,7 @@ class SafetensorsCheckpoint:
         if not is_fake(out):
             with _opened(info.file) as descriptor:
                 _read_checked(
-                    descriptor, info, info.offset + start * width * info.dtype.itemsize, _bytes_of(out)
+                    descriptor, info, info.offset + start * width * info.dtype.itemsize, bytes_of(out)
                 )
         return out
 
@@ -90,7 +90,7 @@ class SafetensorsCheckpoint:
         if out.dtype == info.dtype:
             if not is_fake(out):
                 with _opened(info.file) as descriptor:
-                    _read_checked(descriptor, info, info.offset, _bytes_of(out))
+                    _read_checked(descriptor, info, info.offset, bytes_of(out))
             return
         # Cast through one block, so that the tensor as stored and as wanted are never both whole in memory.
         flat, step = out.view(-1), max(BLOCK_NBYTES // info.dtype.itemsize, 1)
@@ -100,7 +100,7 @@ class SafetensorsCheckpoint:
         with _opened(info.file) as descriptor:
             for start in range(0, flat.numel(), step):
                 part = block[: min(step, flat.numel() - start)]
-                _read_checked(descriptor, info, info.offset + start * info.dtype.itemsize, _bytes_of(part))
+                _read_checked(descriptor, info, info.offset + start * info.dtype.itemsize, bytes_of(part))
                 cast_into(flat[start : start + part.numel()], part)
 
     def read_part(self, name: str, start: int, out: torch.Tensor) -> None:
@@ -109,7 +109,7 @@ class SafetensorsCheckpoint:
         if out.dtype != info.dtype or not out.is_contiguous() or not 0 <= start <= math.prod(info.shape) - out.numel():
             raise ValueError(f"{name} is {info.dtype} {info.shape}; no {out.dtype} {out.numel()} from {start} on")
         with _opened(info.file) as descriptor:
-            _read_checked(descriptor, info, info.offset + start * info.dtype.itemsize, _bytes_of(out))
+            _read_checked(descriptor, info, info.offset + start * info.dtype.itemsize, bytes_of(out))
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """The stored bytes of one tensor, a block at a time, unchecked: for comparing and hashing."""
@@ -134,7 +134,7 @@ def cast_into(out: torch.Tensor, block: torch.Tensor) -> None:
         out[start : start + piece].copy_(block[start : start + piece])
 
 
-def _bytes_of(tensor: torch.Tensor) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+def bytes_of(tensor: torch.Tensor) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
     """The memory of a contiguous CPU tensor as bytes; shared, not copied."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from memfit.errors import UsageError
+from memfit.packed.experts import WEIGHTS as EXPERTS
 from memfit.packed.fake import copies_of_fakes, repeated
 from memfit.packed.modules import (
     PackedLinear,
@@ -276,11 +277,12 @@ def _pack(
     pack_module_skeleton(model, schemes)
     for name in names:
         module, packed = plain.pop(name), packed_modules(model.get_submodule(name))[""]
-        linear = isinstance(packed, PackedLinear)
-        if linear and packed.tied:
-            continue
-        for part in ("weight",) if linear else ("gate_up_proj", "down_proj"):
-            store: PackedWeight = packed.store if isinstance(packed, PackedLinear) else getattr(packed, part)
+        stores: dict[str, PackedWeight]
+        if isinstance(packed, PackedLinear):
+            stores = {} if packed.tied else {"weight": packed.store}
+        else:
+            stores = {part: getattr(packed, part) for part in EXPERTS}
+        for part, store in stores.items():
             weight = module.get_parameter(part).detach() if read is None else read(f"{name}.{part}")
             _fill(store, quantize, weight.flatten(0, -2), name)
             del weight

@@ -248,7 +248,6 @@ class _Recomputed(torch.autograd.Function):
         call.note_autocast(tensors)
         needs = ctx.needs
 
-
         def run() -> Any:
             with call.segment.owner.here(call.segment):
                 return _forward(call, tensors, needs)

@@ -63,9 +63,7 @@ class LanguageModel:
             return out if isinstance(out, Tensor) else out[0]
         if self.encodes:
             given["decoder_input_ids"] = _moved_right(batch["labels"], model.config)
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            given["use_cache"] = False  # type: ignore[assignment]
-        return model(**given).logits  # type: ignore[no-any-return]
+        return model(**given, **_without_cache(model)).logits  # type: ignore[no-any-return]
 
     def loss(self, model: nn.Module, out: Tensor, batch: Batch, *, scale: float, keep: KeepCall | None) -> Tensor:
         labels = batch["labels"]
@@ -101,9 +99,8 @@ class Classifier:
         if "input_ids" not in names:
             out = model(given["input_ids"])
         else:
-            own: dict[str, Any] = {name: value for name, value in given.items() if name in names}
-            # A cache would be filled by the pass that a block is recomputed in, once more.
-            out = model(**own, **({"use_cache": False} if "use_cache" in names else {}))
+            own = {name: value for name, value in given.items() if name in names}
+            out = model(**own, **_without_cache(model))
         if isinstance(out, Tensor):
             return out
         return out.logits if hasattr(out, "logits") else out[0]  # type: ignore[no-any-return]
@@ -126,6 +123,11 @@ class Custom:
 
     def loss(self, model: nn.Module, out: Tensor, batch: Batch, *, scale: float, keep: KeepCall | None) -> Tensor:
         return out * (scale * self.count(batch))
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """What tells a model not to make a cache, which is for generating."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def _moved_right(labels_BT: Tensor, config: Any) -> Tensor:

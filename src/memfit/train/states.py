@@ -5,7 +5,7 @@ An update asks for the tiles of one part of a parameter, changes them in place, 
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memfit.errors import UsageError
 from memfit.packed.fake import is_fake
+from memfit.source.checkpoint import bytes_of
 
 from .recipe import Place
 
@@ -148,7 +149,7 @@ class OnDisk:
 
 def _moved(call: Callable[..., int], file: int, tile: Tensor, start: int) -> None:
     """Read or write a flat tile, from its entry `start` of the file on: one call moves 2 GiB at most."""
-    buffer, at, done = memoryview(tile.view(torch.uint8).numpy()), start * tile.element_size(), 0  # type: ignore[arg-type]
+    buffer, at, done = memoryview(bytes_of(tile)), start * tile.element_size(), 0  # type: ignore[arg-type]
     while done < len(buffer):
         moved = call(file, [buffer[done:]], at + done)
         assert moved > 0, f"a file of states ends after {at + done} bytes"
@@ -160,9 +161,3 @@ def states_at(place: Place, directory: str | None = None) -> States:
     if place == "disk":
         return OnDisk(directory)
     return InMemory(on_host=place == "host")
-
-
-def tensors_of(states: States, name: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each state of a parameter."""
-    for state, (_, entries) in states.slots(name).items():
-        yield state, states.read(name, state, 0, entries)

@@ -71,11 +71,11 @@ def seconds_of(shape: Shape, task: Train, recipe: Recipe, rate: float) -> float:
     if task.hyper.clip is not None:
         # For the gradient's norm alone: a pass that goes before, or the rows of the head's gradient once more.
         seconds += seconds if recipe.in_backward else 2 * head * int(recipe.rows)
-    parts = max(recipe.slices, -(-task.batch // (recipe.micro_batch or task.batch)))
+    batches = -(-task.batch // (recipe.micro_batch or task.batch))
+    parts = max(recipe.slices, batches)
     seconds *= 1.0 + _EACH_SLICE * (parts.bit_length() - 1)
     if whole:
-        sums = -(-task.batch // (recipe.micro_batch or task.batch)) - 1
-        seconds += sums * shape.parameters * _EACH_SUM[recipe.gradients]
+        seconds += (batches - 1) * shape.parameters * _EACH_SUM[recipe.gradients]
         seconds += shape.parameters * (4e-9 if recipe.state_bits >= 16 else 6e-9)
         if recipe.states == "disk":
             seconds += 2 * shape.parameters * recipe.state_bits / 4 / _DISK_NBYTES
