@@ -1,6 +1,6 @@
 """Under `--enforce` a training plan's run never exceeds its budget: the system would refuse it the memory.
 
-    python bench/enforce.py --text FILE [--model DIRECTORY] [--work DIRECTORY] [--output bench/results/enforce.json]
+    python bench/enforce.py --text FILE [--work DIRECTORY] [--output bench/results/enforce.json]
 
 Gemma 3 270M is trained by the command line, four steps at each budget, from loading to the saved model, with the limit
 on. A run passes if it ends well on the recipe that was planned: an allocation that is refused would send it down a
@@ -38,7 +38,7 @@ def run(model: Path, text: Path, plan: Path, out: Path) -> dict[str, Any]:
     return {
         "exit_code": done.returncode, "steps": len(steps), "rungs": [line["rung"] for line in steps],
         "peak_nbytes": max((line["peak_nbytes"] for line in steps), default=0),
-        "notes": [line["note"] for line in lines if "note" in line], "message": done.stderr[-600:],
+        "notes": [line["note"] for line in lines if "note" in line], "message": " ".join(done.stderr.split())[-300:],
     }  # fmt: skip
 
 

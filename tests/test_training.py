@@ -260,6 +260,60 @@ def test_memory_that_is_never_enough_is_told(model, text, plan, tmp_path, monkey
     assert waited == [1, 2, 4, 8, 16]
 
 
+class Short:
+    """Calls that run out of memory at given numbers, from 1."""
+
+    def __init__(self, call, *numbers):
+        self.call, self.numbers, self.done = call, numbers, 0
+
+    def __call__(self, *args, **options):
+        self.done += 1
+        if not self.numbers or self.done in self.numbers:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        return self.call(*args, **options)
+
+
+def test_memory_that_runs_out_in_evaluation_changes_the_recipe(model, text, plan, plain, tmp_path, monkeypatch):
+    from memfit.train.step import TrainStep
+
+    short = Short(TrainStep.evaluate, 1)
+    monkeypatch.setattr(TrainStep, "evaluate", lambda *args: short(*args))
+    report = train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS, evaluate_every=3))
+    assert [step for step, what in report.notes if "memory ran out" in what] == [4]
+    assert [score["step"] for score in report.scores] == [3, 6]
+    assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
+
+
+def test_memory_that_is_never_enough_for_evaluation_loses_nothing(model, text, plan, plain, tmp_path, monkeypatch):
+    from memfit.train import loop
+    from memfit.train.step import TrainStep
+
+    monkeypatch.setattr(loop.time, "sleep", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "evaluate", Short(TrainStep.evaluate))
+        with pytest.raises(MemfitError, match=r"in the evaluation after step 6 .* checkpoint of step 6 is kept"):
+            train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS, evaluate_every=0))
+    report = train(
+        model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS, evaluate_every=0), resume=True
+    )
+    assert len(report.losses) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "message"),
+    [
+        ("memfit.training", "make_trainable", "memory ran out while the model was loaded"),
+        ("memfit.train.checkpoints", "save_states", "step 2 could not be saved: .*There is no earlier checkpoint"),
+        ("memfit.training", "write_model", "memory ran out while the model was written; its last checkpoint is kept"),
+    ],
+)
+def test_memory_that_runs_out_elsewhere_is_told(model, text, plan, tmp_path, monkeypatch, where, what, message):
+    monkeypatch.setattr(sys.modules[where], what, Short(None))
+    with pytest.raises(MemfitError, match=message):
+        train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=2))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(model, text, plan, tmp_path, monkeypatch):
     from memfit.train.step import TrainStep
 

@@ -5,6 +5,7 @@ import torch
 
 from memfit import worker
 from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError
+from memfit.technique.checkpoint import is_out_of_memory
 from memfit.worker import RUNTIME_NBYTES, limited, run_job
 
 MODEL = {
@@ -19,7 +20,7 @@ def test_under_a_limit_more_memory_is_refused_and_after_it_there_is_plenty():
     wanted = RUNTIME_NBYTES + (256 << 20)
     with limited(1 << 20), pytest.raises((RuntimeError, MemoryError)) as caught:
         torch.empty(wanted, dtype=torch.uint8)
-    assert worker._is_out_of_memory(caught.value)
+    assert is_out_of_memory(caught.value)
     assert torch.empty(wanted, dtype=torch.uint8).numel() == wanted
 
 

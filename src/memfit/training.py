@@ -20,7 +20,7 @@ from memfit.account.dry_run import dry_run
 from memfit.account.meter import reset_resident_peak, resident_nbytes
 from memfit.data.batches import Batches, Kind, batches_of
 from memfit.data.read import RawData, read_data, split_rows
-from memfit.errors import UsageError
+from memfit.errors import MemfitError, UsageError
 from memfit.evaluate.classification import Classification, classify_score
 from memfit.format.directory import OutputDirectory
 from memfit.models import load_to_train
@@ -29,6 +29,7 @@ from memfit.report.training import TrainReport, render_training_page
 from memfit.source.check import check
 from memfit.source.live import fake_copy
 from memfit.source.source import Source, open_source
+from memfit.technique.checkpoint import is_out_of_memory
 from memfit.train.away import sending
 from memfit.train.certify import certify
 from memfit.train.checkpoints import Checkpoints
@@ -45,7 +46,7 @@ from memfit.train.watching import LogFile
 from memfit.train.work import Make
 from memfit.train_planning import plain_recipe, plan_training, stored_dtype
 from memfit.units import parse_size
-from memfit.worker import KERNEL_NBYTES, RUNTIME_NBYTES, limited
+from memfit.worker import limited, runtime_nbytes_of
 
 _HELD_OUT: Final = 0.05
 _EVALUATIONS: Final = 10
@@ -172,13 +173,14 @@ def train(
     outside = resident_nbytes()["now"]
     limit = plan.budget_nbytes if enforce else None
     with limited(limit, runtime_nbytes=_runtime_nbytes(plan)), _stop_on_signals() as stop:
-        trained = subject.real(plan.recipe, str(run))
-        if device != "cpu":
-            trained.to(device)
-        make_trainable(trained, plan.recipe)
-        step = TrainStep(
-            trained, plan.recipe, hyper=plan.task.hyper, loss=loss, directory=str(run), seed=options.seed
-        )
+        with _memory_for("the model was loaded"):
+            trained = subject.real(plan.recipe, str(run))
+            if device != "cpu":
+                trained.to(device)
+            make_trainable(trained, plan.recipe)
+            step = TrainStep(
+                trained, plan.recipe, hyper=plan.task.hyper, loss=loss, directory=str(run), seed=options.seed
+            )
         log = LogFile(run / "log.jsonl")
         loop = Loop(
             step, batches, _settings(options, steps, plan), ladder=plan.ladder,
@@ -191,8 +193,10 @@ def train(
                 progress(f"going on after step {loop.done}" if loop.done else "no checkpoint is there: from the start")
             loop.run()
         progress("writing the model")
-        scores = classification_of(step, judged) if batches.kind == "classifier" else None
-        with output:
+        scores = None
+        if batches.kind == "classifier":
+            scores = loop.tried(lambda: classification_of(step, judged), "in the last evaluation")
+        with _memory_for("the model was written; its last checkpoint is kept, and --resume goes on from it"), output:
             files = write_model(trained, output, source=subject.source, tokenizer=subject.tokenizer)
             if subject.module is not None:
                 step.close()
@@ -388,8 +392,7 @@ def _settings(options: Options, steps: int, plan: TrainPlan) -> Settings:
 
 
 def _runtime_nbytes(plan: TrainPlan) -> int:
-    """What the runtime may grow by beside the allocator: its buffers, and code for each shape of a product."""
-    return RUNTIME_NBYTES + int(plan.predicted.get("kernels", 0)) * KERNEL_NBYTES
+    return runtime_nbytes_of(int(plan.predicted.get("kernels", 0)))
 
 
 def _make_way(run: Path, *, resume: bool, overwrite: bool) -> None:
@@ -399,6 +402,20 @@ def _make_way(run: Path, *, resume: bool, overwrite: bool) -> None:
     if Checkpoints(run / "checkpoints").steps() and not overwrite:
         raise UsageError(f"{run}: a run was here. Go on with it (--resume), or begin anew (--overwrite).")
     shutil.rmtree(run, ignore_errors=True)
+
+
+@contextmanager
+def _memory_for(what: str) -> Iterator[None]:
+    """Inside, memory that runs out is told as such."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemfitError(
+            f"memory ran out while {what} ({str(error).strip() or type(error).__name__}). Free some memory, or plan "
+            "again with another budget."
+        ) from error
 
 
 @contextmanager

@@ -48,8 +48,7 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
         OverBudget: the enforced limit was hit.
     """
     if enforce_nbytes is not None:
-        runtime = RUNTIME_NBYTES + kernels * KERNEL_NBYTES
-        job = job | {"enforce_nbytes": enforce_nbytes, "runtime_nbytes": runtime}
+        job = job | {"enforce_nbytes": enforce_nbytes, "runtime_nbytes": runtime_nbytes_of(kernels)}
     done = subprocess.run(
         [sys.executable, "-c", "from memfit.worker import main; main()"],
         input=json.dumps(job),
@@ -70,6 +69,11 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
     raise kind(f"the job {job['do']!r} ended with {how}{limit}.\n{done.stderr[-2000:]}")
 
 
+def runtime_nbytes_of(kernels: int) -> int:
+    """What the runtime may take beside the allocator under a limit: its buffers, and code for each of `kernels`."""
+    return RUNTIME_NBYTES + kernels * KERNEL_NBYTES
+
+
 _ERRORS: dict[str, type[MemfitError]] = {
     kind.__name__: kind for kind in (BrokenInput, OverBudget, UsageError, MemfitError)
 }
@@ -85,17 +89,15 @@ def main() -> None:
         known = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
         answer = {"error": known, "message": str(error)}
     except (MemoryError, RuntimeError) as error:
-        if "enforce_nbytes" not in job or not _is_out_of_memory(error):
+        from memfit.technique.checkpoint import is_out_of_memory
+
+        if "enforce_nbytes" not in job or not is_out_of_memory(error):
             raise
         answer = {
             "error": "OverBudget",
             "message": f"the task needed more than the enforced {job['enforce_nbytes']} bytes: {error}",
         }
     print(_ANSWER + json.dumps(answer), flush=True)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "allocate" in str(error) or "memory" in str(error)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memfit.account.meter import Meter
 from memfit.technique.chunk_loss import ChunkLoss, Head, HeadCall, rows_of_gradient
 
 TOKENS, VOCABULARY, WIDTH = 700, 1000, 16
@@ -89,3 +90,17 @@ def test_all_labels_ignored_give_nothing() -> None:
     loss = ChunkLoss(chunk_nbytes=1).apply(hidden, weight, labels.fill_(-100), scale=0.01)
     assert float(loss.detach()) == 0.0
     assert all(float(g.abs().max()) == 0.0 for g in torch.autograd.grad(loss, [hidden, weight]))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_where_nothing_is_learned_no_gradient_is_made(chunk: str) -> None:
+    hidden, weight, labels, bias = _given(bias=True)
+    technique = ChunkLoss(chunk_nbytes=CHUNKS[chunk])
+    learning, judging = Meter(), Meter()
+    with learning.phase("loss"):
+        right = technique.apply(hidden, weight, labels, bias_V=bias)
+    with judging.phase("loss"), torch.no_grad():
+        loss = technique.apply(hidden, weight, labels, bias_V=bias)
+    assert torch.equal(loss, right.detach())
+    gradients = sum(tensor.nbytes for tensor in (hidden, weight, bias) if tensor is not None)
+    assert judging.account().peak_nbytes <= learning.account().peak_nbytes - gradients

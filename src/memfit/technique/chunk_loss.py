@@ -110,7 +110,7 @@ class ChunkLoss:
             head: what else the head does; default: nothing.
             keep: is given what rows of the head's gradient are made of; the weight then gets none here.
         """
-        options = _Options(self.chunk_nbytes, scale, head or Head(), keep)
+        options = _Options(self.chunk_nbytes, scale, head or Head(), keep, learns=torch.is_grad_enabled())
         return _ChunkedLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -120,6 +120,8 @@ class _Options:
     scale: float
     head: Head
     keep: "Callable[[HeadCall], None] | None"
+    learns: bool
+    """Whether anyone will ask for gradients; `needs_input_grad` knows nothing of `no_grad`."""
 
 
 @dataclass(slots=True)
@@ -155,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
             at_once = options.chunk_nbytes // (entries * wide.itemsize)
             by_tokens = at_once >= min(tokens, _FEW_TOKENS)
             one_product = tokens <= at_once or not by_tokens
-            wants = ctx.needs_input_grad
+            wants = [options.learns and needed for needed in ctx.needs_input_grad]
             wanted = _Wanted(None, None, None)
             if wants[0]:
                 wanted.hidden_ND = torch.empty_like(hidden, dtype=hidden.dtype if by_tokens else wide)

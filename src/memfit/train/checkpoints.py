@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from memfit.errors import BrokenInput, MemfitError, UsageError
 from memfit.format.directory import OutputDirectory
+from memfit.technique.checkpoint import is_out_of_memory
 from memfit.units import format_size
 
 from .save import restore_states, save_states, state_specs
@@ -62,7 +63,7 @@ class Checkpoints:
         """Write a checkpoint of `place["step"]`, then remove all others but those to keep.
 
         Raises:
-            SaveFailed: the disk is full, or cannot be written; what was there is kept.
+            SaveFailed: the disk is full, cannot be written, or memory ran out; what was there is kept.
         """
         number = int(place["step"])
         if self.at(number).exists():
@@ -73,10 +74,12 @@ class Checkpoints:
             with OutputDirectory(self.at(number)) as out:
                 save_states(step, out.path)
                 out.write_json(_PLACE, dict(place))
-        except (OSError, MemfitError) as error:
+        except (OSError, RuntimeError, MemoryError, MemfitError) as error:
+            if isinstance(error, RuntimeError | MemoryError) and not is_out_of_memory(error):
+                raise
             kept = self.steps()
             last = f"The checkpoint of step {kept[-1]} is kept." if kept else "There is no earlier checkpoint."
-            raise SaveFailed(f"step {number} could not be saved: {error} {last}") from error
+            raise SaveFailed(f"step {number} could not be saved: {str(error).rstrip('. ')}. {last}") from error
         for other in self.steps():
             if other != number and other not in keep:
                 shutil.rmtree(self.at(other))

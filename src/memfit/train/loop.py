@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from .ladder import Ladder
 from .recipe import describe
 from .room import room_nbytes
 from .schedule import Schedule
-from .step import Outcome, TrainStep
+from .step import TrainStep
+
+T = TypeVar("T")
 
 _WAITS: Final = 5
 """Times that a step is tried again where no recipe is left, after 1, 2, 4, ... seconds."""
@@ -121,7 +123,7 @@ class Loop:
         self.outside_nbytes, self.stop = outside_nbytes, stop
         self.device = next(step.model.parameters()).device
         self.done = 0
-        self._waited = 0
+        self._waited, self._trouble = 0, ""
         self._files = resident_nbytes()["file"]
         self.records: list[Record] = []
         """Of the steps done; of those before a resumption, what the caller puts here."""
@@ -216,17 +218,9 @@ class Loop:
         draw_from(self.settings.seed, self.done)
         self._reset_peak()
         started = time.perf_counter()
-        trouble: str | None = None
-        outcome: Outcome | None = None
-        try:
-            outcome = self.step(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # Outside of the `except` block: the error's traceback would hold the step's tensors.
+        outcome = self._tried(lambda: self.step(batch))
         if outcome is None:
-            self._recover(trouble or "")
+            self._recover()
             return None
         return Record(
             step=self.done + 1, loss=outcome.loss, labels=outcome.labels, tokens=batch["input_ids"].numel(),
@@ -235,9 +229,31 @@ class Loop:
             gradient_norm=outcome.gradient_norm, skipped=outcome.skipped,
         )  # fmt: skip
 
-    def _recover(self, trouble: str) -> None:
-        """Memory ran out: free what the step held, go down a rung; to the last checkpoint if weights have moved."""
-        begun = self.step.updates_begun
+    def tried(self, do: Callable[[], T], what: str) -> T:
+        """What `do` gives, which changes nothing; where memory runs out, by a recipe that takes less.
+
+        Raises:
+            MemfitError: memory was too short for the most frugal recipe; what was learned is saved.
+        """
+        while (found := self._tried(do)) is None:
+            if not self._make_room():
+                self.save()
+                raise self._too_little(what)
+        self._waited = 0
+        return found
+
+    def _tried(self, do: Callable[[], T]) -> T | None:
+        """What `do` gives; None: memory ran out. Outside of the `except` block nothing holds its tensors."""
+        try:
+            return do()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._trouble = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None
+
+    def _make_room(self) -> bool:
+        """Memory ran out: free what is held and go down a rung, or wait; False: there is nothing more to do."""
         self.step.discard()
         gc.collect()
         trim()
@@ -251,10 +267,22 @@ class Loop:
             time.sleep(1 << self._waited)
             self._waited += 1
         else:
-            raise MemfitError(
-                f"memory ran out at step {self.done + 1} with the most frugal recipe that learns the same ({trouble}). "
-                "The last checkpoint is kept; plan again with a smaller budget."
-            )
+            return False
+        return True
+
+    def _too_little(self, what: str) -> MemfitError:
+        known = [] if self.checkpoints is None else self.checkpoints.steps()
+        return MemfitError(
+            f"memory ran out {what} with the most frugal recipe that learns the same ({self._trouble}). "
+            + (f"The checkpoint of step {known[-1]} is kept. " if known else "There is no checkpoint yet. ")
+            + "Free some memory, or plan again with a smaller budget."
+        )
+
+    def _recover(self) -> None:
+        """A step ran out of memory: make room; go back to the last checkpoint if weights have moved."""
+        begun = self.step.updates_begun
+        if not self._make_room():
+            raise self._too_little(f"at step {self.done + 1}")
         if not begun:
             return
         known = [] if self.checkpoints is None else self.checkpoints.steps()
@@ -293,7 +321,9 @@ class Loop:
     def _evaluate(self) -> bool:
         if self.evaluate is None:
             return False
-        scores = dict(self.evaluate(self.step)) | {"step": self.done}
+        evaluate = self.evaluate
+        found = self.tried(lambda: evaluate(self.step), f"in the evaluation after step {self.done}")
+        scores = dict(found) | {"step": self.done}
         self.scores.append(scores)
         for observer in self.observers:
             observer.evaluated(self.done, scores)
