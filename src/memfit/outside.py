@@ -47,7 +47,7 @@ _LEARNING: Final = (
     ("torch", {"factory": "memfit.outside:plain_language_model"}),
 )
 _RUNS: Final = 3
-_FORMAT: Final = 5
+_FORMAT: Final = 6
 
 
 def plain_model() -> nn.Module:

@@ -2,31 +2,7 @@ import torch
 
 from memfit.account.account import Account, Entry, Phase
 from memfit.account.ledger import Ledger, Storage
-from memfit.account.outside import Outside, heap_nbytes, kernel_count, predict_resident
-
-MIB = 1 << 20
-
-
-def lived(*steps: tuple[str, int]) -> Ledger:
-    """A ledger of births (name, bytes) and ends (name, 0)."""
-    ledger, numbers = Ledger(), {}
-    for name, nbytes in steps:
-        if nbytes:
-            numbers[name] = ledger.born(Storage(nbytes, "activation", "", "", torch.uint8))
-        else:
-            ledger.ended(numbers[name])
-    return ledger
-
-
-def test_large_blocks_are_whole_pages_with_a_header() -> None:
-    assert heap_nbytes(lived(("a", 3 * MIB))) == 4096
-    assert heap_nbytes(lived(("a", 3 * MIB - 100))) == 100
-
-
-def test_the_heap_stays_at_its_highest_level() -> None:
-    # 0.75 MiB from the heap, given back; then 4 MiB of pages: resident with both, allocated 4 MiB.
-    ledger = lived(("small", 3 * MIB // 4), ("small", 0), ("large", 4 * MIB))
-    assert heap_nbytes(ledger) == 3 * MIB // 4 + 4096
+from memfit.account.outside import Outside, kernel_count, predict_resident
 
 
 def test_kernels_are_counted_by_shape() -> None:

@@ -3,12 +3,12 @@
 A process that runs a task is resident with
 
     runtime    Python, torch and, where the model is one of its, transformers; the thread pool; the buffers
-               that MKL keeps for each thread; holes in the heap. Measured once a machine, by library, task and
+               that MKL keeps for each thread; objects in the heap. Measured once a machine, by library, task and
                type of weights, and no constant: the largest of several models, for a peak is what must not be passed
     kernels    oneDNN generates code for each shape of a 16-bit product and keeps it: so many shapes, so many
                bytes each, measured once a machine
-    heap       blocks under `MMAP_THRESHOLD` come from the C heap, which only shrinks from its end: its
-               highest level stays while larger blocks come and go; larger blocks are whole pages
+    heap       blocks under 1 MiB leave holes in the C heap, which only shrinks from its end; larger ones are
+               whole pages (see `heap`)
     allocated  what the account tells
 
 and no more; the worst moment of heap and allocated together is searched over all of the trace.
@@ -17,14 +17,9 @@ and no more; the worst moment of heap and allocated together is searched over al
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final
 
 from .account import Account, Entry
 from .ledger import Ledger
-
-MMAP_THRESHOLD: Final = 1 << 20
-"""Blocks from here on are pages of their own (mallopt(3); memfit's measured processes set it so)."""
-_PAGE: Final = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +66,6 @@ def with_outside(account: Account, nbytes: int) -> Account:
         resident_nbytes=account.peak_nbytes + nbytes,
         entries=(*account.entries, entry),
     )
-
-
-def heap_nbytes(ledger: Ledger) -> int:
-    """What the C heap and whole pages add to the allocated peak at the worst moment."""
-    large = small = level = allocated = peak = worst = 0
-    for number, sign in ledger.events:
-        nbytes = ledger.storages[number].nbytes
-        allocated += sign * nbytes
-        if nbytes >= MMAP_THRESHOLD:
-            # The block's own header takes another page where it is full.
-            large += sign * (nbytes // _PAGE + 1) * _PAGE
-        else:
-            small += sign * nbytes
-        if sign > 0:
-            level = max(level, small)
-            peak = max(peak, allocated)
-            worst = max(worst, large + level)
-    return worst - peak
 
 
 def kernel_count(ledger: Ledger) -> int:

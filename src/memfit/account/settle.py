@@ -6,8 +6,9 @@ from memfit.packed.routing import ROUTING
 
 from .account import Account, Entry, Kind, Phase
 from .cuda import Segments
+from .heap import heap_nbytes
 from .ledger import Ledger
-from .outside import heap_nbytes, kernel_count
+from .outside import kernel_count
 
 
 def settle(ledger: Ledger, *, device: str = "cpu") -> Account:

@@ -1,0 +1,151 @@
+"""glibc's malloc, as arithmetic: what the C heap and whole pages add to the bytes that were asked for.
+
+After malloc/malloc.c of glibc 2.36, as memfit's measured processes set it up (`worker.QUIET`: no caches of small
+chunks, thresholds that stay): a block is cut from the smallest hole that it fits into, else from the heap's end, and
+holes beside each other are one. Where neither serves, a block of `MMAP_THRESHOLD` or more is pages of its own, which
+go back when it ends; the heap gives back its end alone. So a small block that stays keeps all that lies below it.
+torch asks for blocks at multiples of 64 bytes (posix_memalign): malloc looks for a hole larger by that, and gives
+back what it does not need of it.
+
+Left out: what is not a tensor. Objects that lie in the way of two holes that could have been one make some more; those
+belong to the calibrated runtime.
+"""
+
+from bisect import bisect_left, insort
+from typing import Final
+
+from .ledger import Ledger
+
+MMAP_THRESHOLD: Final = 1 << 20
+"""Blocks from here on are pages of their own where no hole is large enough (mallopt(3), M_MMAP_THRESHOLD)."""
+_TRIM_THRESHOLD: Final = 1 << 20
+"""Free bytes at the heap's end from which on it is given back (M_TRIM_THRESHOLD)."""
+_TOP_PAD: Final = 128 << 10
+"""What it grows by beyond what is asked for, and keeps when it is given back (M_TOP_PAD)."""
+_PAGE: Final = 4096
+_ALIGNMENT: Final = 64
+_LEAST: Final = 32
+"""The smallest chunk."""
+_HEADER: Final = 16
+"""From a chunk's start to its block."""
+
+
+class Heap:
+    """The heap while blocks come and go; `resident_nbytes` is what the process holds of it."""
+
+    def __init__(self) -> None:
+        self._holes: list[tuple[int, int]] = []
+        """(size, start), the smallest first."""
+        self._size_of: dict[int, int] = {}
+        self._start_of: dict[int, int] = {}
+        """Of the hole that begins, or ends, at an address."""
+        self._used = self._end = self._touched = self._pages = 0
+        """Where the last chunk ends; where the heap ends; how far it has been written; bytes of pages."""
+        self._held: dict[int, tuple[int, int] | int] = {}
+        """Of each block its chunk, start and size; or the bytes of its pages."""
+
+    @property
+    def resident_nbytes(self) -> int:
+        return self._touched + self._pages
+
+    def begin(self, number: int, nbytes: int) -> None:
+        """A block is asked for."""
+        needed = _chunk(nbytes)
+        asked = _chunk(needed + _ALIGNMENT + _LEAST)
+        at = bisect_left(self._holes, (asked, -1))
+        if at < len(self._holes):
+            start, size = self._take(at)
+            if size - asked >= _LEAST:
+                self._put(start + asked, size - asked)
+                size = asked
+        elif self._end - self._used < asked + _LEAST and asked >= MMAP_THRESHOLD:
+            pages = _whole_pages(asked + 8)
+            self._pages += pages
+            self._held[number] = pages
+            return
+        else:
+            if self._end - self._used < asked + _LEAST:
+                self._end += _whole_pages(asked + _TOP_PAD + _LEAST - (self._end - self._used))
+            start, size = self._used, asked
+            self._used += asked
+        self._place(number, start, size, needed)
+
+    def end(self, number: int) -> None:
+        """A block is given back."""
+        chunk = self._held.pop(number)
+        if isinstance(chunk, int):
+            self._pages -= chunk
+        else:
+            self._give_back(*chunk)
+
+    def _place(self, number: int, start: int, size: int, needed: int) -> None:
+        """Put an aligned block into a chunk, and give back what is before and behind it."""
+        first, last = start, start + size
+        if (start + _HEADER) % _ALIGNMENT:
+            first = -(-(start + _HEADER) // _ALIGNMENT) * _ALIGNMENT - _HEADER
+            if first - start < _LEAST:
+                first += _ALIGNMENT
+        if last - first > needed + _LEAST:
+            last = first + needed
+        self._held[number] = (first, last - first)
+        self._touched = max(self._touched, last)
+        if first > start:
+            self._give_back(start, first - start)
+        if last < start + size:
+            self._give_back(last, start + size - last)
+
+    def _give_back(self, start: int, size: int) -> None:
+        """A chunk ends: one hole with those beside it, or part of the heap's free end."""
+        first, last = start, start + size
+        if first in self._start_of:
+            before = self._start_of[first]
+            self._take(bisect_left(self._holes, (first - before, before)))
+            first = before
+        if last == self._used:
+            self._used = first
+            if self._end - first > _TRIM_THRESHOLD:
+                self._end -= (self._end - first - _LEAST - 1 - _TOP_PAD) // _PAGE * _PAGE
+                self._touched = min(self._touched, self._end)
+            return
+        if last in self._size_of:
+            behind = self._size_of[last]
+            self._take(bisect_left(self._holes, (behind, last)))
+            last += behind
+        self._put(first, last - first)
+
+    def _put(self, start: int, size: int) -> None:
+        insort(self._holes, (size, start))
+        self._size_of[start] = size
+        self._start_of[start + size] = start
+
+    def _take(self, at: int) -> tuple[int, int]:
+        """(start, size) of a hole that is one no more."""
+        size, start = self._holes.pop(at)
+        del self._size_of[start], self._start_of[start + size]
+        return start, size
+
+
+def heap_nbytes(ledger: Ledger) -> int:
+    """What the C heap and whole pages add to the allocated peak at the worst moment."""
+    heap = Heap()
+    allocated = peak = worst = 0
+    for number, sign in ledger.events:
+        nbytes = ledger.storages[number].nbytes
+        if nbytes == 0:
+            continue
+        allocated += sign * nbytes
+        if sign > 0:
+            heap.begin(number, nbytes)
+            peak, worst = max(peak, allocated), max(worst, heap.resident_nbytes)
+        else:
+            heap.end(number)
+    return worst - peak
+
+
+def _chunk(nbytes: int) -> int:
+    """Bytes of the chunk that serves a request."""
+    return max(_LEAST, -(-(nbytes + 8) // 16) * 16)
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
