@@ -16,70 +16,13 @@ from torch import nn
 
 import memfit
 from memfit import demo
-from memfit.errors import BrokenInput, Interrupted, MemfitError, UsageError
+from memfit.errors import BrokenInput, Interrupted, UsageError
 from memfit.train.checkpoints import Checkpoints, SaveFailed
 from memfit.train.step import LossNotFinite
 from memfit.training import Options, train
 
 TASK = memfit.Train(batch=4, sequence=32, hyper=memfit.Hyper(lr=1e-3))
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny Llama by chance, with the demo's tokenizer."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    config = hf.LlamaConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, attention_dropout=0.1,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    hf.AutoTokenizer.from_pretrained(demo.model_directory()).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "text.txt"
-    file.write_text(demo.calibration_text().read_text(encoding="utf-8")[:12000], encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def plan(model):
-    return memfit.plan(model, "80%", task=TASK)
-
-
-@pytest.fixture(scope="module")
-def plain(model, text, plan, tmp_path_factory):
-    """A run that nothing happens to."""
-    out = tmp_path_factory.mktemp("plain") / "out"
-    return train(model, text, out=out, given=plan, options=Options(steps=STEPS, save_every=2)), out
-
-
-class Watcher:
-    """An observer that does something after a step."""
-
-    def __init__(self, act=lambda record: None):
-        self.act, self.records, self.notes = act, [], []
-
-    def begin(self, total, budget_nbytes):
-        self.total = total
-
-    def step(self, record):
-        self.records.append(record)
-        self.act(record)
-
-    def note(self, step, what):
-        self.notes.append((step, what))
-
-    def evaluated(self, step, scores):
-        pass
-
-    def end(self):
-        pass
 
 
 def log_of(out: Path) -> list[dict]:
@@ -112,7 +55,7 @@ def test_the_report_of_a_trained_model_is_shown_again(plain, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(model, text, plan, plain, tmp_path, at):
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(model, text, plan, plain, tmp_path, watcher, at):
     class Killed(BaseException):
         pass
 
@@ -120,9 +63,10 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(model, text, plan, plain
         if record.step == at:
             raise Killed
 
+    watcher.act = kill
     options = Options(steps=STEPS, save_every=2)
     with pytest.raises(Killed):
-        train(model, text, out=tmp_path / "out", given=plan, options=options, observers=(Watcher(kill),))
+        train(model, text, out=tmp_path / "out", given=plan, options=options, observers=(watcher,))
     report = train(model, text, out=tmp_path / "out", options=options, resume=True)
     assert weights(tmp_path / "out") == weights(plain[1])
     assert report.losses == plain[0].losses
@@ -130,14 +74,15 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(model, text, plan, plain
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_sigterm_saves_and_the_run_goes_on(model, text, plan, plain, tmp_path):
+def test_sigterm_saves_and_the_run_goes_on(model, text, plan, plain, tmp_path, watcher):
     def stop(record):
         if record.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    watcher.act = stop
     options = Options(steps=STEPS, save_every=0)
     with pytest.raises(Interrupted, match="after step 3 of 6") as told:
-        train(model, text, out=tmp_path / "out", given=plan, options=options, observers=(Watcher(stop),))
+        train(model, text, out=tmp_path / "out", given=plan, options=options, observers=(watcher,))
     assert told.value.exit_code == 75
     assert Checkpoints(tmp_path / "out.training/checkpoints").steps() == [3]
     assert not (tmp_path / "out").exists()
@@ -161,157 +106,6 @@ def test_the_command_ends_with_75_when_it_is_told_to_end(model, text, tmp_path):
         told = process.communicate()[1]
     assert process.returncode == 75, told
     assert "--resume goes on" in " ".join(told.split())
-
-
-def test_memory_that_runs_out_changes_the_recipe_and_nothing_else(model, text, plan, plain, tmp_path, monkeypatch):
-    """An allocation that fails: the same batch again, with the same chance, by a recipe that takes less."""
-    from memfit.train.step import TrainStep
-
-    failed = []
-    call = TrainStep.__call__
-
-    def short(self, batch):
-        if self.steps == 2 and not failed:
-            failed.append(batch["input_ids"])
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
-        return call(self, batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", short)
-    watcher = Watcher()
-    report = train(
-        model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS), observers=(watcher,)
-    )
-    assert "memory ran out" in report.notes[0][1]
-    assert [record.rung for record in watcher.records] == [0, 0, 1, 1, 1, 1]
-    assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
-    assert report.losses[:2] == plain[0].losses[:2]
-
-
-def test_a_run_goes_back_to_its_checkpoint_if_weights_had_moved(model, text, plan, plain, tmp_path, monkeypatch):
-    from memfit.train.step import TrainStep
-
-    failed = []
-    call = TrainStep.__call__
-
-    def short(self, batch):
-        if self.steps == 3 and not failed:
-            failed.append(True)
-            call(self, batch)
-            self._updated = 1
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return call(self, batch)
-
-    monkeypatch.setattr(TrainStep, "__call__", short)
-    options = Options(steps=STEPS, save_every=2)
-    report = train(model, text, out=tmp_path / "out", given=plan, options=options)
-    assert [what for _, what in report.notes][1] == "went back to step 2, as some weights had been updated"
-    assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
-    assert [line["step"] for line in log_of(tmp_path / "out") if "labels" in line] == list(range(1, STEPS + 1))
-
-
-def test_a_run_goes_down_where_room_is_short_and_up_again(model, text, plan, plain, tmp_path, monkeypatch):
-    from memfit.train import ladder, loop
-
-    monkeypatch.setattr(ladder, "PATIENCE", 2)
-    rungs = plan.ladder.rungs
-    room = iter([1 << 40, rungs[1].extra_nbytes] + [1 << 40] * 10)
-    monkeypatch.setattr(loop, "room_nbytes", lambda device: next(room))
-    watcher = Watcher()
-    report = train(
-        model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS), observers=(watcher,)
-    )
-    assert [record.rung for record in watcher.records] == [0, 1, 1, 1, 0, 0]
-    assert [what.partition(":")[0] for _, what in watcher.notes] == ["memory is short", "there is room again"]
-    assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
-
-
-def test_a_run_goes_down_where_a_step_took_more_than_its_budget(model, text, plan, plain, tmp_path, monkeypatch):
-    """Someone else's bytes in this process, as a user's own data set may hold, count as the system counts them."""
-    from memfit.train.loop import Loop
-
-    hoard = []
-    call = Loop._one
-
-    def greedy(self):
-        if self.done == 2 and not hoard:
-            hoard.append(b"x" * (plan.budget_nbytes + self.settings.runtime_nbytes))
-        return call(self)
-
-    monkeypatch.setattr(Loop, "_one", greedy)
-    watcher = Watcher()
-    report = train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS), observers=(watcher,))
-    assert [record.rung for record in watcher.records][:4] == [0, 0, 0, 1]
-    assert "measured" in watcher.notes[0][1] and "allowed: going on with" in watcher.notes[0][1]
-    assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
-
-
-def test_memory_that_is_never_enough_is_told(model, text, plan, tmp_path, monkeypatch):
-    from memfit.train import loop
-    from memfit.train.step import TrainStep
-
-    def never(self, batch):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(TrainStep, "__call__", never)
-    waited = []
-    monkeypatch.setattr(loop.time, "sleep", waited.append)
-    with pytest.raises(MemfitError, match="memory ran out at step 1 with the most frugal recipe"):
-        train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS))
-    assert waited == [1, 2, 4, 8, 16]
-
-
-class Short:
-    """Calls that run out of memory at given numbers, from 1."""
-
-    def __init__(self, call, *numbers):
-        self.call, self.numbers, self.done = call, numbers, 0
-
-    def __call__(self, *args, **options):
-        self.done += 1
-        if not self.numbers or self.done in self.numbers:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
-        return self.call(*args, **options)
-
-
-def test_memory_that_runs_out_in_evaluation_changes_the_recipe(model, text, plan, plain, tmp_path, monkeypatch):
-    from memfit.train.step import TrainStep
-
-    short = Short(TrainStep.evaluate, 1)
-    monkeypatch.setattr(TrainStep, "evaluate", lambda *args: short(*args))
-    report = train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS, evaluate_every=3))
-    assert [step for step, what in report.notes if "memory ran out" in what] == [4]
-    assert [score["step"] for score in report.scores] == [3, 6]
-    assert report.losses == pytest.approx(plain[0].losses, rel=2e-2)
-
-
-def test_memory_that_is_never_enough_for_evaluation_loses_nothing(model, text, plan, plain, tmp_path, monkeypatch):
-    from memfit.train import loop
-    from memfit.train.step import TrainStep
-
-    monkeypatch.setattr(loop.time, "sleep", lambda _: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "evaluate", Short(TrainStep.evaluate))
-        with pytest.raises(MemfitError, match=r"in the evaluation after step 6 .* checkpoint of step 6 is kept"):
-            train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS, evaluate_every=0))
-    report = train(
-        model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS, evaluate_every=0), resume=True
-    )
-    assert len(report.losses) == STEPS
-
-
-@pytest.mark.parametrize(
-    ("where", "what", "message"),
-    [
-        ("memfit.training", "make_trainable", "memory ran out while the model was loaded"),
-        ("memfit.train.checkpoints", "save_states", "step 2 could not be saved: .*There is no earlier checkpoint"),
-        ("memfit.training", "write_model", "memory ran out while the model was written; its last checkpoint is kept"),
-    ],
-)
-def test_memory_that_runs_out_elsewhere_is_told(model, text, plan, tmp_path, monkeypatch, where, what, message):
-    monkeypatch.setattr(sys.modules[where], what, Short(None))
-    with pytest.raises(MemfitError, match=message):
-        train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=2))
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(model, text, plan, tmp_path, monkeypatch):
