@@ -66,3 +66,8 @@ def test_adapters_are_planned_where_asked_for():
     plan = memfit.plan(demo.model_directory(), "60%", task=TASK, full=False)
     assert plan.recipe.adapters is not None
     assert any("LoRA" in change for change in plan.changes)
+
+
+def test_something_must_be_allowed_to_learn():
+    with pytest.raises(memfit.UsageError, match="neither the whole model nor adapters"):
+        memfit.plan(demo.model_directory(), "60%", task=TASK, full=False, adapters=False)

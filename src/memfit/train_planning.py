@@ -134,8 +134,10 @@ def plan_training(
 
     Raises:
         DoesNotFit: nothing fits; names the smallest budget and the nearest ways.
-        UsageError: the model has a sequence too short for the task, or no way to be trained.
+        UsageError: the model has a sequence too short for the task, or nothing may be trained.
     """
+    if not (full or adapters):
+        raise UsageError("neither the whole model nor adapters may be trained (full=False, adapters=False): allow one.")
     shape = shape_of(make)
     tracer = _Tracer(make, task, device, shape)
     rate = products_per_second(torch.float32 if stored == torch.float32 else torch.bfloat16)
