@@ -1,0 +1,192 @@
+"""GPTQ: a weight's integers chosen column by column, each making up for the errors of those before it.
+
+    H [K, K] = E[x xᵀ] of the inputs          least: tr((W − Ŵ) H (W − Ŵ)ᵀ)
+
+Legend of shapes: N outputs (rows), K inputs (columns), G groups of a row, R rows of a block, B columns of a block.
+
+With H = R Rᵀ, R upper triangular, the error of a row is Σ_j (Σ_{i≤j} d_i R_ij)², d = w − ŵ. Taken in order, column j
+makes its term least where ŵ_j is nearest to
+
+    t_j = w_j + Σ_{i<j} d_i M_ij,          M = R / diag(R)
+
+This is Babai's nearest plane (1986), and it is GPTQ (Frantar et al. 2023), as Chen et al. 2025 ("The geometry of LLM
+quantization") show: the same choices, without H's inverse and with one triangular product in place of updates of all
+columns that follow. Columns go in the order of diag(H), the largest first, while groups stay as they lie in the file.
+Scales are those of `quantize`'s search, chosen before.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.packed.scheme import Scheme
+
+from .quantize import Quantized, quantize
+
+_COLUMNS: Final = 128
+"""Columns whose errors are spread one at a time; those of earlier blocks come by one product."""
+_ROWS: Final = 1024
+"""Rows of a block: its B columns stay in the second-level cache."""
+_RAISED_BY: Final = 10.0
+_MOST_DAMPING: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensated:
+    """What GPTQ made of one weight."""
+
+    quantized: Quantized
+    damping: float
+    """Of mean(diag H), added to the diagonal: more than asked for if H was not positive definite with that."""
+    error: Tensor
+    """(w − ŵ) H (w − ŵ)ᵀ of each row [N], H damped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """The technique."""
+
+    scheme: Scheme
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= _MOST_DAMPING:
+            raise ValueError(f"damping must be above 0 and at most {_MOST_DAMPING:g}, got {self.damping}")
+
+    def why_not(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape cannot be quantised so; None if it can."""
+        return self.scheme.why_not(shape)
+
+    def apply(self, weight: Tensor, hessian: Tensor) -> Compensated:
+        """Quantise `weight` [N, K] for inputs with E[x xᵀ] = `hessian` [K, K]; see `gptq`."""
+        return gptq(weight, hessian, self.scheme, damping=self.damping)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H made ready for any number of weights that read the same inputs."""
+
+    order: Tensor
+    """[K]: columns from the largest diag(H) to the smallest."""
+    coupling: Tensor
+    """M [K, K] in that order: upper triangular, ones on the diagonal."""
+    weights: Tensor
+    """diag(R)² [K] in that order: what a column's own squared error counts."""
+    importance: Tensor
+    """diag(H) [K], in the file's order: what scales are searched with."""
+    dead: Tensor
+    """[K]: inputs that are always 0; their weights are stored as 0."""
+    damping: float
+
+
+def factor(hessian: Tensor, *, damping: float = 0.01) -> Factor:
+    """R of H + damping · mean(diag H) · I = R Rᵀ, in the order that columns are taken in.
+
+    Args:
+        hessian: E[x xᵀ] [K, K], symmetric; not changed.
+        damping: raised tenfold at a time, up to 1, where H is not positive definite with it.
+
+    Raises:
+        ValueError: H is not square, not finite, has a negative diagonal, or no damping makes it positive definite.
+    """
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise ValueError(f"a Hessian is [K, K], got shape {tuple(hessian.shape)}")
+    wide = _wide(hessian.dtype)
+    diagonal = hessian.diagonal().to(wide)
+    real = not is_fake(hessian)
+    if real and not (bool(hessian.isfinite().all()) and bool((diagonal >= 0).all())):
+        raise ValueError("the Hessian has entries that are not finite, or a negative diagonal")
+    dead = diagonal == 0
+    mean = diagonal.mean()
+    if real and not bool(mean > 0):
+        raise ValueError("the Hessian is 0: no input was ever anything else. Calibrate on other text.")
+    order = diagonal.argsort(descending=True, stable=True)
+    turned = order.flip(0)
+    while True:
+        # H = R Rᵀ with R upper: the lower factor of H with rows and columns turned around, turned back.
+        ordered = hessian.to(wide).index_select(0, turned).index_select(1, turned)
+        ordered.diagonal().add_(damping * mean)
+        ordered, failed = torch.linalg.cholesky_ex(ordered)
+        if not real or int(failed) == 0:
+            break
+        if damping * _RAISED_BY > _MOST_DAMPING:
+            raise ValueError(f"the Hessian is not positive definite, with {damping:g} of its mean diagonal added too")
+        damping *= _RAISED_BY
+    coupling = ordered.flip(0, 1)
+    own = coupling.diagonal().clone()
+    coupling.div_(own)
+    return Factor(order, coupling, own.square_(), diagonal, dead, damping)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor, hessian: "Tensor | Factor", scheme: Scheme, *, damping: float = 0.01, block: int = _COLUMNS
+) -> Compensated:
+    """The integers of weight [N, K] for inputs with E[x xᵀ] = `hessian`: scales as searched, values by GPTQ.
+
+    Args:
+        weight: in any float type; computed in fp32, in fp64 if H is.
+        hessian: H [K, K], or what `factor` made of it, for all weights that read the same inputs.
+        damping: see `factor`; of no use with a factor.
+        block: columns whose errors are spread one at a time.
+
+    Raises:
+        ValueError: as `quantize` and `factor` do; a Hessian of another width.
+    """
+    made = hessian if isinstance(hessian, Factor) else factor(hessian, damping=damping)
+    if made.order.shape[0] != weight.shape[-1]:
+        raise ValueError(f"the Hessian is of {made.order.shape[0]} inputs, the weight has {weight.shape[-1]}")
+    found = quantize(weight, scheme, importance=made.importance.to(torch.float32))
+    errors = torch.empty(weight.shape[0], dtype=made.coupling.dtype, device=weight.device)
+    group_of = torch.arange(weight.shape[1], device=weight.device).div_(
+        weight.shape[1] // found.scale.shape[1], rounding_mode="floor"
+    )
+    for start in blocks_to_run(range(0, weight.shape[0], _ROWS)):
+        rows = slice(start, min(start + _ROWS, weight.shape[0]))
+        errors[rows] = _compensate(weight, found, made, group_of[made.order], rows, block)
+    return Compensated(quantized=found, damping=made.damping, error=errors)
+
+
+def _compensate(weight: Tensor, found: Quantized, made: Factor, group_K: Tensor, rows: slice, block: int) -> Tensor:
+    """Choose q of some rows anew, in place; their errors [R]."""
+    wide, order = made.coupling.dtype, made.order
+    w_KR = weight[rows].to(wide).t().index_select(0, order)
+    w_KR.masked_fill_(made.dead[order].unsqueeze(1), 0.0)
+    scale_GR = found.scale[rows].to(wide).t().contiguous()
+    zero_GR = torch.zeros_like(scale_GR) if found.zero is None else found.zero[rows].to(wide).t().contiguous()
+    half = 2 ** (found.scheme.bits - 1)
+    columns, width = w_KR.shape
+    d_KR = torch.empty_like(w_KR)
+    q_KR = torch.empty(columns, width, dtype=torch.int8, device=weight.device)
+    error = torch.zeros(width, dtype=wide, device=weight.device)
+    for first in blocks_to_run(range(0, columns, block)):
+        part = slice(first, min(first + block, columns))
+        near = made.coupling[part, part]
+        t_BR = w_KR[part].clone()
+        t_BR.addmm_(made.coupling[:first, part].t(), d_KR[:first])
+        groups = group_K[part]
+        s_BR, z_BR = scale_GR.index_select(0, groups), zero_GR.index_select(0, groups)
+        for j in blocks_to_run(range(t_BR.shape[0])):
+            s, z, t = s_BR[j], z_BR[j], t_BR[j]
+            level = torch.div(t, s).add_(z).round_().clamp_(-half, half - 1)
+            q_KR[first + j].copy_(level)
+            level.sub_(z).mul_(s)
+            read = level.to(torch.bfloat16)
+            off = torch.sub(t, read)
+            error.addcmul_(off.square_(), made.weights[first + j])
+            d = torch.sub(w_KR[first + j], read, out=d_KR[first + j])
+            t_BR[j + 1 :].addr_(near[j, j + 1 :], d)
+    q_NK = torch.empty_like(q_KR)
+    q_NK.index_copy_(0, order, q_KR)
+    found.q[rows].copy_(q_NK.t())
+    return error
+
+
+__all__ = ["Compensated", "Factor", "Gptq", "factor", "gptq"]

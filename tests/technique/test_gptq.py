@@ -1,0 +1,151 @@
+"""GPTQ's choices are those of its paper in float64, never worse than the scales alone; trouble is told."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memfit.packed.scheme import Scheme
+from memfit.technique.gptq import Gptq, factor, gptq
+from memfit.technique.quantize import dequantize, quantize
+
+SCHEMES = [
+    Scheme(bits=4, group=32), Scheme(bits=3, group=64, symmetric=False), Scheme(bits=2, group=32),
+    Scheme(bits=8, group=None), Scheme(bits=5, group=128, symmetric=False),
+]  # fmt: skip
+
+
+def draw(seed: int, rows: int = 12, inputs: int = 128) -> tuple[Tensor, Tensor]:
+    """A weight and the second moments of inputs that are correlated, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x = make(2 * inputs, inputs) @ (make(inputs, inputs) / inputs**0.5) * make(inputs).exp()
+    return make(rows, inputs), x.t() @ x / x.shape[0]
+
+
+def as_in_the_paper(w: Tensor, hessian: Tensor, scheme: Scheme, *, damping: float) -> Tensor:
+    """q by Frantar et al. 2023, algorithm 1 as first derived: after each column, H⁻¹ without it; float64."""
+    diagonal = hessian.diagonal()
+    scales = quantize(w, scheme, importance=diagonal.float())
+    inverse = torch.linalg.inv(hessian + damping * diagonal.mean() * torch.eye(len(diagonal), dtype=torch.float64))
+    rest, q, half = w.clone(), scales.q.clone(), 2 ** (scheme.bits - 1)
+    group = w.shape[1] // scales.scale.shape[1]
+    for j in diagonal.argsort(descending=True, stable=True).tolist():
+        scale = scales.scale[:, j // group].double()
+        zero = 0 if scales.zero is None else scales.zero[:, j // group].double()
+        q[:, j] = (rest[:, j] / scale + zero).round().clamp(-half, half - 1)
+        error = (rest[:, j] - ((q[:, j] - zero) * scale).bfloat16().double()) / inverse[j, j]
+        rest -= torch.outer(error, inverse[j])
+        inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return q
+
+
+def error_of(w: Tensor, read: Tensor, hessian: Tensor) -> Tensor:
+    """(w − ŵ) H (w − ŵ)ᵀ of each row, float64."""
+    d = w.double() - read.double()
+    return torch.einsum("nk,kl,nl->n", d, hessian.double(), d)
+
+
+@pytest.mark.parametrize("block", [1, 24, 128, 1000])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_the_choices_are_those_of_the_paper(scheme: Scheme, block: int) -> None:
+    w, hessian = draw(1)
+    made = gptq(w, hessian, scheme, damping=0.01, block=block)
+    assert torch.equal(made.quantized.q, as_in_the_paper(w, hessian, scheme, damping=0.01))
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    torch.testing.assert_close(made.error, error_of(w, dequantize(made.quantized), damped), rtol=1e-9, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(scheme=st.sampled_from(SCHEMES), seed=st.integers(0, 10**6), magnitude=st.sampled_from([1e-8, 0.02, 1.0, 1e8]))
+def test_fp32_is_as_good_as_float64(scheme: Scheme, seed: int, magnitude: float) -> None:
+    """A tie may fall otherwise, and what follows with it; how good the whole is does not change."""
+    w, hessian = draw(seed)
+    w *= magnitude
+    narrow, wide = gptq(w.float(), hessian.float(), scheme), gptq(w, hessian, scheme)
+    found = error_of(w, dequantize(narrow.quantized), hessian).sum()
+    assert found <= 1.02 * error_of(w, dequantize(wide.quantized), hessian).sum()
+    torch.testing.assert_close(narrow.quantized.scale, quantize(w, scheme, importance=hessian.diagonal().float()).scale)
+
+
+@settings(max_examples=40, deadline=None)
+@given(scheme=st.sampled_from(SCHEMES), seed=st.integers(0, 10**6))
+def test_correlated_inputs_make_it_better_than_rounding(scheme: Scheme, seed: int) -> None:
+    w, hessian = draw(seed)
+    plain = quantize(w, scheme, importance=hessian.diagonal().float())
+    found = gptq(w, hessian, scheme).quantized
+    assert error_of(w, dequantize(found), hessian).sum() < error_of(w, dequantize(plain), hessian).sum()
+
+
+@settings(max_examples=20, deadline=None)
+@given(scheme=st.sampled_from(SCHEMES), seed=st.integers(0, 10**6))
+def test_inputs_that_are_not_correlated_leave_plain_rounding(scheme: Scheme, seed: int) -> None:
+    w, hessian = draw(seed)
+    diagonal = torch.diag(hessian.diagonal())
+    found = gptq(w.float(), diagonal.float(), scheme).quantized
+    plain = quantize(w.float(), scheme, importance=diagonal.diagonal().float())
+    assert torch.equal(found.q, plain.q)
+
+
+def test_rows_by_blocks_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memfit.technique import gptq as room
+
+    w, hessian = draw(3)
+    whole = gptq(w, hessian, SCHEMES[0])
+    monkeypatch.setattr(room, "_ROWS", 5)
+    parts = gptq(w, factor(hessian), SCHEMES[0])
+    assert torch.equal(whole.quantized.q, parts.quantized.q)
+    torch.testing.assert_close(whole.error, parts.error, rtol=1e-12, atol=0)
+
+
+def test_inputs_that_are_always_0_get_weights_of_0() -> None:
+    w, hessian = draw(4)
+    dead = torch.tensor([3, 64, 127])
+    hessian[dead], hessian[:, dead] = 0.0, 0.0
+    for scheme in SCHEMES:
+        found = gptq(w, hessian, scheme).quantized
+        assert not dequantize(found)[:, dead].any()
+        alive = gptq(w, hessian, scheme).error
+        assert alive.isfinite().all()
+
+
+def test_damping_is_raised_where_it_must_be_and_told() -> None:
+    w, hessian = draw(5)
+    assert gptq(w, hessian, SCHEMES[0], damping=0.02).damping == 0.02
+    even = torch.randn(256, 128, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    even = even.t() @ even / 256
+    below = torch.linalg.eigvalsh(even)[0] + 0.05 * even.diagonal().mean()  # as sums in low precision may be
+    odd = even - below * torch.eye(128, dtype=torch.float64)
+    assert gptq(w, odd, SCHEMES[0], damping=0.01).damping == pytest.approx(0.1)
+    few = torch.randn(5, 128, dtype=torch.float64)  # fewer texts than inputs: singular, and damping is enough
+    assert gptq(w, few.t() @ few, SCHEMES[0]).damping == 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h[:64], "is \\[K, K\\], got shape"),
+        (lambda h: h[:64, :64], "of 64 inputs, the weight has 128"),
+        (lambda h: h * torch.nan, "not finite"),
+        (lambda h: -h, "negative diagonal"),
+        (lambda h: h * 0, "no input was ever anything else"),
+        (lambda h: torch.full_like(h, -50.0).fill_diagonal_(1.0), "not positive definite"),
+    ],
+)
+def test_a_hessian_that_cannot_be_one_is_refused(change, message) -> None:
+    w, hessian = draw(6)
+    with pytest.raises(ValueError, match=message):
+        gptq(w, change(hessian), SCHEMES[0])
+
+
+def test_a_weight_that_cannot_be_stored_is_refused() -> None:
+    w, hessian = draw(7)
+    with pytest.raises(ValueError, match="not finite"):
+        gptq(w * torch.inf, hessian, SCHEMES[0])
+    with pytest.raises(ValueError, match="not a multiple of the group"):
+        gptq(w[:, :96], hessian[:96, :96], Scheme(bits=4, group=64))
+    with pytest.raises(ValueError, match="damping"):
+        Gptq(scheme=SCHEMES[0], damping=0.0)
+    assert Gptq(scheme=SCHEMES[0]).why_not((4, 100)) is not None
+    assert Gptq(scheme=SCHEMES[0]).apply(w, hessian).damping == 0.01
