@@ -132,7 +132,7 @@ def test_rows_do_not_know_of_each_other(scheme: Scheme, seed: int) -> None:
     assert torch.equal(whole.q[order], shuffled.q) and torch.equal(whole.scale[order], shuffled.scale)
     # Searched: torch adds the columns at a vector's end in another order, and candidates may all but tie.
     errors, moved = exact_error(w, quantize(w, scheme)), exact_error(w[order], quantize(w[order], scheme))
-    torch.testing.assert_close(errors[order], moved, rtol=0.1, atol=0)
+    torch.testing.assert_close(errors[order], moved, rtol=0.05, atol=0)
 
 
 @settings(max_examples=15, deadline=None)

@@ -78,6 +78,8 @@ _LEAST_DEVIATION: Final = 2.0**-12
 _SHIFTED_BITS: Final = 6
 """Up to this width the asymmetric search also tries levels moved by one step down and up."""
 _ALTERNATIONS: Final = 2
+_COARSE: Final = 2**5 - 1
+"""Spans of levels up to which candidates are told apart by their gains in fp32."""
 _NEIGHBOURS: Final[dict[int, tuple[int, ...]]] = {
     2: (0,), 3: (0,), 4: (0, -1, 1), 5: (0, -1, 1), 6: (0, -1, 1), 7: (0, -1, 1, -2, 2), 8: (0, -1, 1, -2, 2),
 }  # fmt: skip
@@ -281,6 +283,8 @@ class _Block:
         With levels d fixed, Σ a (u − s d)² is least at s = P / Q, P = Σ a u d, Q = Σ a d², where it is
         Σ a u² − P² / Q: so the gain P² / Q ranks the candidates.
         """
+        if span > _COARSE:
+            return self._fit_finely(step, lowest, span)
         d = self.levels(step, lowest, span)
         p = torch.mul(d, self.au, out=self.t).sum(dim=1, keepdim=True)
         d.square_()
@@ -290,6 +294,25 @@ class _Block:
         best = p / q
         # Rounding keeps signs, so P >= 0; P = 0 where all levels are 0: then the step stays.
         return p.mul_(best).neg_(), torch.where(best > 0, best, step)
+
+    def _fit_finely(self, step: Tensor, lowest: Tensor | int, span: int) -> tuple[Tensor, Tensor]:
+        """(error, best step), the error summed over residuals r = u − s d.
+
+        With P = Σ a r d the best step is s + P / Q, and the error there Σ a r² − P² / Q. Gains differ from one
+        candidate to the next by less than fp32 holds of them, from 6 bits on.
+        """
+        d = self.levels(step, lowest, span)
+        r = torch.addcmul(self.u, d, step, value=-1.0, out=self.t)
+        ad = d if self.a is None else d * self.a
+        p = (r * ad).sum(dim=1, keepdim=True)
+        q = d.mul_(ad).sum(dim=1, keepdim=True).clamp_(min=1e-30)
+        r.square_()
+        if self.a is not None:
+            r.mul_(self.a)
+        change = p / q
+        best = step + change
+        error = r.sum(dim=1, keepdim=True).sub_(p.mul_(change))
+        return error, torch.where(best > 0, best, step)
 
     def error(self, step: Tensor, lowest: Tensor, span: int) -> Tensor:
         """Σ a (u − bf16(s d))² for a step that is a bf16 number: the error of what is stored."""
