@@ -3,6 +3,7 @@
 Neither holds more of the model than a block, or a weight as packed and some rows of it as it was.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,8 @@ from memfit.calibrate.cache_loss import cache_losses
 from memfit.calibrate.collect import collect
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import row_shape, rows_of
+from memfit.compensate import compensate
+from memfit.format.integers import Integers
 from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import PACKED, stored_as
 from memfit.format.safetensors import Writer
@@ -26,7 +29,7 @@ from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import Plan, PricedBy
 from memfit.plan.price import Prices, importance_of, prices
 from memfit.source.source import Source
-from memfit.technique.quantize import quantize
+from memfit.technique.quantize import Quantized, quantize
 
 KV_WINDOWS: Final = 2
 """Windows that a KV cache is priced on: every position of them is compared, none is sampled."""
@@ -104,6 +107,28 @@ def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
     return pairs
 
 
+def choose_integers(
+    source: Source, plan: Plan, statistics: Statistics | None, windows_WT: Tensor, integers: Integers, *, batch: int,
+    watch: Watch,
+) -> None:  # fmt: skip
+    """Choose the integers of the plan's linear layers by GPTQ, block after block; see `compensate`.
+
+    What is no linear layer of a block (tables, heads, fused experts) is left to `compress`.
+    """
+    groups = find_groups(source.build(dtype=torch.bfloat16))
+    group_of = {member: group for group in groups for member in group.members}
+    pairs = _complete(groups, statistics)
+
+    def importance(module: str) -> Tensor | None:
+        group = group_of[module]
+        parameter = next((p for p in group.parameters if p == f"{module}.weight"), group.parameters[0])
+        return None if pairs is None else importance_of(group, parameter, pairs)
+
+    compensate(
+        source, windows_WT, plan.schemes(), integers, batch=batch, watch=watch, importance=importance
+    )
+
+
 def compress(
     source: Source,
     plan: Plan,
@@ -112,10 +137,12 @@ def compress(
     *,
     watch: Watch,
     dry: bool = False,
+    integers: Integers | None = None,
 ) -> dict[str, str]:
     """Quantize every weight as planned and write the model's files into `directory`.
 
-    Weights are read some rows at a time, and each is written before the next is read.
+    Weights are read some rows at a time, and each is written before the next is read. Those whose integers have been
+    chosen already, by `compensate`, are written with these.
 
     Returns: file name to the sha256 of what was written.
     """
@@ -140,7 +167,12 @@ def compress(
                     group = groups[module]
                     parameter = _parameter_of(model, module, name)
                     importance = None if pairs is None else importance_of(group, parameter, pairs)
-                    _write_packed(writer, stored, source, name, parameter, schemes[module], importance)
+                    scheme = schemes[module]
+                    if integers is not None and module in integers:
+                        rounded = integers.rows(module, scheme)
+                    else:
+                        rounded = _rounded(source, parameter, scheme, importance)
+                    _write_packed(writer, stored, name, row_shape(source, parameter), scheme, rounded)
                 else:
                     _write_plain(writer, source, model, name)
     return {shard.name: shard.sha256 for shard in writer.shards}
@@ -160,17 +192,25 @@ def _write_plain(writer: Writer, source: Source, model: torch.nn.Module, name: s
         writer.write(name, getattr(model.get_submodule(owner), leaf).to(spec.dtype).contiguous())
 
 
+def _rounded(
+    source: Source, parameter: str, scheme: Scheme, importance: Tensor | None
+) -> Iterator[tuple[int, Quantized]]:
+    """(first row, integers of some rows) of a parameter [N, K], from its first row to its last."""
+    for start, block in rows_of(source, parameter, dtype=torch.bfloat16):
+        yield start, quantize(block, scheme, importance=importance)
+        del block
+
+
 def _write_packed(
     writer: Writer,
     stored: Stored,
-    source: Source,
     name: str,
-    parameter: str,
+    shape: tuple[int, int],
     scheme: Scheme,
-    importance: Tensor | None,
+    rounded: Iterator[tuple[int, Quantized]],
 ) -> None:
-    """Quantize one weight [N, K] by blocks of rows, then write its parts."""
-    rows, width = row_shape(source, parameter)
+    """Pack the integers of one weight [N, K] by blocks of rows, then write its parts."""
+    rows, width = shape
     groups = scheme.groups(width)
     table = name in stored.embeddings
     packed = stored_as(scheme, embedding=table) == PACKED
@@ -178,14 +218,13 @@ def _write_packed(
     values = torch.empty((rows, columns), dtype=torch.int32 if packed else torch.int8)
     scale = torch.empty((rows, groups), dtype=torch.bfloat16)
     zero = None if scheme.symmetric else torch.empty((rows, groups), dtype=torch.int8)
-    for start, block in rows_of(source, parameter, dtype=torch.bfloat16):
-        made = quantize(block, scheme, importance=importance)
-        part = slice(start, start + block.shape[0])
+    for start, made in rounded:
+        part = slice(start, start + made.q.shape[0])
         values[part] = pack_values(made.q, scheme.bits) if packed else made.q
         scale[part] = made.scale
         if zero is not None and made.zero is not None:
             zero[part] = made.zero
-        del made, block
+        del made
     for part_name in stored.packed[name]:
         kind = part_name.rpartition(".")[2]
         if kind == "weight_shape":

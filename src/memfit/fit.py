@@ -38,13 +38,16 @@ from memfit.source.check import check
 from memfit.source.live import fake_copy
 from memfit.source.source import Source, open_source
 from memfit.steps import (
+    Algorithm,
     calibration_job,
     calibration_key,
+    choosing_job,
     compression_job,
     job_on,
     joined,
     predict_fit,
     proof_job,
+    rounding_line,
     write_companions,
 )
 from memfit.study import KV_PRICES, Study
@@ -173,6 +176,7 @@ def fit(
     text: Text | str | Path | None = None,
     allowed: Allowed | None = None,
     given: Plan | None = None,
+    algorithm: Algorithm = "search",
     enforce: bool = False,
     overwrite: bool = False,
     max_kl: float | None = None,
@@ -186,6 +190,7 @@ def fit(
         budget: see `plan`.
         out: where the fitted model goes, a Hugging Face directory; default: `NAME-fitted` here.
         given: a plan made before, carried out within the budget and for the task that stand in it.
+        algorithm: `gptq`: the integers of linear layers make up for the errors of those before them, on the text.
         enforce: measure under a hard limit of the budget; more memory is refused by the system.
         max_kl: the quality gate, nats a token.
         threads: of the measured process; default: torch's own.
@@ -217,6 +222,8 @@ def fit(
         else:
             given = _adopted(study, given)
     texts = text_of(text, source)
+    if algorithm == "gptq" and texts is None:
+        raise UsageError("GPTQ chooses integers for a text, and there is none. Give one (--text FILE).")
     work = WorkDirectory(target, key=calibration_key(study, texts, threads))
     with _threads(threads), output, work:
         job = calibration_job(study, texts, work.path, reference=True, threads=threads)
@@ -231,10 +238,18 @@ def fit(
             chosen = replace(chosen, predicted=given.predicted)
         predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
-        predicted_fit = predict_fit(source, chosen, job)
+        predicted_fit = predict_fit(source, chosen, job, algorithm=algorithm)
         chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
+        jobs, integers, rounding = [calibrated["account"]], None, None
+        if algorithm == "gptq":
+            progress("choosing integers, block by block")
+            choosing = choosing_job(chosen, job)
+            found = run_job(choosing)
+            jobs.append(found["account"])
+            integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"])
         progress("compressing")
-        compressed = run_job(compression_job(chosen, job, output))
+        compressed = run_job(compression_job(chosen, job, output, integers=integers))
+        jobs.append(compressed["account"])
         write_companions(source, chosen, output)
         progress("measuring the fitted model")
         limit = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
@@ -249,7 +264,8 @@ def fit(
             predicted=_with_resident(predicted, known_outside()),
             measured=measured,
             predicted_fit=predicted_fit,
-            measured_fit=joined(calibrated["account"], compressed["account"]),
+            measured_fit=joined(*jobs),
+            rounding=rounding,
             original=original,
             quality=Quality.from_json(proof["quality"]) if proof.get("quality") else None,
             speed=Speed(**proof["speed"]),

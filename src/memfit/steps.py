@@ -1,9 +1,10 @@
 """The steps of fitting: the jobs to run, what they will take, and what belongs beside the weights."""
 
 import hashlib
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -12,9 +13,11 @@ from memfit.account.account import Account
 from memfit.account.dry_run import no_collection
 from memfit.account.follow import Follow
 from memfit.account.settle import settle
-from memfit.compress import calibrate, compress
+from memfit.compensate import DAMPING
+from memfit.compress import calibrate, choose_integers, compress
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
+from memfit.format.integers import Integers
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.planning import plan_files
@@ -22,6 +25,9 @@ from memfit.report.machine import describe_versions
 from memfit.source.source import Source
 from memfit.study import Study
 from memfit.text import Text, write_windows
+
+Algorithm = Literal["search", "gptq"]
+"""How integers are chosen: each weight to the nearest of the searched scale, or making up for errors before it."""
 
 
 def calibration_key(study: Study, text: Text | None, threads: int) -> dict[str, Any]:
@@ -59,8 +65,8 @@ def job_on(source: Source, work: Path, threads: int | None) -> dict[str, Any]:
     return {"model": str(source.gguf or source.directory), "work": str(work), "threads": threads}
 
 
-def predict_fit(source: Source, chosen: Plan, job: dict[str, Any]) -> Account:
-    """The account of calibrating and compressing: the same functions, on fake tensors."""
+def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> Account:
+    """The account of calibrating, choosing integers and compressing: the same functions, on fake tensors."""
     follow = Follow()
     windows_WT = _windows(job)
     allowed = Allowed.from_json(job["allowed"])
@@ -69,7 +75,13 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any]) -> Account:
             None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
         )
         found = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
-        compress(source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True)
+        integers = None
+        if algorithm == "gptq" and ids is not None:
+            integers = Integers(None)
+            choose_integers(
+                source, chosen, found.statistics, ids, integers, batch=job["batch"], watch=follow
+            )
+        compress(source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers)
     return settle(follow.ledger)
 
 
@@ -81,10 +93,31 @@ def _windows(job: dict[str, Any]) -> torch.Tensor | None:
     return found
 
 
-def compression_job(chosen: Plan, job: dict[str, Any], output: OutputDirectory) -> dict[str, Any]:
-    """The job that quantizes every weight and writes the model's files; the plan goes to `work`."""
+def choosing_job(chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
+    """The job that chooses integers by GPTQ; the plan goes to `work`, and integers to a directory of the plan's own."""
+    work = Path(job["work"])
+    (work / "plan.json").write_text(dumps(chosen), encoding="utf-8")
+    schemes = json.dumps([[name, scheme.to_json()] for name, scheme in chosen.schemes().items()])
+    integers = work / f"integers-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
+    told = {key: job[key] for key in ("model", "work", "threads", "batch")}
+    return told | {"do": "choose", "integers": str(integers)}
+
+
+def compression_job(
+    chosen: Plan, job: dict[str, Any], output: OutputDirectory, *, integers: str | None = None
+) -> dict[str, Any]:
+    """The job that quantizes what has no integers yet and writes the model's files; the plan goes to `work`."""
     (Path(job["work"]) / "plan.json").write_text(dumps(chosen), encoding="utf-8")
-    return {key: job[key] for key in ("model", "work", "threads")} | {"do": "compress", "output": str(output.path)}
+    told = {key: job[key] for key in ("model", "work", "threads")}
+    return told | {"do": "compress", "output": str(output.path), "integers": integers}
+
+
+def rounding_line(chosen: Plan, damping: dict[str, float]) -> str:
+    """What is to be told of the algorithm: how many layers went by GPTQ, and where H needed more damping."""
+    most = max(damping.values(), default=0.0)
+    raised = sum(value > DAMPING for value in damping.values())
+    told = f"GPTQ: {len(damping)} of {len(chosen.schemes())} quantized modules, damping {DAMPING:g}"
+    return told + (f", up to {most:g} in {raised} that needed more" if raised else "")
 
 
 def write_companions(source: Source, chosen: Plan, output: OutputDirectory) -> None:

@@ -221,10 +221,33 @@ def _reference(job: dict[str, Any]) -> dict[str, Any]:
     return {"speed": measure_speed(model, **job["task"]).to_json()}
 
 
+def _choose(job: dict[str, Any]) -> dict[str, Any]:
+    """Integers into the work directory, a directory a block: those that a stopped run has left are kept."""
+    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.calibrate.statistics import Statistics
+    from memfit.compress import choose_integers
+    from memfit.format.integers import Integers
+    from memfit.plan.plan import read_plan
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    work = Path(job["work"])
+    source, plan = open_source(job["model"]), read_plan(work / "plan.json")
+    integers, meter = Integers(Path(job["integers"])), Meter()
+    reset_resident_peak()
+    with meter.phase("choose"):
+        statistics = Statistics.read(work / "statistics.safetensors")
+        windows = _windows(job)["calibration"]
+    choose_integers(source, plan, statistics, windows, integers, batch=job["batch"], watch=meter)
+    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    return {"account": account.to_json(), "damping": integers.damping}
+
+
 def _compress(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
     from memfit.calibrate.statistics import Statistics
     from memfit.compress import compress
+    from memfit.format.integers import Integers
     from memfit.plan.plan import read_plan
     from memfit.source.source import open_source
 
@@ -238,7 +261,8 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
     with meter.phase("compress"):
         if file.exists():
             statistics = Statistics.read(file)
-    files = compress(source, plan, statistics, Path(job["output"]), watch=meter)
+    integers = Integers(Path(job["integers"])) if job.get("integers") else None
+    files = compress(source, plan, statistics, Path(job["output"]), watch=meter, integers=integers)
     account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
     return {"account": account.to_json(), "files": files}
 
@@ -299,6 +323,7 @@ JOBS = {
     "measure": _measure,
     "calibrate": _calibrate,
     "reference": _reference,
+    "choose": _choose,
     "compress": _compress,
     "prove": _prove,
     "kernel_nbytes": _kernel_nbytes,

@@ -27,6 +27,9 @@ Listener = Callable[[str, Tensor, Tensor], None]
 """Called with a module's name, its input [..., K] and its output [..., N], where gradients are wanted. Of fused
 experts, with the weight's name, `#` and the expert's number."""
 
+Visit = Callable[[str, nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Called with a block's name, the block, its forward pass and that pass's arguments."""
+
 
 class Streamed:
     """`model` with its weights on the disk. Blocks, tables and the rest are read as they are used.
@@ -41,6 +44,10 @@ class Streamed:
         self.model = source.build(dtype=dtype)
         self.listener: Listener | None = None
         self.watched: frozenset[str] = frozenset()
+        self.visit: Visit = lambda name, block, forward, args, kwargs: forward(*args, **kwargs)
+        """Runs a block while its weights are there."""
+        self.rounded: Callable[[str, Tensor], Tensor] | None = None
+        """Of a table's name and rows [N, D] that were looked up: what a rounded table would have given."""
         self.head = _head_name(self.model)
         config: Any = self.model.config  # the model's own copy
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -85,7 +92,7 @@ class Streamed:
                     filled[place] = tensor
                 again, named = tree_unflatten(filled, spec)
                 with self._read(name, block), self._listening(name, block):
-                    out = forward(*again, **named)
+                    out = self.visit(name, block, forward, again, named)
                 flat, out_spec = tree_flatten(out)
                 shape[:] = [out_spec, flat]
                 return tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
@@ -243,6 +250,8 @@ class _Table(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         streamed = self._streamed[0]
         out = look_up(streamed.rows(f"{self.name}.weight"), ids, width=self.width, dtype=streamed.dtype)
+        if streamed.rounded is not None:
+            out = streamed.rounded(self.name, out.view(-1, self.width)).view(out.shape)
         if streamed.listener is not None and torch.is_grad_enabled():
             # Before it is scaled: an error of the table's is scaled too.
             out.requires_grad_()

@@ -56,6 +56,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Rounding(StrEnum):
+    """How integers are chosen."""
+
+    search = "search"
+    gptq = "gptq"
+
+
 class Routing(StrEnum):
     """How tokens go to experts."""
 

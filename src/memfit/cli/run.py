@@ -25,6 +25,7 @@ from .app import (
     Optimizer,
     Prompt,
     Quiet,
+    Rounding,
     Routing,
     Sequence,
     Slowdown,
@@ -166,6 +167,9 @@ def fit(
         Path | None,
         typer.Option("--plan", help="Carry out this plan: its budget, task and schemes; the rest is computed anew."),
     ] = None,
+    algorithm: Annotated[
+        Rounding, typer.Option(help="gptq: rounding errors are made up for on the text; better, and slower.")
+    ] = Rounding.search,
     enforce: Annotated[
         bool,
         typer.Option("--enforce", help="Measure under a hard limit: more memory is refused by the system."),
@@ -210,6 +214,7 @@ def fit(
             text=text,
             allowed=allowed,
             given=given,
+            algorithm=algorithm.value,
             enforce=enforce,
             overwrite=overwrite,
             max_kl=max_kl,

@@ -37,6 +37,8 @@ class Report:
     """Kernel -> modules that run on it."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    rounding: str | None = None
+    """What is to be told of how integers were chosen, if not by scales alone."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File of weights -> sha256."""
     created: str | None = None
@@ -82,6 +84,7 @@ class Report:
             "kernels": dict(self.kernels),
             "machine": dict(self.machine),
             "versions": dict(self.versions),
+            "rounding": self.rounding,
             "files": dict(self.files),
             "created": self.created,
         }
@@ -107,6 +110,7 @@ class Report:
             kernels=data["kernels"],
             machine=data["machine"],
             versions=data["versions"],
+            rounding=data.get("rounding"),
             files=data["files"],
             created=data["created"],
         )

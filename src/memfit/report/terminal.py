@@ -157,6 +157,8 @@ def render_report(report: Report) -> RenderableType:
     parts: list[RenderableType] = [_verdict(report)]
     if report.plan is not None:
         parts += [Text(), Text(_task_line(report.task)), render_plan(report.plan)]
+    if report.rounding is not None:
+        parts.append(Text(report.rounding))
     parts.append(Text())
     if report.measured is not None:
         parts.append(render_comparison(report.predicted, report.measured, title="Running it"))

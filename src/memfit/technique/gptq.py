@@ -97,7 +97,8 @@ def factor(hessian: Tensor, *, damping: float = 0.01) -> Factor:
     wide = _wide(hessian.dtype)
     diagonal = hessian.diagonal().to(wide)
     real = not is_fake(hessian)
-    if real and not (bool(hessian.isfinite().all()) and bool((diagonal >= 0).all())):
+    low, high = hessian.aminmax()  # of NaN both are NaN; and no copy, as `isfinite` makes
+    if real and not (bool((high - low).isfinite()) and bool(diagonal.amin() >= 0)):
         raise ValueError("the Hessian has entries that are not finite, or a negative diagonal")
     dead = diagonal == 0
     mean = diagonal.mean()
