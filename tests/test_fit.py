@@ -314,3 +314,17 @@ def test_a_given_plan_that_cannot_keep_its_budget_is_told_at_once(model, plan):
 def test_what_is_to_be_kept_must_be_there(model):
     with pytest.raises(UsageError, match="'nothing'"):
         memfit.plan(model, "75%", task=TASK, allowed=replace(ALLOWED, keep=("nothing",)))
+
+
+def test_gptq_is_carried_out_predicted_and_told(fitted, model, plan, tmp_path):
+    report = memfit.fit(
+        model, out=tmp_path / "out", given=plan, text=text(), allowed=ALLOWED, threads=1, algorithm="gptq"
+    )
+    assert report.plan["choices"] == fitted[0].plan["choices"]
+    assert report.quality.kl < 1.05 * fitted[0].quality.kl  # of a model by chance; see test_compensate for its gain
+    assert report.rounding is not None and report.rounding.startswith("GPTQ: ")
+    assert report.predicted_fit.peak_nbytes == pytest.approx(report.measured_fit.peak_nbytes, rel=0.03)
+    assert {phase.name for phase in report.measured_fit.phases} >= {"calibrate", "compensate", "compress"}
+    assert Report.from_json(json.loads((tmp_path / "out" / "report.json").read_text())).rounding == report.rounding
+    with pytest.raises(memfit.UsageError, match="GPTQ chooses integers for a text"):
+        memfit.fit(model, out=tmp_path / "other", given=plan, algorithm="gptq")

@@ -173,9 +173,9 @@ def _refusal(frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdo
     account = tracer.whole(recipe)
     least, how = account.peak_nbytes, describe(recipe, len(tracer.shape.blocks))
     worst = max(account.phases, key=lambda phase: phase.peak_nbytes)
-    helps = ""
-    if task.batch > 1 or task.sequence > 1:
-        helps = f" A batch of {max(1, task.batch // 2)} takes less, as do shorter sequences."
+    helps = " Shorter sequences take less." if task.sequence > 1 else ""
+    if task.batch > 1:
+        helps = f" A batch of {task.batch // 2} takes less, as do shorter sequences."
     return DoesNotFit(
         f"{format_size(budget_nbytes)} allowed, {format_size(least)} needed at the least (in {worst.name}), with "
         f"{how}. The smallest budget that works is {least} bytes.{helps}",

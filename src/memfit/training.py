@@ -122,6 +122,8 @@ def train(
         LossNotFinite, SaveFailed: the last good checkpoint is kept.
     """
     options = options or Options()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device is here: `plan` works without one, `train` needs it. Use --device cpu.")
     Schedule(steps=1, kind=options.schedule)  # a name that is not known is told before anything is made
     task = task or Train()
     if isinstance(given, str | Path):

@@ -114,6 +114,7 @@ def test_names_of_classes_are_numbered_in_their_order():
         ("a.jsonl", b'{"text": "a"}\n{"text": "b", "label": 1}', "row 1 has no label"),
         ("a.jsonl", b'{"text": 3}', "row 1 has a int as its text"),
         ("a.jsonl", b'{"text": "a", "label": -1}', "row 1 has the label -1"),
+        ("a.jsonl", b'{"text": "a", "label": 1000000}', "row 1 has the label 1000000"),
         ("a.tsv", b"a\t1\nb", "line 2 has 1 columns, 2 were expected"),
         ("a.tsv", b"a\tb\tc", "3 columns and no header"),
     ],

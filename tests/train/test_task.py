@@ -325,3 +325,20 @@ def test_work_like_earlier_work_is_told_from_it(name):
         assert sum(phase.alive.values()) == phase.peak_nbytes
         for kind, nbytes in phase.alive.items():
             assert abs(nbytes - other.alive[kind]) <= 64
+
+
+def test_fewer_tokens_never_take_more():
+    """Rows of a table's gradient are made in tiles; what a tile takes is bounded, however few the tokens."""
+    from memfit import demo
+    from memfit.train_planning import shape_of
+
+    source = open_source(demo.model_directory())
+    blocks = shape_of(lambda recipe: load_to_train(source, recipe)).blocks
+    recipe = memfit.Recipe(
+        precision="master", recompute=blocks, in_backward=True, rows=True, states="disk", store="disk", weights="disk",
+    )  # fmt: skip
+    peaks = [
+        memfit.account(demo.model_directory(), memfit.Train(batch=batch, sequence=32, recipe=recipe)).peak_nbytes
+        for batch in (1, 2, 4)
+    ]
+    assert peaks == sorted(peaks)

@@ -255,3 +255,24 @@ def test_the_trainer_trains_as_planned(model, text, plan, tmp_path):
     refused = hf.TrainingArguments(output_dir=str(tmp_path / "no"), **settings, gradient_accumulation_steps=2)
     with pytest.raises(UsageError, match="gradient_accumulation_steps is 2"):
         hf.Trainer(model=there, args=refused, train_dataset=rows, callbacks=[plan.callback()]).train()
+
+
+def test_the_command_does_not_go_on_with_other_settings(plain, model, text, monkeypatch, capsys):
+    from memfit.cli import main
+
+    words = ["train", str(model), "--data", str(text), "-o", str(plain[1]), "--resume", "--quiet"]
+    monkeypatch.setattr("sys.argv", ["memfit", *words, "--lr", "3e-4"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--lr 0.0003 with --resume: the run was begun with 0.001" in told
+
+
+def test_a_step_that_was_closed_says_so(model, plan):
+    step = memfit.train_step(memfit.load(model, plan), plan)
+    batch = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(2, 8, dtype=torch.int64)}
+    step(batch)
+    step.close()
+    with pytest.raises(UsageError, match="the step is closed"):
+        step(batch)

@@ -97,7 +97,9 @@ class Streamed:
                 shape[:] = [out_spec, flat]
                 return tuple(leaf for leaf in flat if isinstance(leaf, Tensor))
 
-            made = _Recomputed.apply(run, *tensors)  # type: ignore[no-untyped-call]
+            # Without gradients it is a plain call, in which a visitor may begin and end an allocator's recordings.
+            learns = torch.is_grad_enabled()
+            made = _Recomputed.apply(run, *tensors) if learns else run(tuple(tensors))  # type: ignore[no-untyped-call]
             out_spec, flat = shape
             values = iter(made if isinstance(made, tuple) else (made,))
             whole = [next(values) if isinstance(leaf, Tensor) else leaf for leaf in flat]

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from memfit.errors import UsageError
+
 from .app import (
     AdaptersOnly,
     Budget,
@@ -118,6 +120,8 @@ def train(
     refuse_both(full, adapters)
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
+    if resume:
+        _refuse_other_settings(context, out or Path(f"{Path(model).name.removesuffix('.gguf')}-trained"))
     _in_a_process_of_its_own()
     import torch
 
@@ -151,6 +155,27 @@ def train(
         return
     show(render_training(report))
     show(f"\nWritten to {report.out}. The same as a page: {Path(report.out) / 'training.html'}")
+
+
+def _refuse_other_settings(context: typer.Context, out: Path) -> None:
+    """A run goes on as it was planned: an option that says otherwise is not ignored."""
+    file = Path(f"{out}.training") / "plan.json"
+    if not file.is_file():
+        return
+    from memfit.train.plan import read_train_plan
+
+    task = read_train_plan(file).task
+    known = {
+        "batch": task.batch, "sequence": task.sequence, "optimizer": task.recipe.optimizer, "lr": task.hyper.lr,
+        "weight_decay": task.hyper.weight_decay, "clip": task.hyper.clip or 0.0,
+    }  # fmt: skip
+    for name, before in known.items():
+        source, now = context.get_parameter_source(name), context.params[name]
+        if source is not None and source.name == "COMMANDLINE" and now != before:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {now} with --resume: the run was begun with {before}. Leave it out to go "
+                "on, or begin anew with --overwrite."
+            )
 
 
 def _in_a_process_of_its_own() -> None:

@@ -14,6 +14,7 @@ Kind = Literal["text", "pairs", "labelled"]
 TEXTS: Final = ("text", "sentence", "content", "sentence1", "question")
 """Names under which a row's text is looked for, in this order."""
 _SECONDS: Final = ("sentence2", "text2", "text_pair", "answer")
+_MOST_CLASSES: Final = 10_000
 _LABELS: Final = ("label", "labels", "class", "target")
 _SUFFIXES: Final = (".txt", ".md", ".jsonl", ".json", ".tsv", ".csv")
 
@@ -282,6 +283,11 @@ def _labels(name: str, values: Sequence[Any]) -> tuple[list[int], tuple[str, ...
             for row, number in enumerate(numbers, 1):
                 if number < 0:
                     raise BrokenInput(f"{name}: row {row} has the label {number}; labels count from 0.")
+                if number >= _MOST_CLASSES:
+                    raise BrokenInput(
+                        f"{name}: row {row} has the label {number}, so that there would be {number + 1} classes; at "
+                        f"most {_MOST_CLASSES} are taken. Number the classes from 0 on, or give their names."
+                    )
             return numbers, ()
     except (TypeError, ValueError):
         pass

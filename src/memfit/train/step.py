@@ -93,7 +93,7 @@ class TrainStep:
         self._updated = 0
         self._uses: dict[int, int] = {}
         self._expected: dict[int, int] = {}
-        self._stack = ExitStack()
+        self._stack, self._closed = ExitStack(), False
         self._directory = directory
         self._set_up(recipe)
 
@@ -148,6 +148,8 @@ class TrainStep:
             LossNotFinite: the loss is NaN or infinite; nothing was updated.
             UsageError: no label of the batch counts.
         """
+        if self._closed:
+            raise UsageError("the step is closed: its model is an ordinary one again. Make another of the model.")
         self._check_size(batch)
         labels = self.objective.count(batch)
         if labels == 0:
@@ -217,6 +219,7 @@ class TrainStep:
 
     def close(self) -> None:
         """Unwrap the model: it is an ordinary one again, with the weights it has now, all of them in memory."""
+        self._closed = True
         self._stack.close()
         for parameter in self.model.parameters():
             bring_back(parameter)

@@ -15,6 +15,9 @@ _ROW_LOGITS_NBYTES: Final = 12 << 20
 """Most bytes of logits, 16 and 32 bits of each, while rows of a head's gradient are made; of a small table's, a
 quarter of the table: they are to take less than its gradient would."""
 
+_TABLE_TILES: Final = 16
+"""A table has so many at least: an update needs several times a tile, and is to take less than the table."""
+
 
 def tiles(numel: int, device: torch.device) -> list[tuple[int, int]]:
     """[start, stop) of each tile of so many weights."""
@@ -25,7 +28,7 @@ def tiles(numel: int, device: torch.device) -> list[tuple[int, int]]:
 def row_tiles(table: Tensor, tokens: int) -> list[tuple[int, int]]:
     """Tiles of a table [V, D] that are whole rows, few enough that logits [tokens, rows] stay small."""
     count, width = table.shape
-    most = max(_CPU_TILE * 4 // width, 1)
+    most = max(min(_CPU_TILE * 4 // width, count // _TABLE_TILES), 1)
     if tokens:
         nbytes = min(_ROW_LOGITS_NBYTES, table.numel() * table.element_size() // 4)
         most = min(most, max(nbytes // (6 * tokens), 1))
