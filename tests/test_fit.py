@@ -190,7 +190,7 @@ def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, 
     out.mkdir()
     (out / "config.json").write_text("{}")
     (out / "old").write_text("old")
-    monkeypatch.setattr(room, "predict_fit", lambda *_: fitted[0].predicted_fit)
+    monkeypatch.setattr(room, "predict_fit", lambda *_, **__: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made))
     again = memfit.fit(model, out=out, task=TASK, text=text(), given=plan, overwrite=True)
     assert not (out / "old").exists() and again.budget_nbytes == report.budget_nbytes
@@ -200,7 +200,7 @@ def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, 
 
 def test_a_quality_that_is_missed_is_an_error_and_the_output_is_kept(fitted, model, plan, tmp_path, monkeypatch):
     _, made, jobs = fitted
-    monkeypatch.setattr(room, "predict_fit", lambda *_: fitted[0].predicted_fit)
+    monkeypatch.setattr(room, "predict_fit", lambda *_, **__: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made))
     with pytest.raises(QualityMissed, match="at most 1e-09 allowed"):
         memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan, max_kl=1e-9)
@@ -211,7 +211,7 @@ def test_a_peak_measured_over_the_budget_is_an_error_and_the_output_is_kept(
     fitted, model, plan, tmp_path, monkeypatch
 ):
     report, made, jobs = fitted
-    monkeypatch.setattr(room, "predict_fit", lambda *_: fitted[0].predicted_fit)
+    monkeypatch.setattr(room, "predict_fit", lambda *_, **__: fitted[0].predicted_fit)
     monkeypatch.setattr(room, "run_job", jobs.again(made, prove={"account": report.original.to_json()}))
     with pytest.raises(OverBudget, match=format_size(report.original.peak_nbytes)) as caught:
         memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan)
