@@ -10,7 +10,7 @@ Legend of shapes: W windows, T time, N outputs, K inputs.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,8 @@ from memfit.format.integers import Integers
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
-from memfit.technique.gptq import factor, gptq
+from memfit.technique.gptq import DAMPING, factor, gptq
 from memfit.technique.quantize import Quantized, dequantize, quantize
-
-DAMPING: Final = 0.01
-"""Of mean(diag H), unless H needs more."""
 
 
 @torch.no_grad()

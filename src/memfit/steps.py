@@ -13,7 +13,6 @@ from memfit.account.account import Account
 from memfit.account.dry_run import no_collection
 from memfit.account.follow import Follow
 from memfit.account.settle import settle
-from memfit.compensate import DAMPING
 from memfit.compress import calibrate, choose_integers, compress
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
@@ -24,6 +23,7 @@ from memfit.planning import plan_files
 from memfit.report.machine import describe_versions
 from memfit.source.source import Source
 from memfit.study import Study
+from memfit.technique.gptq import DAMPING
 from memfit.text import Text, write_windows
 
 Algorithm = Literal["search", "gptq"]

@@ -26,6 +26,8 @@ from memfit.packed.scheme import Scheme
 
 from .quantize import Quantized, quantize
 
+DAMPING: Final = 0.01
+"""Of mean(diag H), unless H needs more."""
 _COLUMNS: Final = 128
 """Columns whose errors are spread one at a time; those of earlier blocks come by one product."""
 _ROWS: Final = 1024
@@ -50,7 +52,7 @@ class Gptq:
     """The technique."""
 
     scheme: Scheme
-    damping: float = 0.01
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= _MOST_DAMPING:
@@ -82,7 +84,7 @@ class Factor:
     damping: float
 
 
-def factor(hessian: Tensor, *, damping: float = 0.01) -> Factor:
+def factor(hessian: Tensor, *, damping: float = DAMPING) -> Factor:
     """R of H + damping · mean(diag H) · I = R Rᵀ, in the order that columns are taken in.
 
     Args:
@@ -128,7 +130,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, hessian: "Tensor | Factor", scheme: Scheme, *, damping: float = 0.01, block: int = _COLUMNS
+    weight: Tensor, hessian: "Tensor | Factor", scheme: Scheme, *, damping: float = DAMPING, block: int = _COLUMNS
 ) -> Compensated:
     """The integers of weight [N, K] for inputs with E[x xᵀ] = `hessian`: scales as searched, values by GPTQ.
 
@@ -190,4 +192,4 @@ def _compensate(weight: Tensor, found: Quantized, made: Factor, group_K: Tensor,
     return error
 
 
-__all__ = ["Compensated", "Factor", "Gptq", "factor", "gptq"]
+__all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "factor", "gptq"]
