@@ -167,7 +167,7 @@ def _count(rows: slice) -> int:
 
 
 def _shape(leaf: Any) -> Any:
-    return Shape(tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+    return Shape.of(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _another(leaf: Any) -> Any:

@@ -181,7 +181,7 @@ class Study:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, torch.no_grad(), follow, follow.phase("load"):
             holder["it"].load_from(read, member)  # type: ignore[operator]
-        account = settle(follow.ledger)
+        account = settle(follow.ledger, heap=False)
         return account.peak_nbytes - account.phases[0].end_nbytes
 
     def alone(self, member: str, phase: str, scheme: Scheme | None) -> int:

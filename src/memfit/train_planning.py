@@ -421,7 +421,7 @@ class _Tracer:
         traced = task if count is None else SteadyStep(task)
         repeats = self._repeats.setdefault(replace(recipe, recompute=("some",) if recipe.recompute else ()), {})
         ledger = trace(made, traced, device=self.device, products=self._products, repeats=repeats)
-        return settle(ledger, device=self.device)
+        return settle(ledger, device=self.device, heap=count is None)
 
 
 def _cut(model: nn.Module, count: int) -> None:

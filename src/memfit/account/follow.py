@@ -217,7 +217,7 @@ def has_no_bytes(tensor: torch.Tensor) -> bool:
 def _without_values(argument: Any) -> Any:
     """An argument to write down: nothing may be kept that would keep a tensor alive."""
     if isinstance(argument, torch.Tensor):
-        return Shape(tuple(argument.shape), tuple(argument.stride()), argument.dtype)
+        return Shape.of(argument)
     return argument if isinstance(argument, (int, float, bool, str, torch.dtype)) else None
 
 

@@ -28,6 +28,10 @@ class Shape:
     """A kernel may need scratch for a slice that it does not need for a tensor without gaps."""
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Shape":
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
     def empty(self) -> torch.Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
 

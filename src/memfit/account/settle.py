@@ -11,8 +11,11 @@ from .ledger import Ledger
 from .outside import kernel_count
 
 
-def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
-    """The account that the ledger's events amount to: for each phase its worst moment and what was alive."""
+def settle(ledger: Ledger, *, device: str = "cpu", heap: bool = True) -> Account:
+    """The account that the ledger's events amount to: for each phase its worst moment and what was alive.
+
+    Without `heap`, nothing is said of the C heap, which takes longest: enough where allocated bytes are asked for.
+    """
     spans = phase_spans(ledger)
     worst = _worst_moments(ledger, spans, device)
     phases: list[Phase] = []
@@ -44,7 +47,7 @@ def settle(ledger: Ledger, *, device: str = "cpu") -> Account:
         ),
         device=device,
         routing=ROUTING.get() if ledger.routed else None,
-        heap_nbytes=heap_nbytes(ledger) if device == "cpu" else 0,
+        heap_nbytes=heap_nbytes(ledger) if heap and device == "cpu" else 0,
         kernels=kernel_count(ledger),
         runtime=ledger.runtime,
     )  # fmt: skip
