@@ -2,8 +2,10 @@
 
 After malloc/malloc.c of glibc 2.36, as memfit's measured processes set it up (`worker.QUIET`: no caches of small
 chunks, thresholds that stay): a block is cut from the smallest hole that it fits into, else from the heap's end, and
-holes beside each other are one. Where neither serves, a block of `MMAP_THRESHOLD` or more is pages of its own, which
-go back when it ends; the heap gives back its end alone. So a small block that stays keeps all that lies below it.
+holes beside each other are one. Which of several holes of one size is taken decides what can join later, so malloc's
+order is kept: fresh holes wait, the oldest that fits to the byte is taken, and the others join those of their size.
+Where neither a hole nor the end serves, a block of `MMAP_THRESHOLD` or more is pages of its own, which go back when it
+ends; the heap gives back its end alone. So a small block that stays keeps all that lies below it.
 torch asks for blocks at multiples of 64 bytes (posix_memalign): malloc looks for a hole larger by that, and gives
 back what it does not need of it.
 
@@ -34,8 +36,12 @@ class Heap:
     """The heap while blocks come and go; `resident_nbytes` is what the process holds of it."""
 
     def __init__(self) -> None:
-        self._holes: list[tuple[int, int]] = []
-        """(size, start), the smallest first."""
+        self._sizes: list[int] = []
+        """Of the holes in order, each once."""
+        self._of_size: dict[int, list[int]] = {}
+        """Where the holes of a size begin: the first that came, then the others, the last first (malloc's bins)."""
+        self._fresh: dict[int, None] = {}
+        """Holes that no request has looked at yet, the oldest first."""
         self._size_of: dict[int, int] = {}
         self._start_of: dict[int, int] = {}
         """Of the hole that begins, or ends, at an address."""
@@ -52,9 +58,9 @@ class Heap:
         """A block is asked for."""
         needed = _chunk(nbytes)
         asked = _chunk(needed + _ALIGNMENT + _LEAST)
-        at = bisect_left(self._holes, (asked, -1))
-        if at < len(self._holes):
-            start, size = self._take(at)
+        start = self._hole_for(asked)
+        if start is not None:
+            size = self._take(start)
             if size - asked >= _LEAST:
                 self._put(start + asked, size - asked)
                 size = asked
@@ -98,9 +104,8 @@ class Heap:
         """A chunk ends: one hole with those beside it, or part of the heap's free end."""
         first, last = start, start + size
         if first in self._start_of:
-            before = self._start_of[first]
-            self._take(bisect_left(self._holes, (first - before, before)))
-            first = before
+            first = self._start_of[first]
+            self._take(first)
         if last == self._used:
             self._used = first
             if self._end - first > _TRIM_THRESHOLD:
@@ -108,21 +113,42 @@ class Heap:
                 self._touched = min(self._touched, self._end)
             return
         if last in self._size_of:
-            behind = self._size_of[last]
-            self._take(bisect_left(self._holes, (behind, last)))
-            last += behind
+            last += self._take(last)
         self._put(first, last - first)
 
+    def _hole_for(self, asked: int) -> int | None:
+        """Where the hole begins that malloc takes for a chunk, if there is one."""
+        while self._fresh:
+            start = next(iter(self._fresh))
+            if self._size_of[start] == asked:
+                return start
+            del self._fresh[start]
+            size = self._size_of[start]
+            if size in self._of_size:
+                self._of_size[size].insert(1, start)
+            else:
+                insort(self._sizes, size)
+                self._of_size[size] = [start]
+        at = bisect_left(self._sizes, asked)
+        return self._of_size[self._sizes[at]][:2][-1] if at < len(self._sizes) else None
+
     def _put(self, start: int, size: int) -> None:
-        insort(self._holes, (size, start))
+        self._fresh[start] = None
         self._size_of[start] = size
         self._start_of[start + size] = start
 
-    def _take(self, at: int) -> tuple[int, int]:
-        """(start, size) of a hole that is one no more."""
-        size, start = self._holes.pop(at)
-        del self._size_of[start], self._start_of[start + size]
-        return start, size
+    def _take(self, start: int) -> int:
+        """The size of a hole that is one no more."""
+        size = self._size_of.pop(start)
+        del self._start_of[start + size]
+        if start in self._fresh:
+            del self._fresh[start]
+        else:
+            self._of_size[size].remove(start)
+            if not self._of_size[size]:
+                del self._of_size[size]
+                self._sizes.remove(size)
+        return size
 
 
 def heap_nbytes(ledger: Ledger) -> int:
