@@ -114,6 +114,12 @@ def test_progress_goes_to_stderr(memfit, model, monkeypatch):
         ("account", "{model}", "--prompt", "0"),
         ("fit", "{model}", "--budget", "50%"),
         ("report", "{model}"),
+        ("report", "no-such-directory"),
+        ("plan", "{model}", "--task", "train", "--bits", "4"),
+        ("plan", "{model}", "--sequence", "64"),
+        ("account", "{model}", "--task", "train", "--prompt", "9"),
+        ("train", "{model}", "--data", "text.txt", "--resume", "--overwrite"),
+        ("train", "{model}", "--data", "text.txt", "--epochs", "0"),
         ("frobnicate",),
     ],
 )
@@ -171,6 +177,9 @@ def test_a_plan_to_train_is_not_one_to_fit(memfit, model, tmp_path):
     assert memfit("plan", model, *words)[0] == 0
     code, _, err = memfit("fit", model, "--plan", "plan.json", "-o", "out")
     assert code == 4 and "one to train: give it to `memfit train --plan`" in " ".join(err.split())
+    assert memfit("plan", model, "-b", "60%", "-o", "run.json")[0] == 0
+    code, _, err = memfit("train", model, "--data", "text.txt", "--plan", "run.json")
+    assert code == 4 and "this is a plan to run a model" in " ".join(err.split())
 
 
 @pytest.mark.parametrize("option", [("--batch", "4"), ("--budget", "1GiB"), ("--full",), ("--lr", "1e-3")])

@@ -1,9 +1,11 @@
 """Planning to train: within the budget, the least change first, and told when nothing fits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers as hf
 
 import memfit
 from memfit import demo
@@ -71,3 +73,17 @@ def test_adapters_are_planned_where_asked_for():
 def test_something_must_be_allowed_to_learn():
     with pytest.raises(memfit.UsageError, match="neither the whole model nor adapters"):
         memfit.plan(demo.model_directory(), "60%", task=TASK, full=False, adapters=False)
+
+
+def test_what_does_not_fit_says_what_a_smaller_batch_or_shorter_texts_free(tmp_path):
+    hf.LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    task = memfit.Train(batch=4, sequence=64)
+    with pytest.raises(memfit.DoesNotFit, match=r"--batch 2 frees .*--sequence 32 frees .*Adapters") as found:
+        memfit.plan(tmp_path, 1000, task=task, adapters=False)
+    freed = found.value.levers["--sequence 32"]
+    with pytest.raises(memfit.DoesNotFit) as shorter:
+        memfit.plan(tmp_path, 1000, task=replace(task, sequence=32), adapters=False)
+    assert shorter.value.smallest_nbytes <= found.value.smallest_nbytes - freed

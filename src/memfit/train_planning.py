@@ -161,10 +161,12 @@ def plan_training(
                     predicted=account.to_json(), changes=tier.changes, seconds=seconds, slowdown=seconds / plain,
                     device=device, rungs=_rungs(recipe, account, tracer),
                 )  # fmt: skip
-    raise _refusal(frugal, tracer, budget_nbytes, slowdown)
+    raise _refusal(frugal, tracer, budget_nbytes, slowdown, adapters=adapters)
 
 
-def _refusal(frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdown: float | None) -> DoesNotFit:
+def _refusal(
+    frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdown: float | None, *, adapters: bool
+) -> DoesNotFit:
     if not frugal:
         raise UsageError(f"no way to train takes at most {slowdown} times as long as plain training. Allow more.")
     task = tracer.task
@@ -173,14 +175,29 @@ def _refusal(frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdo
     account = tracer.whole(recipe)
     least, how = account.peak_nbytes, describe(recipe, len(tracer.shape.blocks))
     worst = max(account.phases, key=lambda phase: phase.peak_nbytes)
-    helps = " Shorter sequences take less." if task.sequence > 1 else ""
-    if task.batch > 1:
-        helps = f" A batch of {task.batch // 2} takes less, as do shorter sequences."
+    levers = {}
+    for what, other in _smaller(task).items():
+        there = _Tracer(tracer.make, other, tracer.device, tracer.shape)
+        levers[what] = max(0, least - there.whole(recipe).peak_nbytes)
+    helps = "".join(f" {what} frees {format_size(nbytes)}." for what, nbytes in levers.items() if nbytes)
+    if not adapters:
+        helps += " Adapters (without --full) take less."
     return DoesNotFit(
         f"{format_size(budget_nbytes)} allowed, {format_size(least)} needed at the least (in {worst.name}), with "
         f"{how}. The smallest budget that works is {least} bytes.{helps}",
         smallest_nbytes=least,
+        levers=levers,
     )
+
+
+def _smaller(task: Train) -> dict[str, Train]:
+    """What a user could ask for in place of the task."""
+    found = {}
+    if task.batch > 1:
+        found[f"--batch {task.batch // 2}"] = replace(task, batch=task.batch // 2)
+    if task.sequence > 1:
+        found[f"--sequence {task.sequence // 2}"] = replace(task, sequence=task.sequence // 2)
+    return found
 
 
 def stored_dtype(source: Source) -> torch.dtype:

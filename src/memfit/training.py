@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from memfit.account.dry_run import dry_run
 from memfit.account.meter import reset_resident_peak, resident_nbytes
 from memfit.data.batches import Batches, Kind, batches_of
-from memfit.data.read import RawData, read_data, split_rows
+from memfit.data.read import RawData, read_data, split_rows, with_classes_of
 from memfit.errors import MemfitError, UsageError
-from memfit.evaluate.classification import Classification, classify_score
 from memfit.format.directory import OutputDirectory
 from memfit.models import load_to_train
 from memfit.report.machine import describe_machine, describe_versions
@@ -34,6 +33,7 @@ from memfit.train.away import sending
 from memfit.train.certify import certify
 from memfit.train.checkpoints import Checkpoints
 from memfit.train.classifier import is_classifier, load_classifier
+from memfit.train.judge import classification_of, judge_on
 from memfit.train.loop import Loop, Observer, Settings
 from memfit.train.output import write_model
 from memfit.train.plan import TrainPlan, read_train_plan
@@ -79,6 +79,12 @@ class Options:
     certify: int = 0
     """Steps of plain training that are run beside planned ones first, to compare; the plain ones are not bounded."""
 
+    def __post_init__(self) -> None:
+        if self.steps is None and not self.epochs > 0:
+            raise ValueError(f"epochs must be more than 0, got {self.epochs:g}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
 
 def train(
     model: "str | Path | nn.Module",
@@ -122,6 +128,8 @@ def train(
         LossNotFinite, SaveFailed: the last good checkpoint is kept.
     """
     options = options or Options()
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run, --overwrite begins anew: leave out one of them.")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("no CUDA device is here: `plan` works without one, `train` needs it. Use --device cpu.")
     Schedule(steps=1, kind=options.schedule)  # a name that is not known is told before anything is made
@@ -142,6 +150,7 @@ def train(
         raw, held = split_rows(raw, _HELD_OUT, options.seed)
     else:
         held = read_data(options.evaluation, text_column=options.text_column, label_column=options.label_column)
+        held = with_classes_of(held, raw)
     kinds = {"text": "texts", "pairs": "prompts with completions", "labelled": f"texts of {raw.classes} classes"}
     progress(f"{raw.name}: {len(raw.rows)} {kinds[raw.kind]} to train on, {len(held.rows)} held out")
     subject = subject.for_data(raw, held, options.seed)
@@ -186,7 +195,7 @@ def train(
         log = LogFile(run / "log.jsonl")
         loop = Loop(
             step, batches, _settings(options, steps, plan), ladder=plan.ladder,
-            checkpoints=Checkpoints(run / "checkpoints"), evaluate=_judge(judged, _MOST_EVALUATED),
+            checkpoints=Checkpoints(run / "checkpoints"), evaluate=judge_on(judged, _MOST_EVALUATED),
             observers=(log, *observers), outside_nbytes=outside, stop=stop,
         )  # fmt: skip
         with log:
@@ -287,7 +296,7 @@ class Subject:
         """With a head for the data's classes, where rows have labels.
 
         Raises:
-            UsageError: the data has no labels and the model is no language model.
+            UsageError: the data has no labels and the model is no language model, or all labels are one.
         """
         source = self.source
         if source is None or (raw.kind != "labelled" and not is_classifier(source)):
@@ -297,6 +306,12 @@ class Subject:
                     "head for their classes is trained with it."
                 )
             return self
+        if len(known := {row.label for row in (*raw.rows, *held.rows)}) < 2:
+            only = raw.label_names[0] if raw.label_names else next(iter(known))
+            raise UsageError(
+                f"{raw.name}: all rows have the label {only}, so there is nothing to tell apart. Give rows of two "
+                "classes at the least."
+            )
         classes = self.classes or max(2, raw.classes, held.classes)
         pad = getattr(self.tokenizer, "pad_token_id", None)
 
@@ -336,48 +351,6 @@ def _context(config: Any) -> int | None:
         if isinstance(most, int) and most > 0:
             return most
     return None
-
-
-# -- evaluation ---------------------------------------------------------------------------------------
-
-
-def _judge(batches: Batches, most: int) -> Callable[[TrainStep], Mapping[str, float]]:
-    """A function that scores a model on the first `most` batches held out."""
-
-    def judge(step: TrainStep) -> Mapping[str, float]:
-        total, labels = 0.0, 0
-        guessed: list[int] = []
-        known: list[int] = []
-        device = next(step.model.parameters()).device
-        for number in range(min(most, len(batches))):
-            batch = {name: tensor.to(device) for name, tensor in batches.batch(0, number).items()}
-            loss, count, scores = step.evaluate(batch)
-            total, labels = total + loss * count, labels + count
-            if scores is not None and batches.kind == "classifier":
-                guessed += scores.argmax(-1).tolist()
-                known += batch["labels"].tolist()
-        mean = total / max(labels, 1)
-        if batches.kind != "classifier" or not guessed:
-            return {"loss": mean, "perplexity": float(torch.tensor(mean).exp()), "score": mean}
-        found = classify_score(guessed, known, 1 + max(*guessed, *known, 1))
-        return {"loss": mean, "accuracy": found.accuracy, "f1": found.f1, "score": 1.0 - found.f1}
-
-    return judge
-
-
-def classification_of(step: TrainStep, batches: Batches) -> Classification:
-    """A classifier's scores on all of the batches."""
-    guessed: list[int] = []
-    known: list[int] = []
-    classes = 2
-    for number in range(len(batches)):
-        batch = batches.batch(0, number)
-        scores = step.evaluate({n: t.to(next(step.model.parameters()).device) for n, t in batch.items()})[2]
-        assert scores is not None
-        classes = scores.shape[-1]
-        guessed += scores.argmax(-1).tolist()
-        known += batch["labels"].tolist()
-    return classify_score(guessed, known, classes)
 
 
 # -- parts --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfit.data.batches import IGNORED, batches_of
-from memfit.data.read import read_data, split_rows
+from memfit.data.read import read_data, split_rows, with_classes_of
 from memfit.errors import BrokenInput, UsageError
 
 SIZES = {"sequence": 8, "batch": 3, "vocabulary": 300}
@@ -102,6 +102,23 @@ def test_names_of_classes_are_numbered_in_their_order():
     assert [row.label for row in raw.rows] == [1, 0]
 
 
+def test_data_to_evaluate_on_is_numbered_as_what_is_trained_on():
+    raw = read_data([{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}, {"text": "c", "label": "all right"}])
+    held = with_classes_of(read_data([{"text": "d", "label": "pos"}]), raw)
+    assert held.label_names == raw.label_names
+    assert [raw.label_names[row.label] for row in held.rows] == ["pos"]
+    for rows, message in (
+        ([{"text": "d", "label": "bad"}], "has the label 'bad', which no row of"),
+        ([{"text": "d", "label": 1}], "are numbers, those of .* names"),
+        ([{"text": "d"}], "has texts, .* has texts with labels"),
+    ):
+        with pytest.raises(BrokenInput, match=message):
+            with_classes_of(read_data(rows), raw)
+    numbers = read_data([{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    with pytest.raises(BrokenInput, match="has the label 2, and the data has 0 to 1"):
+        with_classes_of(read_data([{"text": "d", "label": 2}]), numbers)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -115,6 +132,7 @@ def test_names_of_classes_are_numbered_in_their_order():
         ("a.jsonl", b'{"text": 3}', "row 1 has a int as its text"),
         ("a.jsonl", b'{"text": "a", "label": -1}', "row 1 has the label -1"),
         ("a.jsonl", b'{"text": "a", "label": 1000000}', "row 1 has the label 1000000"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": 0.5}', "row 2 has the label 0.5"),
         ("a.tsv", b"a\t1\nb", "line 2 has 1 columns, 2 were expected"),
         ("a.tsv", b"a\tb\tc", "3 columns and no header"),
     ],

@@ -148,6 +148,38 @@ def test_a_batch_larger_than_planned_is_refused():
     assert step({"input_ids": ids[:1], "labels": ids[:1]}).labels == 15
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: {"input_ids": ids}, "has no tensor 'labels'; it has input_ids"),
+        (lambda ids: {"labels": ids}, "has no tensor 'input_ids'"),
+        (lambda ids: {"input_ids": ids + 5000, "labels": ids}, "input_ids hold 5000, and the vocabulary has"),
+        (lambda ids: {"input_ids": ids, "labels": ids - 1}, r"labels hold -1; they count from 0 \(-100 is ignored\)"),
+        (lambda ids: {"input_ids": ids, "labels": ids + 5000}, "labels hold 5000"),
+        (lambda ids: {"input_ids": ids, "labels": ids[:, :4]}, r"labels of \[2, 4\]"),
+        (lambda ids: {"input_ids": ids, "labels": ids[:, 0]}, r"both must be \[batch, tokens\]"),
+        (lambda ids: {"input_ids": ids.float(), "labels": ids}, "input_ids are of torch.float32"),
+    ],
+)
+def test_what_is_no_batch_for_the_model_is_told(change, message):
+    source = source_from_config(hf.LlamaConfig(**DECODER))
+    step = memfit.train_step(load_to_train(source, Recipe()), Train(batch=2, sequence=16))
+    with pytest.raises(UsageError, match=message):
+        step(change(torch.zeros(2, 16, dtype=torch.long)))
+
+
+def test_a_classifiers_labels_are_its_classes():
+    config = hf.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    step = memfit.train_step(hf.BertForSequenceClassification(config), Train(batch=2, sequence=8))
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    for labels, message in ((torch.tensor([0, 3]), "hold 3, and the model has 3 classes"), (ids, r"\[batch\] were")):
+        with pytest.raises(UsageError, match=message):
+            step({"input_ids": ids, "labels": labels})
+    assert step({"input_ids": ids, "labels": torch.tensor([0, 2])}).labels == 2
+
+
 def test_states_are_named_and_the_first_step_makes_them():
     predicted, _ = both(hf.LlamaConfig(**DECODER), RECIPES["plain"])
     weights = sum(entry.nbytes for entry in predicted.entries if entry.kind == "parameter")
@@ -342,3 +374,13 @@ def test_fewer_tokens_never_take_more():
         for batch in (1, 2, 4)
     ]
     assert peaks == sorted(peaks)
+
+
+def test_what_is_recomputed_brings_no_shapes_of_its_own():
+    source = source_from_config(configs()["mixtral"])
+    names = tuple(name for name, _ in stacked_blocks(source.build(dtype=torch.float32)))
+    plain, again = (
+        dry_run(lambda recipe=recipe: load_to_train(source, recipe), Train(batch=4, sequence=32, recipe=recipe)).kernels
+        for recipe in (Recipe(precision="kahan"), Recipe(precision="kahan", recompute=names))
+    )
+    assert again == plain > 0

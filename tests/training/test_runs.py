@@ -233,7 +233,7 @@ def test_the_trainer_trains_as_planned(model, text, plan, tmp_path):
     ]
     settings = {
         "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
-        "report_to": [], "use_cpu": True, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        "report_to": [], "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
     }  # fmt: skip
 
     class InOrder(hf.Trainer):
@@ -242,7 +242,9 @@ def test_the_trainer_trains_as_planned(model, text, plan, tmp_path):
 
     there = hf.AutoModelForCausalLM.from_pretrained(model, dtype="auto", attention_dropout=0.0)
     arguments = hf.TrainingArguments(output_dir=str(tmp_path / "trainer"), **settings)
-    InOrder(model=there, args=arguments, train_dataset=rows, callbacks=[plan.callback()]).train()
+    trainer = InOrder(model=there, args=arguments, train_dataset=rows, callbacks=[plan.callback()])
+    trainer.train()
+    assert all(line["grad_norm"] > 0 for line in trainer.state.log_history if "grad_norm" in line)
     ours = hf.AutoModelForCausalLM.from_pretrained(model, dtype="auto", attention_dropout=0.0)
     step = memfit.train_step(ours, plan, seed=42)
     torch.manual_seed(42)
@@ -252,6 +254,10 @@ def test_the_trainer_trains_as_planned(model, text, plan, tmp_path):
     for (name, a), b in zip(there.named_parameters(), ours.parameters(), strict=True):
         assert torch.allclose(a.float(), b.float(), atol=4e-3), name
     assert "forward" not in vars(there)
+    larger = hf.TrainingArguments(output_dir=str(tmp_path / "no"), **settings | {"per_device_train_batch_size": 6})
+    with pytest.raises(UsageError, match="a batch of 6 x 32 tokens, and the plan is for 4 x 32"):
+        hf.Trainer(model=there, args=larger, train_dataset=rows, callbacks=[plan.callback()]).train()
+    vars(there).pop("forward")
     refused = hf.TrainingArguments(output_dir=str(tmp_path / "no"), **settings, gradient_accumulation_steps=2)
     with pytest.raises(UsageError, match="gradient_accumulation_steps is 2"):
         hf.Trainer(model=there, args=refused, train_dataset=rows, callbacks=[plan.callback()]).train()

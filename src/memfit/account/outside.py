@@ -14,6 +14,7 @@ A process that runs a task is resident with
 and no more; the worst moment of heap and allocated together is searched over all of the trace.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -76,16 +77,19 @@ def kernel_count(ledger: Ledger) -> int:
     expert and call; a number is there with 1 − ∏(1 − p(m)).
     """
     plain = {kernel for kernel in ledger.kernels if kernel[0] != "grouped"}
+    late = _born_in_backward(ledger)
     by_matrix: dict[tuple[int, int], list[tuple[float, int]]] = {}
     for kind, *sizes in ledger.kernels:
         if kind == "grouped":
             rows, inner, columns, experts = sizes
-            calls = sum(
-                storage.operator == "aten::_grouped_mm"
+            made = {
+                number
+                for number, storage in enumerate(ledger.storages)
+                if storage.operator == "aten::_grouped_mm"
                 and storage.kind != "temporary"
                 and storage.nbytes == rows * columns * 2
-                for storage in ledger.storages
-            )
+            }
+            calls = len(made - late) or len(made)  # what is recomputed goes to the experts that it went to before
             by_matrix.setdefault((inner, columns), []).append((rows / experts, calls * experts))
     expected = 0.0
     for draws in by_matrix.values():
@@ -97,3 +101,15 @@ def kernel_count(ledger: Ledger) -> int:
                 missing += count * math.log1p(-chance)
             expected += 1 - math.exp(missing)
     return len(plain) + round(expected)
+
+
+def _born_in_backward(ledger: Ledger) -> set[int]:
+    """Numbers of the storages that backward passes make."""
+    marks = [*ledger.marks, (len(ledger.events), "")]
+    return {
+        number
+        for (first, name), (last, _) in itertools.pairwise(marks)
+        if name.endswith("backward")
+        for number, sign in ledger.events[first:last]
+        if sign > 0
+    }

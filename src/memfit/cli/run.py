@@ -46,6 +46,7 @@ from .training import show_training_plan, training_task
 
 @app.command()
 def account(
+    context: typer.Context,
     model: Model,
     task: TaskOption = Task.run,
     batch: Batch = 1,
@@ -66,6 +67,7 @@ def account(
     """Say who will hold which bytes, when: to run a model, or to train it plainly. No weights are read."""
     import memfit
 
+    _refuse_of_the_other_task(context, task)
     chosen: memfit.Infer | memfit.Train
     if task is Task.train:
         chosen = memfit.plain_training(model, training_task(batch, sequence, optimizer))
@@ -89,6 +91,7 @@ def account(
 
 @app.command()
 def plan(
+    context: typer.Context,
     model: Model,
     budget: Budget = "50%",
     task: TaskOption = Task.run,
@@ -116,6 +119,7 @@ def plan(
     from memfit.plan.plan import dumps
     from memfit.report.terminal import render_plan
 
+    _refuse_of_the_other_task(context, task)
     if task is Task.train:
         refuse_both(full, adapters)
         planned = memfit.plan(
@@ -281,6 +285,8 @@ def report(
     from memfit.report.terminal import render_report
     from memfit.report.training import TrainReport, render_training
 
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: there is no such directory. Give one made by `memfit fit` or `memfit train`.")
     trained = (directory / "training.json").is_file()
     name = "training.json" if trained else "report.json"
     try:
@@ -301,6 +307,22 @@ _IN_THE_PLAN = (
     "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric",
 )  # fmt: skip
 """What a plan says itself."""
+
+
+_OF_RUNNING = ("prompt", "new_tokens", "text", "bits", "groups", "kv_bits", "keep", "asymmetric", "routing")
+_OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
+
+
+def _refuse_of_the_other_task(context: typer.Context, task: Task) -> None:
+    """An option that says nothing of the task is not ignored."""
+    for name in _OF_RUNNING if task is Task.train else _OF_TRAINING:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            other = "run" if task is Task.train else "train"
+            raise UsageError(
+                f"--{name.replace('_', '-')} says something of --task {other}, and this is --task {task.value}. Leave "
+                "one of them out."
+            )
 
 
 def _allowed(bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool) -> Any:

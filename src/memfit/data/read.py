@@ -79,6 +79,34 @@ def read_data(where: Any, *, text_column: str | None = None, label_column: str |
     return replace(found, label_names=names) if names else found
 
 
+def with_classes_of(held: RawData, raw: RawData) -> RawData:
+    """`held` with the class numbers of `raw`: names are numbered by each data set for itself.
+
+    Raises:
+        BrokenInput: it is of another kind, or has classes that are never trained.
+    """
+    if held.kind != raw.kind:
+        kinds = {"text": "texts", "pairs": "prompts with completions", "labelled": "texts with labels"}
+        raise BrokenInput(f"{held.name} has {kinds[held.kind]}, {raw.name} has {kinds[raw.kind]}. Give two alike.")
+    if raw.kind != "labelled":
+        return held
+    if bool(held.label_names) != bool(raw.label_names):
+        numbers, names = (raw, held) if held.label_names else (held, raw)
+        raise BrokenInput(f"the labels of {numbers.name} are numbers, those of {names.name} names. Give two alike.")
+    number_of = {name: number for number, name in enumerate(raw.label_names)}
+    for name in held.label_names:
+        if name not in number_of:
+            raise BrokenInput(f"{held.name} has the label {name!r}, which no row of {raw.name} has.")
+    if held.classes > raw.classes and not raw.label_names:
+        raise BrokenInput(f"{held.name} has the label {held.classes - 1}, and {raw.name} has 0 to {raw.classes - 1}.")
+    if not held.label_names:
+        return held
+    rows = (
+        replace(row, label=None if row.label is None else number_of[held.label_names[row.label]]) for row in held.rows
+    )
+    return replace(held, rows=tuple(rows), label_names=raw.label_names)
+
+
 def split_rows(raw: RawData, share: float = 0.05, seed: int = 0) -> tuple[RawData, RawData]:
     """(to train on, held out): rows drawn by `seed`; of one long text, its last part.
 
@@ -277,6 +305,9 @@ def _text(name: str, number: int, row: Any, column: str) -> str:
 
 def _labels(name: str, values: Sequence[Any]) -> tuple[list[int], tuple[str, ...]]:
     """Numbers as they are; anything else is numbered in sorted order, the names kept."""
+    for row, value in enumerate(values, 1):
+        if isinstance(value, float) and not value.is_integer():
+            raise BrokenInput(f"{name}: row {row} has the label {value}; labels are whole numbers from 0 on, or names.")
     try:
         numbers = [int(value) for value in values]
         if all(str(number) == str(value).strip() for number, value in zip(numbers, values, strict=True)):

@@ -82,6 +82,9 @@ def lines_of(report: TrainReport) -> list[tuple[str, str]]:
     found.append(("peak, predicted", f"{format_size(plan['predicted']['peak_nbytes'])} allocated"))
     if report.measured_nbytes is not None:
         what = "allocated" if plan["device"] == "cuda" else "resident growth: what was allocated, and libraries' own"
+        over = report.measured_nbytes - plan["budget_nbytes"]
+        if over > 0 and plan["device"] != "cuda":
+            what += ", which the budget does not bound"
         found.append(("peak, measured", f"{format_size(report.measured_nbytes)} {what}"))
     found += [("learned otherwise", change) for change in plan["changes"]] or [("learned otherwise", "nothing")]
     found += [(f"at step {step}", what) for step, what in report.notes]

@@ -31,12 +31,13 @@ class PlanCallback(TrainerCallback):  # type: ignore[misc]
         self.plan = plan
         self.step: TrainStep | None = None
         self._optimizer: Any = None
+        self._norm: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Wrap the model; go on from the Trainer's checkpoint, if it does.
 
         Raises:
-            UsageError: the Trainer accumulates gradients or clips them itself, which is the plan's.
+            UsageError: the Trainer accumulates gradients, or the plan keeps weights where the Trainer cannot save them.
         """
         if args.gradient_accumulation_steps != 1:
             raise UsageError(
@@ -52,6 +53,7 @@ class PlanCallback(TrainerCallback):  # type: ignore[misc]
         self._optimizer = given.get("optimizer")
         make_trainable(model, self.plan.recipe)
         self.step = TrainStep(model, self.plan.recipe, hyper=self.plan.task.hyper, seed=args.seed)
+        self.step.most = (self.plan.task.batch, self.plan.task.sequence)
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FOLDER
         if state.global_step and saved.is_dir():
             restore_states(self.step, saved)
@@ -63,6 +65,15 @@ class PlanCallback(TrainerCallback):  # type: ignore[misc]
             directory = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FOLDER
             directory.mkdir(parents=True, exist_ok=True)
             save_states(self.step, directory)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
+        """Tell the gradient's norm that the plan found: the Trainer itself sees none, and would say 0."""
+        for said in (logs, state.log_history[-1] if state.log_history else None):
+            if said is not None and "grad_norm" in said:
+                if self._norm is None:
+                    del said["grad_norm"]
+                else:
+                    said["grad_norm"] = self._norm
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Leave an ordinary model."""
@@ -97,6 +108,7 @@ class PlanCallback(TrainerCallback):  # type: ignore[misc]
         if self._optimizer is not None:
             rate = float(self._optimizer.param_groups[0]["lr"])
         self.step.mover.rate = rate / self.step.hyper.lr if self.step.hyper.lr else 0.0
-        loss = self.step(batch).loss
+        outcome = self.step(batch)
+        self._norm = outcome.gradient_norm
         # A loss whose backward pass ends at once; not a leaf, as the Trainer scales it in place.
-        return torch.tensor(loss, device=next(self.step.model.parameters()).device, requires_grad=True) * 1.0
+        return torch.tensor(outcome.loss, device=next(self.step.model.parameters()).device, requires_grad=True) * 1.0

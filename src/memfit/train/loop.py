@@ -143,7 +143,7 @@ class Loop:
         known = self.checkpoints.steps()
         if not known:
             return 0
-        place = self.checkpoints.restore(self.step, known[-1])
+        place = self.checkpoints.place(known[-1])
         for name, ours in self._identity().items():
             theirs = place["identity"].get(name)
             if theirs != ours:
@@ -151,7 +151,7 @@ class Loop:
                     f"{self.checkpoints.at(known[-1])}: was made with another {name} ({theirs}, now {ours}). Go on "
                     "with the same, or start anew in another directory."
                 )
-        self._take(place)
+        self._take(self.checkpoints.restore(self.step, known[-1]))
         return self.done
 
     def run(self) -> None:

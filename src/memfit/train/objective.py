@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from memfit.errors import UsageError
 from memfit.packed.fake import is_fake
+from memfit.task.infer import vocabulary
 from memfit.technique.chunk_loss import IGNORED, ChunkLoss, Head, HeadCall
 
 Batch = Mapping[str, Tensor]
@@ -26,6 +27,14 @@ KeepCall = Callable[[HeadCall], None]
 
 class Objective(Protocol):
     """How a model is asked and judged."""
+
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        """Refuse what is no batch for the model.
+
+        Raises:
+            UsageError: names the tensor, and what is wrong with it.
+        """
+        ...
 
     def count(self, batch: Batch) -> int:
         """Labels of the batch that count."""
@@ -49,6 +58,18 @@ class LanguageModel:
     """An encoder-decoder: labels are the decoder's targets, its inputs are the same moved by one."""
     chunks: ChunkLoss | None = None
     head: Head = field(default_factory=Head)
+
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        _require(batch, "input_ids", "labels")
+        ids, labels = batch["input_ids"], batch["labels"]
+        if ids.dim() != 2 or labels.dim() != 2 or labels.shape[0] != ids.shape[0]:
+            raise UsageError(
+                f"input_ids of {list(ids.shape)} and labels of {list(labels.shape)}: both must be [batch, tokens]."
+            )
+        if not self.encodes and labels.shape != ids.shape:
+            raise UsageError(f"labels of {list(labels.shape)}, input_ids of {list(ids.shape)}: one for each token.")
+        _require_below(ids, vocabulary(model), "input_ids", "the vocabulary has {} entries")
+        _require_below(labels, vocabulary(model), "labels", "the vocabulary has {} entries")
 
     def count(self, batch: Batch) -> int:
         labels = batch["labels"]
@@ -89,6 +110,19 @@ class LanguageModel:
 class Classifier:
     """Cross-entropy of one label a row: [B]."""
 
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        _require(batch, "input_ids", "labels")
+        ids, labels = batch["input_ids"], batch["labels"]
+        if ids.dim() != 2 or labels.shape != ids.shape[:1]:
+            raise UsageError(
+                f"input_ids of {list(ids.shape)} and labels of {list(labels.shape)}: [batch, tokens] and [batch] were "
+                "expected."
+            )
+        _require_below(ids, vocabulary(model), "input_ids", "the vocabulary has {} entries")
+        classes = getattr(getattr(model, "config", None), "num_labels", None)
+        if isinstance(classes, int):
+            _require_below(labels, classes, "labels", "the model has {} classes")
+
     def count(self, batch: Batch) -> int:
         labels = batch["labels"]
         return int(labels.numel()) if is_fake(labels) else int(labels.ne(IGNORED).sum())
@@ -115,6 +149,10 @@ class Custom:
 
     function: Callable[[nn.Module, Batch], Tensor]
 
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        if not batch:
+            raise UsageError("the batch has no tensors.")
+
     def count(self, batch: Batch) -> int:
         return int(next(iter(batch.values())).shape[0])
 
@@ -123,6 +161,29 @@ class Custom:
 
     def loss(self, model: nn.Module, out: Tensor, batch: Batch, *, scale: float, keep: KeepCall | None) -> Tensor:
         return out * (scale * self.count(batch))
+
+
+def _require(batch: Batch, *names: str) -> None:
+    for name in names:
+        if not isinstance(batch.get(name), Tensor):
+            raise UsageError(f"the batch has no tensor {name!r}; it has {', '.join(batch) or 'nothing'}.")
+
+
+def _require_below(ids: Tensor, most: int, name: str, of: str) -> None:
+    """Every entry is one of 0..most-1, or ignored. On a GPU that would wait for it: there the kernels say so."""
+    if ids.is_floating_point():
+        raise UsageError(f"{name} are of {ids.dtype}; whole numbers were expected.")
+    if is_fake(ids) or ids.device.type != "cpu":
+        return
+    known = ids[ids.ne(IGNORED)] if name == "labels" else ids
+    if known.numel() == 0:
+        return
+    low, high = (int(end) for end in torch.aminmax(known))
+    if high >= most:
+        raise UsageError(f"{name} hold {high}, and {of.format(most)}.")
+    if low < 0:
+        ignored = f" ({IGNORED} is ignored)" if name == "labels" else ""
+        raise UsageError(f"{name} hold {low}; they count from 0{ignored}.")
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:

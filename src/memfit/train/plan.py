@@ -78,6 +78,8 @@ class TrainPlan:
             BrokenInput: it is none, or of another version.
         """
         try:
+            if "choices" in data:
+                raise BrokenInput("this is a plan to run a model (`memfit fit --plan`). Make one with --task train.")
             if data["version"] != VERSION:
                 raise BrokenInput(f"the plan is of version {data['version']}, this memfit reads {VERSION}. Plan again.")
             return cls(

@@ -146,11 +146,13 @@ class TrainStep:
 
         Raises:
             LossNotFinite: the loss is NaN or infinite; nothing was updated.
-            UsageError: no label of the batch counts.
+            UsageError: no label of the batch counts; with `most`, the batch is larger, or no batch for the model.
         """
         if self._closed:
             raise UsageError("the step is closed: its model is an ordinary one again. Make another of the model.")
-        self._check_size(batch)
+        if self.most is not None:
+            self.objective.check(self.model, batch)
+            self._check_size(batch, self.most)
         labels = self.objective.count(batch)
         if labels == 0:
             raise UsageError("all labels of the batch are ignored: it has nothing to learn from. Leave it out.")
@@ -178,15 +180,13 @@ class TrainStep:
             self.scaler.grow()
         return Outcome(loss=loss, labels=labels, gradient_norm=norm)
 
-    def _check_size(self, batch: Batch) -> None:
+    def _check_size(self, batch: Batch, most: tuple[int, int]) -> None:
         """A batch that is larger than planned would take more than was told."""
         ids = batch.get("input_ids")
-        if self.most is None or ids is None or ids.dim() < 2:
-            return
-        if ids.shape[0] > self.most[0] or ids.shape[1] > self.most[1]:
+        if ids is not None and ids.dim() > 1 and (ids.shape[0] > most[0] or ids.shape[1] > most[1]):
             raise UsageError(
-                f"a batch of {ids.shape[0]} x {ids.shape[1]} tokens, and the plan is for {self.most[0]} x "
-                f"{self.most[1]}. Plan for the largest batch there is."
+                f"a batch of {ids.shape[0]} x {ids.shape[1]} tokens, and the plan is for {most[0]} x {most[1]}. Plan "
+                "for the largest batch there is."
             )
 
     @property
