@@ -1,14 +1,16 @@
 """Integers for a whole model by GPTQ: block after block, each for the inputs that those before it now give.
 
-The model's own forward pass calls each block once, with all of the text. There the block's weights are read, and its
-layers are taken in the order of their calls: those that read the same input share one H = E[x xᵀ], made by running the
-block with what is already rounded in it. Then the block runs on with its new weights, and they are let go.
+The model's own forward pass calls each block once, with all of the text twice: the first half of the windows goes
+through the model as it was (x), the second through what it has become (x̂). There the block's weights are read, and its
+layers are taken in the order of their calls: those that read the same input share one H = E[x̂ x̂ᵀ] and one
+E[(x − x̂) x̂ᵀ], made by running the block as it was and with what is already rounded in it. A layer is to give for x̂
+what it gave for x (`gptq.corrected`). Then the block runs on with its new weights, and both are let go.
 
 Legend of shapes: W windows, T time, N outputs, K inputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,7 @@ from memfit.format.integers import Integers
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
-from memfit.technique.gptq import DAMPING, factor, gptq
+from memfit.technique.gptq import DAMPING, corrected, factor, gptq
 from memfit.technique.quantize import Quantized, dequantize, quantize
 
 
@@ -59,10 +61,14 @@ def compensate(
     dry = is_fake(windows_WT)
     known: dict[Any, Any] = {}
 
+    count = windows_WT.shape[0]
+    twice_WT = torch.cat([windows_WT, windows_WT])
+
     def rounded(name: str, rows_ND: Tensor) -> Tensor:
         if name not in schemes:
             return rows_ND
-        return dequantize(quantize(rows_ND, schemes[name], importance=importance(name)))
+        was, now = rows_ND.chunk(2)
+        return torch.cat([was, dequantize(quantize(now, schemes[name], importance=importance(name)))])
 
     def visit(name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # A phase for each block, as an allocator's events are kept until their phase ends; without a gap between
@@ -73,15 +79,17 @@ def compensate(
         kind = (structure_of(block), tuple(schemes.get(f"{name}.{below}") for below, _ in block.named_modules()))
         if dry and kind in known:
             return tree_map(_another, known[kind])
-        run = _Run(forward, args, kwargs, windows_WT.shape[0], batch)
+        call = _Call(forward, args, kwargs, 2 * count)
+        was, now = _Run(call, 0, count, batch), _Run(call, count, 2 * count, batch)
         layers = {
             full: module
             for below, module in block.named_modules()
             if isinstance(module, nn.Linear) and (full := f"{name}.{below}") in schemes
         }
+        out = was.whole()
         if layers:
-            _choose(name, layers, run, schemes, integers, damping)
-        out = run.whole()
+            _choose(name, layers, was, now, schemes, integers, damping)
+        out = now.whole(out)
         if dry:
             known[kind] = tree_map(_shape, out)
         return out
@@ -89,12 +97,12 @@ def compensate(
     streamed.rounded, streamed.visit = rounded, visit
     with ExitStack() as phase:
         phase.enter_context(watch.phase("compensate"))
-        streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
+        streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))
 
 
 def _choose(
-    block: str, layers: Mapping[str, nn.Linear], run: "_Run", schemes: Mapping[str, Scheme], integers: Integers,
-    damping: float,
+    block: str, layers: Mapping[str, nn.Linear], was: "_Run", now: "_Run", schemes: Mapping[str, Scheme],
+    integers: Integers, damping: float,
 ) -> None:  # fmt: skip
     """Put the integers' values into a block's layers: those that are kept, or new ones."""
     if integers.holds(block):
@@ -103,12 +111,18 @@ def _choose(
         return
     found: dict[str, Quantized] = {}
     used: dict[str, float] = {}
-    for stage in _stages(layers, run):
-        made = factor(_second_moments(layers[stage[0]], run), damping=damping)
+    weights = {name: layer.weight.data for name, layer in layers.items()}
+    for stage in _stages(layers, now):
+        hessian, cross = _second_moments(layers[stage[0]], was, now, _as_they_were(layers, weights))
+        # The products take less than `cross` where that is largest, and what is left of it goes before H is factored.
+        moved = {name: weights[name].to(cross.dtype) @ cross for name in stage}
+        del cross
+        made = factor(hessian, damping=damping)
+        del hessian
         for name in stage:
-            found[name] = gptq(layers[name].weight, made, schemes[name]).quantized
+            found[name] = gptq(corrected(weights[name], moved.pop(name), made), made, schemes[name]).quantized
             used[name] = made.damping
-            layers[name].weight.copy_(dequantize(found[name]))
+            layers[name].weight.data = dequantize(found[name])
         del made
     integers.write(block, found, used)
 
@@ -138,28 +152,60 @@ def _stages(layers: Mapping[str, nn.Linear], run: "_Run") -> list[list[str]]:
     return [names for _, names in calls]
 
 
-def _second_moments(layer: nn.Linear, run: "_Run") -> Tensor:
-    """E[x xᵀ] [K, K] of a layer's inputs, float32."""
-    total = torch.zeros(layer.in_features, layer.in_features)
+def _second_moments(
+    layer: nn.Linear, was: "_Run", now: "_Run", as_they_were: Callable[[], AbstractContextManager[None]]
+) -> tuple[Tensor, Tensor]:
+    """E[x̂ x̂ᵀ] and E[(x − x̂) x̂ᵀ] [K, K] of a layer's inputs, float32."""
+    width = layer.in_features
+    hessian, cross = torch.zeros(width, width), torch.zeros(width, width)
     count = 0
+    for part, part_now in zip(was.parts(), now.parts(), strict=True):
+        with as_they_were():
+            off_NK = _input(layer, part)
+        x_NK = _input(layer, part_now)
+        off_NK.sub_(x_NK)
+        hessian.addmm_(x_NK.t(), x_NK)
+        cross.addmm_(off_NK.t(), x_NK)
+        count += x_NK.shape[0]
+        del off_NK, x_NK
+    return hessian.div_(max(count, 1)), cross.div_(max(count, 1))
+
+
+def _input(layer: nn.Linear, part: Callable[[], Any]) -> Tensor:
+    """What comes to a layer in a block's call, [N, K] in float32; the call goes no further."""
+    heard: list[Tensor] = []
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal count
-        x_NK = inputs[0].reshape(-1, layer.in_features).float()
-        total.addmm_(x_NK.t(), x_NK)
-        count += x_NK.shape[0]
+        heard.append(inputs[0].reshape(-1, layer.in_features).to(torch.float32, copy=True))
         raise _Heard
 
     handle = layer.register_forward_pre_hook(hook)
     try:
-        for part in run.parts():
-            try:
-                part()
-            except _Heard:
-                continue
+        part()
+    except _Heard:
+        pass
     finally:
         handle.remove()
-    return total.div_(max(count, 1))
+    return heard.pop()
+
+
+def _as_they_were(
+    layers: Mapping[str, nn.Linear], weights: Mapping[str, Tensor]
+) -> Callable[[], AbstractContextManager[None]]:
+    """What makes a context in which the layers have these weights."""
+
+    @contextmanager
+    def made() -> Iterator[None]:
+        now = {name: layer.weight.data for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.weight.data = weights[name]
+        try:
+            yield
+        finally:
+            for name, layer in layers.items():
+                layer.weight.data = now[name]
+
+    return made
 
 
 def _count(rows: slice) -> int:
@@ -179,38 +225,48 @@ class _Heard(Exception):  # no error: what follows in the block is of no use
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A block's call, some windows at a time."""
+class _Call:
+    """What a block was called with, for all windows."""
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     windows: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A block's call for the windows from `start` to `stop`, `batch` of them at a time."""
+
+    call: _Call
+    start: int
+    stop: int
     batch: int
 
     def parts(self) -> Iterator[Callable[[], Any]]:
         """The call for each of the parts."""
-        leaves, spec = tree_flatten((self.args, dict(self.kwargs)))
+        leaves, spec = tree_flatten((self.call.args, dict(self.call.kwargs)))
         for rows in blocks_to_run(self._rows()):
-            mine = [leaf[rows] if self._of_windows(leaf, self.windows) else leaf for leaf in leaves]
+            mine = [leaf[rows] if self._of_windows(leaf, self.call.windows) else leaf for leaf in leaves]
             args, kwargs = tree_unflatten(mine, spec)
-            yield lambda args=args, kwargs=kwargs: self.forward(*args, **kwargs)  # type: ignore[misc]
+            yield lambda args=args, kwargs=kwargs: self.call.forward(*args, **kwargs)  # type: ignore[misc]
 
     def first(self) -> Any:
         """The call for the first part alone."""
         return next(self.parts())()
 
-    def whole(self) -> Any:
-        """What the call gives for all windows."""
-        rows = self._rows()
-        spec: Any = None
+    def whole(self, before: Any = None) -> Any:
+        """What the call gives, with room for all windows; into what another run gave `before`, if it is given."""
+        rows, windows = self._rows(), self.call.windows
         joined: list[Any] = []
+        if before is not None:
+            joined, spec = tree_flatten(before)
         for part, run in zip(blocks_to_run(rows), self.parts(), strict=True):
             leaves, spec = tree_flatten(run())
-            if part == rows[0]:
+            if not joined:
                 # What has no row for each window is the same for all of them, as T5's position bias.
                 joined = [
-                    leaf.new_empty((self.windows, *leaf.shape[1:])) if self._of_windows(leaf, _count(part)) else leaf
+                    leaf.new_empty((windows, *leaf.shape[1:])) if self._of_windows(leaf, _count(part)) else leaf
                     for leaf in leaves
                 ]
             for whole, leaf in zip(joined, leaves, strict=True):
@@ -220,8 +276,8 @@ class _Run:
         return tree_unflatten(joined, spec)
 
     def _rows(self) -> list[slice]:
-        starts = range(0, self.windows, self.batch)
-        return [slice(start, min(start + self.batch, self.windows)) for start in starts]
+        starts = range(self.start, self.stop, self.batch)
+        return [slice(start, min(start + self.batch, self.stop)) for start in starts]
 
     @staticmethod
     def _of_windows(leaf: Any, windows: int) -> bool:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memfit.packed.scheme import Scheme
-from memfit.technique.gptq import Gptq, factor, gptq
+from memfit.technique.gptq import Gptq, corrected, factor, gptq
 from memfit.technique.quantize import dequantize, quantize
 
 SCHEMES = [
@@ -149,3 +149,26 @@ def test_a_weight_that_cannot_be_stored_is_refused() -> None:
         Gptq(scheme=SCHEMES[0], damping=0.0)
     assert Gptq(scheme=SCHEMES[0]).why_not((4, 100)) is not None
     assert Gptq(scheme=SCHEMES[0]).apply(w, hessian).damping == 0.01
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.001, 0.01, 0.5]))
+def test_the_corrected_weight_is_the_least_squares_answer(seed: int, damping: float) -> None:
+    """W' = argmin E|W x - W' x̂|² + λ|W' - W|², solved plainly, as one tall system."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    w, x = make(5, 32), make(70, 32) * make(32).exp()
+    x_now = x + 0.3 * make(70, 32)
+    hessian, cross = x_now.t() @ x_now / 70, (x - x_now).t() @ x_now / 70
+    made = factor(hessian, damping=damping)
+    found = corrected(w, w @ cross, made)
+    held = (damping * hessian.diagonal().mean()).sqrt() * torch.eye(32, dtype=torch.float64)
+    right = torch.linalg.lstsq(torch.cat([x_now / 70**0.5, held]), torch.cat([x @ w.t() / 70**0.5, held @ w.t()]))
+    torch.testing.assert_close(found, right.solution.t(), rtol=1e-7, atol=1e-9)
+
+
+def test_inputs_that_nothing_changed_leave_the_weight_as_it_is() -> None:
+    w, hessian = draw(4)
+    assert torch.equal(corrected(w, torch.zeros_like(w), factor(hessian)), w)
+    narrow = corrected(w.bfloat16(), torch.zeros(w.shape), factor(hessian.float()))
+    assert torch.equal(narrow, w.bfloat16().float())

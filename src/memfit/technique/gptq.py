@@ -13,6 +13,10 @@ This is Babai's nearest plane (1986), and it is GPTQ (Frantar et al. 2023), as C
 quantization") show: the same choices, without H's inverse and with one triangular product in place of updates of all
 columns that follow. Columns go in the order of diag(H), the largest first, while groups stay as they lie in the file.
 Scales are those of `quantize`'s search, chosen before.
+
+Where layers before have been rounded, x̂ comes in place of x. W x is then best given by W x̂ + W (x − x̂) as far as that
+is linear in x̂: W′ = W + W E[(x − x̂) x̂ᵀ] H⁻¹ (`corrected`), which is rounded in W's place, with H = E[x̂ x̂ᵀ]. So
+errors do not add up from layer to layer (GPTAQ, Li et al. 2025; QEP, Arai and Ichikawa 2025).
 """
 
 from dataclasses import dataclass
@@ -124,6 +128,26 @@ def factor(hessian: Tensor, *, damping: float = DAMPING) -> Factor:
     return Factor(order, coupling, own.square_(), diagonal, dead, damping)
 
 
+@torch.no_grad()
+def corrected(weight: Tensor, moved: Tensor, made: Factor) -> Tensor:
+    """W′ [N, K] = W + D H⁻¹ in fp32 (fp64 if H is): the weight that gives for x̂ what W [N, K] gave for x.
+
+    It minimises E‖W x − W′ x̂‖² + λ ‖W′ − W‖², λ the damping that `made` was made with.
+
+    Args:
+        moved: D = W E[(x − x̂) x̂ᵀ] [N, K]; is overwritten.
+        made: of H = E[x̂ x̂ᵀ].
+    """
+    coupling = made.coupling
+    turned = moved.to(coupling.dtype).index_select(1, made.order)
+    # H = M diag(r) Mᵀ in that order: D H⁻¹ = D M⁻ᵀ diag(1/r) M⁻¹.
+    solve = torch.linalg.solve_triangular
+    turned = solve(coupling.t(), turned, upper=False, left=False, unitriangular=True).div_(made.weights)
+    turned = solve(coupling, turned, upper=True, left=False, unitriangular=True)
+    out = moved if moved.dtype == turned.dtype else torch.empty_like(turned)
+    return out.index_copy_(1, made.order, turned).add_(weight)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -192,4 +216,4 @@ def _compensate(weight: Tensor, found: Quantized, made: Factor, group_K: Tensor,
     return error
 
 
-__all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "factor", "gptq"]
+__all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "corrected", "factor", "gptq"]
