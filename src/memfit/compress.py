@@ -138,11 +138,12 @@ def compress(
     watch: Watch,
     dry: bool = False,
     integers: Integers | None = None,
+    search: bool = True,
 ) -> dict[str, str]:
     """Quantize every weight as planned and write the model's files into `directory`.
 
     Weights are read some rows at a time, and each is written before the next is read. Those whose integers have been
-    chosen already, by `compensate`, are written with these.
+    chosen already, by `compensate`, are written with these; the others' scales are searched for, or the usual ones.
 
     Returns: file name to the sha256 of what was written.
     """
@@ -171,7 +172,7 @@ def compress(
                     if integers is not None and module in integers:
                         rounded = integers.rows(module, scheme)
                     else:
-                        rounded = _rounded(source, parameter, scheme, importance)
+                        rounded = _rounded(source, parameter, scheme, importance, search=search)
                     _write_packed(writer, stored, name, row_shape(source, parameter), scheme, rounded)
                 else:
                     _write_plain(writer, source, model, name)
@@ -193,11 +194,11 @@ def _write_plain(writer: Writer, source: Source, model: torch.nn.Module, name: s
 
 
 def _rounded(
-    source: Source, parameter: str, scheme: Scheme, importance: Tensor | None
+    source: Source, parameter: str, scheme: Scheme, importance: Tensor | None, *, search: bool
 ) -> Iterator[tuple[int, Quantized]]:
     """(first row, integers of some rows) of a parameter [N, K], from its first row to its last."""
     for start, block in rows_of(source, parameter, dtype=torch.bfloat16):
-        yield start, quantize(block, scheme, importance=importance)
+        yield start, quantize(block, scheme, importance=importance, search=search)
         del block
 
 

@@ -29,7 +29,7 @@ from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.plan.price import Prices
-from memfit.planning import account_of, make_plan, predict_with, require_fit
+from memfit.planning import account_of, make_plan, predict_with, require_fit, uniform_plan
 from memfit.report.card import is_hub_id, model_card
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.page import render_page
@@ -132,6 +132,7 @@ def plan_to_run(
     text: Text | str | Path | None = None,
     allowed: Allowed | None = None,
     given: Plan | None = None,
+    uniform: bool = False,
     device: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> Plan:
@@ -142,6 +143,7 @@ def plan_to_run(
         text: prices choices by what they do to this text; without one, weights are rounded and compared, and
             without weights, shapes alone decide. The demo model has its own.
         given: a plan to check and predict instead, within the budget that stands in it.
+        uniform: no search: everything in the first scheme of `allowed` that can hold it.
 
     Raises:
         DoesNotFit: nothing fits; names what binds, the smallest budget that works, and the levers.
@@ -158,6 +160,8 @@ def plan_to_run(
     nbytes = parse_size(budget, whole_nbytes=whole)
     with no_collection():
         study = Study(source, task, allowed or Allowed(), device=device)
+        if uniform:
+            return uniform_plan(study, nbytes)
         require_fit(study, nbytes)
         if source.checkpoint is None:
             return _planned(study, nbytes, {})
@@ -176,7 +180,8 @@ def fit(
     text: Text | str | Path | None = None,
     allowed: Allowed | None = None,
     given: Plan | None = None,
-    algorithm: Algorithm = "search",
+    uniform: bool = False,
+    algorithm: Algorithm | None = None,
     enforce: bool = False,
     overwrite: bool = False,
     max_kl: float | None = None,
@@ -190,7 +195,10 @@ def fit(
         budget: see `plan`.
         out: where the fitted model goes, a Hugging Face directory; default: `NAME-fitted` here.
         given: a plan made before, carried out within the budget and for the task that stand in it.
-        algorithm: `gptq`: the integers of linear layers make up for the errors of those before them, on the text.
+        uniform: no search: everything in the first scheme of `allowed` that can hold it.
+        algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
+            loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text.
+            Default: `gptq` where there is a text, else `search`.
         enforce: measure under a hard limit of the budget; more memory is refused by the system.
         max_kl: the quality gate, nats a token.
         threads: of the measured process; default: torch's own.
@@ -217,11 +225,14 @@ def fit(
         original = account_of(source, task)
         nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
         study = Study(source, task, allowed or Allowed())
-        if given is None:
-            require_fit(study, nbytes)
-        else:
+        if given is not None:
             given = _adopted(study, given)
+        elif uniform:
+            given = uniform_plan(study, nbytes)
+        else:
+            require_fit(study, nbytes)
     texts = text_of(text, source)
+    algorithm = algorithm or ("search" if texts is None else "gptq")
     if algorithm == "gptq" and texts is None:
         raise UsageError("GPTQ chooses integers for a text, and there is none. Give one (--text FILE).")
     work = WorkDirectory(target, key=calibration_key(study, texts, threads))
@@ -248,7 +259,7 @@ def fit(
             jobs.append(found["account"])
             integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"])
         progress("compressing")
-        compressed = run_job(compression_job(chosen, job, output, integers=integers))
+        compressed = run_job(compression_job(chosen, job, output, integers=integers, algorithm=algorithm))
         jobs.append(compressed["account"])
         write_companions(source, chosen, output)
         progress("measuring the fitted model")

@@ -81,6 +81,27 @@ def make_plan(
     raise _refusal(study, items, budget_nbytes)
 
 
+def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
+    """The plan that puts everything in the first scheme that may be chosen, the cache in the narrowest; no search.
+
+    Raises:
+        DoesNotFit: that is more than the budget.
+    """
+    nothing = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
+    chosen = {group.name: min(1, len(study.schemes[group.name])) for group in study.groups}
+    if study.kv_nbytes:
+        chosen["kv_cache"] = len(study.kv_choices()) - 1
+    plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")
+    predicted = predict_with(study, plan)
+    if predicted.peak_nbytes > budget_nbytes:
+        raise DoesNotFit(
+            f"{_both(budget_nbytes, predicted.peak_nbytes)} needed with this setting, in {predicted.peak_phase}. Give "
+            "that budget, or fewer bits.",
+            smallest_nbytes=predicted.peak_nbytes,
+        )
+    return replace(plan, predicted=predicted.to_json())
+
+
 def require_fit(study: Study, budget_nbytes: int) -> None:
     """Nothing, if some plan fits: to be known before hours go into finding a good one.
 

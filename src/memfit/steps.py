@@ -26,8 +26,9 @@ from memfit.study import Study
 from memfit.technique.gptq import DAMPING
 from memfit.text import Text, write_windows
 
-Algorithm = Literal["search", "gptq"]
-"""How integers are chosen: each weight to the nearest of the searched scale, or making up for errors before it."""
+Algorithm = Literal["rtn", "search", "gptq"]
+"""How integers are chosen: each weight to the nearest of the usual scale, of the searched one, or making up for errors
+before it."""
 
 
 def calibration_key(study: Study, text: Text | None, threads: int) -> dict[str, Any]:
@@ -81,7 +82,10 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
             choose_integers(
                 source, chosen, found.statistics, ids, integers, batch=job["batch"], watch=follow
             )
-        compress(source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers)
+        compress(
+            source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers,
+            search=algorithm != "rtn",
+        )  # fmt: skip
     return settle(follow.ledger)
 
 
@@ -97,19 +101,21 @@ def choosing_job(chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
     """The job that chooses integers by GPTQ; the plan goes to `work`, and integers to a directory of the plan's own."""
     work = Path(job["work"])
     (work / "plan.json").write_text(dumps(chosen), encoding="utf-8")
-    schemes = json.dumps([[name, scheme.to_json()] for name, scheme in chosen.schemes().items()])
+    schemes = json.dumps(["corrected", *([name, scheme.to_json()] for name, scheme in chosen.schemes().items())])
     integers = work / f"integers-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
     told = {key: job[key] for key in ("model", "work", "threads", "batch")}
     return told | {"do": "choose", "integers": str(integers)}
 
 
 def compression_job(
-    chosen: Plan, job: dict[str, Any], output: OutputDirectory, *, integers: str | None = None
+    chosen: Plan, job: dict[str, Any], output: OutputDirectory, *, algorithm: Algorithm, integers: str | None = None
 ) -> dict[str, Any]:
     """The job that quantizes what has no integers yet and writes the model's files; the plan goes to `work`."""
     (Path(job["work"]) / "plan.json").write_text(dumps(chosen), encoding="utf-8")
     told = {key: job[key] for key in ("model", "work", "threads")}
-    return told | {"do": "compress", "output": str(output.path), "integers": integers}
+    return told | {
+        "do": "compress", "output": str(output.path), "integers": integers, "search": algorithm != "rtn"
+    }  # fmt: skip
 
 
 def rounding_line(chosen: Plan, damping: dict[str, float]) -> str:

@@ -52,9 +52,8 @@ class Study:
         self.skeleton = source.build(dtype=torch.bfloat16)
         self.groups = find_groups(self.skeleton)
         self.schemes = {group.name: allowed.schemes(group) for group in self.groups}
-        names = [name for group in self.groups for name in (group.name, *group.members)]
         for part in allowed.keep:
-            if not any(part in name for name in names):
+            if not any(allowed.keeps(part, group) for group in self.groups):
                 sample = self.groups[0].name if self.groups else "none at all"
                 raise UsageError(f"{part!r} is to stay in 16 bits, and no tensor's name has it; one is {sample}.")
         self.loaded = Loaded(

@@ -235,7 +235,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     source, plan = open_source(job["model"]), read_plan(work / "plan.json")
     integers, meter = Integers(Path(job["integers"])), Meter()
     reset_resident_peak()
-    with meter.phase("choose"):
+    with meter.phase("compensate"):
         statistics = Statistics.read(work / "statistics.safetensors")
         windows = _windows(job)["calibration"]
     choose_integers(source, plan, statistics, windows, integers, batch=job["batch"], watch=meter)
@@ -262,7 +262,8 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
         if file.exists():
             statistics = Statistics.read(file)
     integers = Integers(Path(job["integers"])) if job.get("integers") else None
-    files = compress(source, plan, statistics, Path(job["output"]), watch=meter, integers=integers)
+    output, search = Path(job["output"]), job["search"]
+    files = compress(source, plan, statistics, output, watch=meter, integers=integers, search=search)
     account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
     return {"account": account.to_json(), "files": files}
 

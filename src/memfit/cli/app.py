@@ -59,8 +59,15 @@ class Device(StrEnum):
 class Rounding(StrEnum):
     """How integers are chosen."""
 
+    rtn = "rtn"
     search = "search"
     gptq = "gptq"
+
+
+class Technique(StrEnum):
+    """What is applied to everything, with one setting."""
+
+    quantize = "quantize"
 
 
 class Routing(StrEnum):
@@ -84,10 +91,13 @@ TextFile = Annotated[
 Bits = Annotated[str, typer.Option(help="Widths that may be chosen, of 8, 6, 5, 4, 3, 2 (16, as it is, always may).")]
 GroupSizes = Annotated[
     str | None,
-    typer.Option("--groups", help="Group sizes that may be chosen, of 128, 64, 32. Default: by width."),
+    typer.Option("--groups", "--group", help="Group sizes that may be chosen, of 128, 64, 32. Default: by width."),
 ]
 KvBits = Annotated[str, typer.Option(help="KV-cache widths that may be chosen, of 16, 8, 4, 2.")]
-Keep = Annotated[list[str] | None, typer.Option(help="Leave tensors of this name in 16 bits (a part is enough).")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(help="Leave tensors of this name in 16 bits (a part is enough); `embeddings`: all tables."),
+]
 Asymmetric = Annotated[
     bool,
     typer.Option("--asymmetric", help="Use zero points (8 bits a value on disk for stock transformers)."),

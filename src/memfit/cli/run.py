@@ -31,6 +31,7 @@ from .app import (
     Slowdown,
     Task,
     TaskOption,
+    Technique,
     TextFile,
     Threads,
     app,
@@ -171,9 +172,20 @@ def fit(
         Path | None,
         typer.Option("--plan", help="Carry out this plan: its budget, task and schemes; the rest is computed anew."),
     ] = None,
+    technique: Annotated[
+        Technique | None,
+        typer.Option(help="Everything in one setting, plainly: quantize, with one of --bits; no plan is searched."),
+    ] = None,
     algorithm: Annotated[
-        Rounding, typer.Option(help="gptq: rounding errors are made up for on the text; better, and slower.")
-    ] = Rounding.search,
+        Rounding | None,
+        typer.Option(
+            help="rtn: to the nearest; search: with searched scales; gptq: and rounding errors are made up for on the "
+            "text. Default: gptq with a text, else search.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window of the text.", min=8)] = 256,
+    windows: Annotated[int, typer.Option(help="Windows to calibrate on, at the most.", min=1)] = 16,
     enforce: Annotated[
         bool,
         typer.Option("--enforce", help="Measure under a hard limit: more memory is refused by the system."),
@@ -194,15 +206,28 @@ def fit(
     from memfit.source.source import open_source
 
     task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens)
-    allowed = _allowed(bits, groups, kv_bits, keep, asymmetric)
     source = str(demo.model_directory()) if model is None else model
     given = None
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
         given = read_plan(plan_file)
+    uniform = technique is not None
+    if uniform:
+        budget = budget if _said(context, "budget") else "100%"
+        kv_bits = kv_bits if _said(context, "kv_bits") else "16"
+        _require_one_setting(bits if _said(context, "bits") else "", groups, kv_bits)
+    allowed = _allowed(bits, groups, kv_bits, keep, asymmetric, uniform=uniform)
+    shape = {"length": window, "calibration_windows": windows}
+    cut = None
+    if text is not None:
+        cut = memfit.Text.from_file(text, **shape)
+    elif model is None:
+        cut = memfit.Text.of_demo(**shape)
     if dry_run:
         progress = progress_to(quiet)
-        made = memfit.plan(source, budget, task=task, text=text, allowed=allowed, given=given, progress=progress)
+        made = memfit.plan(
+            source, budget, task=task, text=cut, allowed=allowed, given=given, uniform=uniform, progress=progress
+        )
         if as_json:
             print_json(_plan_json(made))
         else:
@@ -215,10 +240,11 @@ def fit(
             budget,
             out,
             task=task,
-            text=text,
+            text=cut,
             allowed=allowed,
             given=given,
-            algorithm=algorithm.value,
+            uniform=uniform,
+            algorithm=None if algorithm is None else algorithm.value,
             enforce=enforce,
             overwrite=overwrite,
             max_kl=max_kl,
@@ -304,7 +330,7 @@ def report(
 
 
 _IN_THE_PLAN = (
-    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric",
+    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric", "technique",
 )  # fmt: skip
 """What a plan says itself."""
 
@@ -316,8 +342,7 @@ _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
 def _refuse_of_the_other_task(context: typer.Context, task: Task) -> None:
     """An option that says nothing of the task is not ignored."""
     for name in _OF_RUNNING if task is Task.train else _OF_TRAINING:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _said(context, name):
             other = "run" if task is Task.train else "train"
             raise UsageError(
                 f"--{name.replace('_', '-')} says something of --task {other}, and this is --task {task.value}. Leave "
@@ -325,14 +350,29 @@ def _refuse_of_the_other_task(context: typer.Context, task: Task) -> None:
             )
 
 
-def _allowed(bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool) -> Any:
+def _said(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _require_one_setting(bits: str, groups: str | None, kv_bits: str) -> None:
+    """A technique for everything has one width, one group size and one cache."""
+    for option, said in (("--bits", bits), ("--group", groups or "one"), ("--kv-bits", kv_bits)):
+        if not said or "," in said:
+            raise UsageError(f"--technique quantize has one setting: give one {option}, got {said or 'none'}.")
+
+
+def _allowed(
+    bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool, *, uniform: bool = False
+) -> Any:
     import memfit
 
     widths = _numbers(bits, "--bits", (16, 8, 6, 5, 4, 3, 2))
     sizes = None
     if groups is not None:
         chosen = _numbers(groups, "--groups", (128, 64, 32))
-        sizes = {width: (None,) if width == 8 else chosen for width in widths if width != 16}
+        sizes = {width: (None,) if width == 8 and not uniform else chosen for width in widths if width != 16}
     return memfit.Allowed(
         bits=tuple(width for width in widths if width != 16),
         groups=sizes,

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from memfit.packed.scheme import BITS, Scheme
 
 from .groups import Group, candidates
+
+EMBEDDINGS: Final = "embeddings"
+"""In `Allowed.keep`: every table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +22,22 @@ class Allowed:
     symmetric: bool = True
     kv_bits: tuple[int, ...] = (16, 8, 4)
     keep: tuple[str, ...] = ()
-    """Groups that stay in 16 bits: a part of their names is enough."""
+    """Groups that stay in 16 bits: a part of their names is enough; `embeddings` means all tables and what is tied."""
 
     def schemes(self, group: Group) -> tuple[Scheme, ...]:
         """Schemes for one group; none if it is kept."""
-        if any(part in name for part in self.keep for name in (group.name, *group.members)):
+        if any(self.keeps(part, group) for part in self.keep):
             return ()
         options: dict[str, Any] = {} if self.groups is None else {"groups": self.groups}
         bits = tuple(b for b in self.bits if b < 16)
         return candidates(group, bits=bits, symmetric=self.symmetric, **options)
+
+    @staticmethod
+    def keeps(part: str, group: Group) -> bool:
+        """Whether one of `keep` means a group."""
+        if part == EMBEDDINGS:
+            return group.kind == "embedding"
+        return any(part in name for name in (group.name, *group.members))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Allowed":
