@@ -27,6 +27,7 @@ from memfit.source.source import open_source, source_from_config
 from memfit.technique.quantize import dequantize, quantize
 from memfit.units import format_size
 
+steps = importlib.import_module("memfit.steps")
 room = importlib.import_module("memfit.fit")  # the attribute of the package is the function
 
 TASK = memfit.Infer(prompt=32, new_tokens=5)
@@ -123,7 +124,8 @@ def test_fitting_itself_is_predicted(fitted):
     assert report.predicted_fit.peak_nbytes == pytest.approx(report.measured_fit.peak_nbytes, rel=0.03)
     assert {phase.name for phase in report.measured_fit.phases} == {"calibrate", "price", "compensate", "compress"}
     for phase in report.measured_fit.phases:
-        print(phase.name, report.predicted_fit.phase(phase.name).peak_nbytes, phase.peak_nbytes)
+        told = report.predicted_fit.phase(phase.name).peak_nbytes
+        assert told == pytest.approx(phase.peak_nbytes, rel=0.01), phase.name
 
 
 def test_the_report_has_the_promised_keys(fitted):
@@ -151,8 +153,8 @@ def test_out_is_a_model_directory_and_nothing_else_is_left(fitted):
 
 def test_the_measured_process_ran_under_the_budget_as_its_limit(fitted):
     report, _, jobs = fitted
-    assert [job["do"] for job in jobs.asked] == ["calibrate", "compress", "prove"]
-    assert jobs.limits == [None, None, report.budget_nbytes]
+    assert [job["do"] for job in jobs.asked] == ["calibrate", "choose", "compress", "prove"]
+    assert jobs.limits == [None, None, None, report.budget_nbytes]
 
 
 def test_stock_transformers_loads_it_and_agrees(fitted, tmp_path):
@@ -253,7 +255,7 @@ def test_a_stopped_run_goes_on_where_it_was(fitted, model, tmp_path, monkeypatch
         call(text=text())
     assert [path.name for path in tmp_path.iterdir()] == [".out.memfit-work"]
     call(text=text())
-    assert asked == ["calibrate", "compress", "compress", "prove"]
+    assert asked == ["calibrate", "choose", "compress", "choose", "compress", "prove"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -285,7 +287,7 @@ def test_the_base_model_is_the_hubs_id_wherever_it_can_be_told(tmp_path):
         (replace(named, name=str(tmp_path)), "owner/other"),
         (replace(made, name=str(tmp_path)), tmp_path.name),
     ):
-        assert room._base_model(source) == expected
+        assert steps._base_model(source) == expected
 
 
 def test_an_edited_plan_is_counted_anew(model, plan):
@@ -344,7 +346,7 @@ def test_one_setting_for_everything_is_rounding_as_anyone_would(model, tmp_path)
     assert set(schemes) == layers and set(schemes.values()) == {Scheme(bits=4, group=64, symmetric=False)}
     for name in layers:
         plain = quantize(source.read_parameter(f"{name}.weight", dtype=torch.bfloat16), schemes[name], search=False)
-        assert torch.equal(found.get_submodule(name).weight, dequantize(plain)), name
+        assert torch.equal(found.get_submodule(name).store.dense_rows(0, plain.q.shape[0]), dequantize(plain)), name
     with pytest.raises(memfit.DoesNotFit, match="needed with this setting") as refused:
         memfit.fit(model, 1000, tmp_path / "no", task=TASK, allowed=setting, uniform=True)
     assert memfit.plan(model, refused.value.smallest_nbytes, task=TASK, allowed=setting, uniform=True).predicted

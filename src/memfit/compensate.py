@@ -4,15 +4,17 @@ The model's own forward pass calls each block once, with all of the text twice: 
 through the model as it was (x), the second through what it has become (x̂). There the block's weights are read, and its
 layers are taken in the order of their calls: those that read the same input share one H = E[x̂ x̂ᵀ] and one
 E[(x − x̂) x̂ᵀ], made by running the block as it was and with what is already rounded in it. A layer is to give for x̂
-what it gave for x (`gptq.corrected`). Then the block runs on with its new weights, and both are let go.
+what it gave for x (`gptq.corrected`), as far as two halves of the text agree on what that takes (`gptq.agreement`).
+Then the block runs on with its new weights, and both are let go.
 
-Legend of shapes: W windows, T time, N outputs, K inputs.
+Legend of shapes: W windows, T time, N outputs, K inputs, S sums of rows with random signs.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,11 @@ from memfit.format.integers import Integers
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
-from memfit.technique.gptq import DAMPING, corrected, factor, gptq
+from memfit.technique.gptq import DAMPING, agreement, corrected, factor, gptq
 from memfit.technique.quantize import Quantized, dequantize, quantize
+
+_SUMS: Final = 32
+"""Random sums of a weight's rows that stand for all of them in `agreement`."""
 
 
 @torch.no_grad()
@@ -75,12 +80,14 @@ def compensate(
         # two, so that none is missed.
         phase.close()
         phase.enter_context(watch.phase("compensate"))
-        # Nothing but what a block gives outlives its call, so equal blocks need to be run once.
+        # Nothing but what a block gives outlives its call, so of equal blocks two need to be run: the model may keep
+        # what came into the first for itself.
         kind = (structure_of(block), tuple(schemes.get(f"{name}.{below}") for below, _ in block.named_modules()))
-        if dry and kind in known:
-            return tree_map(_another, known[kind])
+        if dry and len(known.setdefault(kind, [])) == 2:
+            return tree_map(_another, known[kind][-1])
         call = _Call(forward, args, kwargs, 2 * count)
         was, now = _Run(call, 0, count, batch), _Run(call, count, 2 * count, batch)
+        random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         layers = {
             full: module
             for below, module in block.named_modules()
@@ -88,10 +95,10 @@ def compensate(
         }
         out = was.whole()
         if layers:
-            _choose(name, layers, was, now, schemes, integers, damping)
+            _choose(name, layers, was, now, schemes, integers, damping, random)
         out = now.whole(out)
         if dry:
-            known[kind] = tree_map(_shape, out)
+            known[kind].append(tree_map(_shape, out))
         return out
 
     streamed.rounded, streamed.visit = rounded, visit
@@ -102,7 +109,7 @@ def compensate(
 
 def _choose(
     block: str, layers: Mapping[str, nn.Linear], was: "_Run", now: "_Run", schemes: Mapping[str, Scheme],
-    integers: Integers, damping: float,
+    integers: Integers, damping: float, random: torch.Generator,
 ) -> None:  # fmt: skip
     """Put the integers' values into a block's layers: those that are kept, or new ones."""
     if integers.holds(block):
@@ -113,14 +120,14 @@ def _choose(
     used: dict[str, float] = {}
     weights = {name: layer.weight.data for name, layer in layers.items()}
     for stage in _stages(layers, now):
-        hessian, cross = _second_moments(layers[stage[0]], was, now, _as_they_were(layers, weights))
-        # The products take less than `cross` where that is largest, and what is left of it goes before H is factored.
-        moved = {name: weights[name].to(cross.dtype) @ cross for name in stage}
-        del cross
+        hessian, moved, halves = _moments(stage, layers, weights, was, now, random)
         made = factor(hessian, damping=damping)
         del hessian
         for name in stage:
-            found[name] = gptq(corrected(weights[name], moved.pop(name), made), made, schemes[name]).quantized
+            share = agreement(*halves[name], made) if name in halves else 0.0
+            weight = corrected(weights[name], moved.pop(name).mul_(share), made)
+            found[name] = gptq(weight, made, schemes[name]).quantized
+            del weight
             used[name] = made.damping
             layers[name].weight.data = dequantize(found[name])
         del made
@@ -152,12 +159,46 @@ def _stages(layers: Mapping[str, nn.Linear], run: "_Run") -> list[list[str]]:
     return [names for _, names in calls]
 
 
-def _second_moments(
-    layer: nn.Linear, was: "_Run", now: "_Run", as_they_were: Callable[[], AbstractContextManager[None]]
-) -> tuple[Tensor, Tensor]:
-    """E[x̂ x̂ᵀ] and E[(x − x̂) x̂ᵀ] [K, K] of a layer's inputs, float32."""
-    width = layer.in_features
-    hessian, cross = torch.zeros(width, width), torch.zeros(width, width)
+def _moments(
+    stage: list[str], layers: Mapping[str, nn.Linear], weights: Mapping[str, Tensor], was: "_Run", now: "_Run",
+    random: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:  # fmt: skip
+    """Of layers that read one input: H [K, K]; of each D = W E[(x − x̂) x̂ᵀ] [N, K], and of each half of the text P D
+    [S, K], P random signs. Of one window there are no halves.
+
+    Sums are kept in products with W: they take less than E[(x − x̂) x̂ᵀ] where that is largest.
+    """
+    layer = layers[stage[0]]
+    hessian = torch.zeros(layer.in_features, layer.in_features)
+    moved = {name: torch.zeros(weights[name].shape) for name in stage}
+    signs = {name: _signs(weights[name].shape[0], random) for name in stage}
+    halves: dict[str, list[Tensor]] = {name: [] for name in stage}
+    count = 0
+    for was_half, now_half in zip(was.halves(), now.halves(), strict=True):
+        cross = torch.zeros_like(hessian)
+        tokens = _add_moments(layer, was_half, now_half, _as_they_were(layers, weights), hessian, cross)
+        for name in stage:
+            weight = weights[name].to(cross.dtype)
+            moved[name].addmm_(weight, cross)
+            halves[name].append((signs[name] @ weight @ cross).div_(max(tokens, 1)))
+            del weight
+        count += tokens
+        del cross
+    for sums in (hessian, *moved.values()):
+        sums.div_(max(count, 1))
+    return hessian, moved, {name: (both[0], both[1]) for name, both in halves.items() if len(both) == 2}
+
+
+def _signs(rows: int, random: torch.Generator) -> Tensor:
+    """[S, rows] of −1 and 1."""
+    return torch.randint(0, 2, (_SUMS, rows), generator=random).mul_(2).sub_(1).float()
+
+
+def _add_moments(
+    layer: nn.Linear, was: "_Run", now: "_Run", as_they_were: Callable[[], AbstractContextManager[None]],
+    hessian: Tensor, cross: Tensor,
+) -> int:  # fmt: skip
+    """Add Σ x̂ x̂ᵀ and Σ (x − x̂) x̂ᵀ over a layer's inputs; how many there were."""
     count = 0
     for part, part_now in zip(was.parts(), now.parts(), strict=True):
         with as_they_were():
@@ -168,7 +209,7 @@ def _second_moments(
         cross.addmm_(off_NK.t(), x_NK)
         count += x_NK.shape[0]
         del off_NK, x_NK
-    return hessian.div_(max(count, 1)), cross.div_(max(count, 1))
+    return count
 
 
 def _input(layer: nn.Linear, part: Callable[[], Any]) -> Tensor:
@@ -242,6 +283,12 @@ class _Run:
     start: int
     stop: int
     batch: int
+
+    def halves(self) -> "list[_Run]":
+        """Two runs of half of the windows each; this one alone if there is but one window."""
+        middle = self.start + (self.stop - self.start) // 2
+        bounds = [(self.start, middle), (middle, self.stop)]
+        return [replace(self, start=first, stop=last) for first, last in bounds if last > first]
 
     def parts(self) -> Iterator[Callable[[], Any]]:
         """The call for each of the parts."""

@@ -3,7 +3,6 @@
 What takes the model's bytes runs in processes of its own; this one holds plans and figures.
 """
 
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +26,10 @@ from memfit.models import load_model, load_to_train, loader_for
 from memfit.outside import known_outside, outside_of_machine
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
-from memfit.plan.plan import Plan, dumps
+from memfit.plan.plan import Plan
 from memfit.plan.price import Prices
 from memfit.planning import account_of, make_plan, predict_with, require_fit, uniform_plan
-from memfit.report.card import is_hub_id, model_card
 from memfit.report.machine import describe_machine, describe_versions
-from memfit.report.page import render_page
 from memfit.report.report import Report
 from memfit.source.check import check
 from memfit.source.live import fake_copy
@@ -48,7 +45,9 @@ from memfit.steps import (
     predict_fit,
     proof_job,
     rounding_line,
+    stem_of,
     write_companions,
+    write_papers,
 )
 from memfit.study import KV_PRICES, Study
 from memfit.task.infer import Infer
@@ -286,7 +285,7 @@ def fit(
             versions=describe_versions(),
             files=compressed["files"],
         )
-        _write_papers(output, report, chosen, source)
+        write_papers(output, report, chosen, source)
     if not report.fits:
         raise OverBudget(
             f"{format_size(measured.peak_nbytes)} measured in {measured.peak_phase}, {format_size(nbytes)} allowed "
@@ -383,14 +382,9 @@ def _with_resident(account: Account, outside: Outside | None) -> Account:
     return account if outside is None else predict_resident(account, outside)
 
 
-def _stem(source: Source) -> str:
-    name = source.gguf.stem if source.gguf is not None else Path(source.name).name
-    return "demo" if source.directory == demo.model_directory() else name
-
-
 def default_output(source: Source) -> Path:
     """Where a fitted model goes if nothing is said: `NAME-fitted`, here."""
-    return Path(f"{_stem(source)}-fitted")
+    return Path(f"{stem_of(source)}-fitted")
 
 
 def _task_of(given: Plan) -> Infer:
@@ -429,27 +423,6 @@ def _planned(study: Study, nbytes: int, answer: dict[str, Any]) -> Plan:
         kv_prices=_kv_prices(answer),
         priced_by=answer.get("priced_by", "weights"),
     )
-
-
-def _write_papers(output: OutputDirectory, report: Report, chosen: Plan, source: Source) -> None:
-    output.write_text("plan.json", dumps(chosen))
-    output.write_json("report.json", report.to_json())
-    output.write_text("report.html", render_page(report))
-    output.write_text("README.md", model_card(report, base_model=_base_model(source)))
-
-
-def _base_model(source: Source) -> str:
-    """The hub's id of the original, as it was asked for, stored by the hub's cache, or written into its config;
-    else the name it has here."""
-    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{source.directory}/")
-    for name in (
-        source.name if not Path(source.name).exists() else "",
-        "/".join(cached.groups()) if cached else "",
-        str(getattr(source.config, "_name_or_path", "")),
-    ):
-        if is_hub_id(name) and not Path(name).exists():
-            return name
-    return _stem(source)
 
 
 __all__ = ["Text", "account", "evaluate", "fit", "load", "measure", "plan"]

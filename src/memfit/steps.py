@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,11 @@ from typing import Any, Literal
 import torch
 from torch._subclasses import FakeTensorMode
 
+from memfit import demo
 from memfit.account.account import Account
 from memfit.account.dry_run import no_collection
 from memfit.account.follow import Follow
+from memfit.account.mend import values_as_usual
 from memfit.account.settle import settle
 from memfit.compress import calibrate, choose_integers, compress
 from memfit.format.companions import save_companions
@@ -20,7 +23,10 @@ from memfit.format.integers import Integers
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.planning import plan_files
+from memfit.report.card import is_hub_id, model_card
 from memfit.report.machine import describe_versions
+from memfit.report.page import render_page
+from memfit.report.report import Report
 from memfit.source.source import Source
 from memfit.study import Study
 from memfit.technique.gptq import DAMPING
@@ -71,7 +77,7 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
     follow = Follow()
     windows_WT = _windows(job)
     allowed = Allowed.from_json(job["allowed"])
-    with no_collection(), FakeTensorMode(allow_non_fake_inputs=True), follow:
+    with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow:
         ids = (
             None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
         )
@@ -148,3 +154,31 @@ def joined(*accounts: dict[str, Any]) -> Account:
         entries=tuple(entry for account in made for entry in account.entries),
         resident_nbytes=max((account.resident_nbytes or 0 for account in made), default=0),
     )
+
+
+def write_papers(output: OutputDirectory, report: Report, chosen: Plan, source: Source) -> None:
+    """The plan, the report and the model card."""
+    output.write_text("plan.json", dumps(chosen))
+    output.write_json("report.json", report.to_json())
+    output.write_text("report.html", render_page(report))
+    output.write_text("README.md", model_card(report, base_model=_base_model(source)))
+
+
+def _base_model(source: Source) -> str:
+    """The hub's id of the original, as it was asked for, stored by the hub's cache, or written into its config;
+    else the name it has here."""
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{source.directory}/")
+    for name in (
+        source.name if not Path(source.name).exists() else "",
+        "/".join(cached.groups()) if cached else "",
+        str(getattr(source.config, "_name_or_path", "")),
+    ):
+        if is_hub_id(name) and not Path(name).exists():
+            return name
+    return stem_of(source)
+
+
+def stem_of(source: Source) -> str:
+    """What a model is called where its output is named after it."""
+    name = source.gguf.stem if source.gguf is not None else Path(source.name).name
+    return "demo" if source.directory == demo.model_directory() else name

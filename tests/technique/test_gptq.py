@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memfit.packed.scheme import Scheme
-from memfit.technique.gptq import Gptq, corrected, factor, gptq
+from memfit.technique.gptq import Gptq, agreement, corrected, factor, gptq
 from memfit.technique.quantize import dequantize, quantize
 
 SCHEMES = [
@@ -172,3 +172,40 @@ def test_inputs_that_nothing_changed_leave_the_weight_as_it_is() -> None:
     assert torch.equal(corrected(w, torch.zeros_like(w), factor(hessian)), w)
     narrow = corrected(w.bfloat16(), torch.zeros(w.shape), factor(hessian.float()))
     assert torch.equal(narrow, w.bfloat16().float())
+
+
+def test_halves_that_agree_are_believed_and_chance_is_not() -> None:
+    w, hessian = draw(5, rows=64)
+    made = factor(hessian)
+    assert agreement(w, w, made) == pytest.approx(1.0, abs=1e-12)
+    assert agreement(w, -w, made) == 0.0
+    assert agreement(torch.zeros_like(w), torch.zeros_like(w), made) == 0.0
+    generator = torch.Generator().manual_seed(6)
+    signs = torch.randint(0, 2, (400, 64), generator=generator).mul(2).sub(1).double()
+    noise = [draw(seed, rows=64)[0] for seed in (7, 8)]
+    first, second = w + noise[0], w + noise[1]
+    told = agreement(first, second, made)
+    inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128))
+    mean = (first + second) / 2
+    assert told == pytest.approx(float((first @ inverse * second).sum() / (mean @ inverse * mean).sum()), rel=1e-9)
+    assert agreement(signs @ first, signs @ second, made) == pytest.approx(told, rel=0.1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_what_is_agreed_on_errs_less_on_other_text(seed: int) -> None:
+    """Of 40 tokens for 32 inputs a least-squares answer is mostly chance: less of it is nearer on tokens not seen."""
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    w, x = make(64, 32), make(20000, 32)
+    x_now = x + 0.3 * make(20000, 32)
+    off = x - x_now
+    halves = [(off[part].t() @ x_now[part]) / 20 for part in (slice(0, 20), slice(20, 40))]
+    made = factor(x_now[:40].t() @ x_now[:40] / 40)
+    share = agreement(w @ halves[0], w @ halves[1], made)
+    moved = w @ (halves[0] + halves[1]) / 2
+
+    def error(part: float) -> float:
+        return float((x[40:] @ w.t() - x_now[40:] @ corrected(w, moved * part, made).t()).square().mean())
+
+    assert error(share) < error(1.0)

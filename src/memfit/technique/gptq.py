@@ -148,6 +148,31 @@ def corrected(weight: Tensor, moved: Tensor, made: Factor) -> Tensor:
     return out.index_copy_(1, made.order, turned).add_(weight)
 
 
+@torch.no_grad()
+def agreement(first: Tensor, second: Tensor, made: Factor) -> float:
+    """How much of D two halves of the text agree on, from 0 to 1: a correction of that much errs least on other text.
+
+    With D = signal + noise, the noise of the halves is independent: Σ D₁ H⁻¹ D₂ᵀ is the signal's part of
+    Σ D H⁻¹ Dᵀ, D = (D₁ + D₂) / 2. Few tokens for the layer's width leave little of it.
+
+    Args:
+        first, second: D₁ and D₂ [S, K], or sums of their rows with random signs, which give the same on average.
+    """
+    across, weights = made.coupling.t(), made.weights.sqrt()
+
+    def measured(half: Tensor) -> Tensor:
+        """Z with Z Zᵀ = D H⁻¹ Dᵀ."""
+        ordered = half.to(across.dtype).index_select(1, made.order)
+        solved: Tensor = torch.linalg.solve_triangular(across, ordered, upper=False, left=False, unitriangular=True)
+        return solved.div_(weights)
+
+    one, two = measured(first), measured(second)
+    signal, whole = (one * two).sum(), (one + two).square_().sum().div_(4)
+    if is_fake(whole):
+        return 1.0
+    return min(1.0, max(0.0, float(signal / whole))) if float(whole) > 0 else 0.0
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -216,4 +241,4 @@ def _compensate(weight: Tensor, found: Quantized, made: Factor, group_K: Tensor,
     return error
 
 
-__all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "corrected", "factor", "gptq"]
+__all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "agreement", "corrected", "factor", "gptq"]
