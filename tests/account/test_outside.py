@@ -1,8 +1,9 @@
+import pytest
 import torch
 
 from memfit.account.account import Account, Entry, Phase
 from memfit.account.ledger import Ledger, Storage
-from memfit.account.outside import Outside, kernel_count, predict_resident
+from memfit.account.outside import Outside, _chances, kernel_count, predict_resident
 
 
 def test_kernels_are_counted_by_shape() -> None:
@@ -34,3 +35,19 @@ def test_the_resident_peak_is_the_sum_of_named_terms() -> None:
     assert told.resident_nbytes == 1000 + 557
     assert [entry.nbytes for entry in told.entries if entry.kind == "outside"] == [557]
     assert told.peak_nbytes == 1000
+
+
+@pytest.mark.parametrize(("most", "mean"), [(96, 48.0), (512, 3.0), (7, 6.5), (1, 0.25)])
+def test_tokens_of_an_expert_have_the_mean_and_the_bound_that_are_known(most: int, mean: float) -> None:
+    chances = _chances(most, mean)
+    assert len(chances) == most + 1 and sum(chances) == pytest.approx(1)
+    assert sum(tokens * p for tokens, p in enumerate(chances)) == pytest.approx(mean, rel=1e-6)
+
+
+def test_no_expert_gets_more_tokens_than_there_are() -> None:
+    ledger = Ledger()
+    ledger.experts_a_token = 2
+    ledger.kernels.add(("grouped", 64, 64, 128, 4))  # 32 tokens, two experts each
+    for _ in range(500):
+        ledger.born(Storage(64 * 128 * 2, "activation", "", "aten::_grouped_mm", torch.bfloat16))
+    assert kernel_count(ledger) == 32

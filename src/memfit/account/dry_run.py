@@ -62,6 +62,7 @@ class Loaded:
             self.held = {self.follow.number_of(t): t.untyped_storage() for t in tensors if not has_no_bytes(t)}
         ledger = self.follow.ledger
         ledger.routed = has_experts(self.model)
+        ledger.experts_a_token = getattr(getattr(self.model, "config", None), "num_experts_per_tok", None) or 1
         if any(type(module).__module__.startswith("transformers.") for module in self.model.modules()):
             ledger.runtime = "transformers"
 

@@ -51,6 +51,8 @@ class Ledger:
         """(phase, module) to the positional arguments of its first call, tensors as `Shape`s."""
         self.routed = False
         """Whether the model has experts, chosen by the data."""
+        self.experts_a_token = 1
+        """How many of them each token goes to, where the model says so."""
         self.runtime = "torch"
         """`transformers` where the model is one of its classes."""
         self.kernels: set[tuple[Any, ...]] = set()
@@ -62,6 +64,7 @@ class Ledger:
         made.storages, made.events, made.marks = list(self.storages), list(self.events), list(self.marks)
         made.gone, made.calls, made.kernels = set(self.gone), dict(self.calls), set(self.kernels)
         made.routed, made.runtime = self.routed, self.runtime
+        made.experts_a_token = self.experts_a_token
         return made
 
     def born(self, storage: Storage) -> int:

@@ -16,8 +16,10 @@ and no more; the worst moment of heap and allocated together is searched over al
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .account import Account, Entry
 from .ledger import Ledger
@@ -72,44 +74,57 @@ def with_outside(account: Account, nbytes: int) -> Account:
 def kernel_count(ledger: Ledger) -> int:
     """Shapes of 16-bit products in the trace; of grouped ones as many as chance may well bring.
 
-    How many tokens an expert gets is up to the data, and each number is a shape. Of all distributions with
-    the known mean μ the one that presumes least is geometric: p(m) = (1/(1+μ))·(μ/(1+μ))^m, one draw for each
-    expert and call; a number is there with 1 − ∏(1 − p(m)).
+    How many tokens an expert gets is up to the data, and each number is a shape. Of T tokens that each go to k of E
+    experts, an expert gets m = 0..T, μ = T k / E on average. Of all distributions with that bound and mean the one that
+    presumes least is p(m) ∝ r^m, one draw for each expert and call; a number is there with 1 − ∏(1 − p(m)). What runs
+    again, in a backward pass or another phase, goes to the experts that it went to before: the phase with most calls
+    counts.
     """
-    plain = {kernel for kernel in ledger.kernels if kernel[0] != "grouped"}
-    late = _born_in_backward(ledger)
-    by_matrix: dict[tuple[int, int], list[tuple[float, int]]] = {}
-    for kind, *sizes in ledger.kernels:
-        if kind == "grouped":
-            rows, inner, columns, experts = sizes
-            made = {
-                number
-                for number, storage in enumerate(ledger.storages)
-                if storage.operator == "aten::_grouped_mm"
-                and storage.kind != "temporary"
-                and storage.nbytes == rows * columns * 2
-            }
-            calls = len(made - late) or len(made)  # what is recomputed goes to the experts that it went to before
-            by_matrix.setdefault((inner, columns), []).append((rows / experts, calls * experts))
+    plain = {kernel for kernel in ledger.kernels if not isinstance(kernel[0], str)}
+    phase_of = _phase_of(ledger)
+    by_matrix: dict[tuple[Any, ...], list[tuple[list[float], int]]] = {}
+    for kernel in ledger.kernels - plain:
+        kind, rows, inner, columns, experts = kernel
+        nbytes = 2 * columns * (rows if kind == "grouped" else experts * inner)
+        calls = Counter(
+            phase_of.get(number, "")
+            for number, storage in enumerate(ledger.storages)
+            if storage.operator == "aten::_grouped_mm" and storage.kind != "temporary" and storage.nbytes == nbytes
+        )
+        forward = [count for phase, count in calls.items() if not phase.endswith("backward")]
+        most = max(forward or calls.values(), default=0)
+        chances = _chances(rows // ledger.experts_a_token, rows / experts)
+        by_matrix.setdefault((kind, inner, columns), []).append((chances, most * experts))
     expected = 0.0
     for draws in by_matrix.values():
-        most = math.ceil(20 * max(mean for mean, _ in draws)) + 1
-        for tokens in range(1, most):
-            missing = 0.0
-            for mean, count in draws:
-                chance = math.exp(tokens * math.log(mean / (1 + mean))) / (1 + mean)
-                missing += count * math.log1p(-chance)
-            expected += 1 - math.exp(missing)
+        for tokens in range(1, max(len(chances) for chances, _ in draws)):
+            expected += 1 - math.prod((1 - p[tokens]) ** count for p, count in draws if tokens < len(p))
     return len(plain) + round(expected)
 
 
-def _born_in_backward(ledger: Ledger) -> set[int]:
-    """Numbers of the storages that backward passes make."""
+def _chances(most: int, mean: float) -> list[float]:
+    """p(0), p(1), ..., p(most) ∝ r^m, with r such that the mean is `mean`."""
+
+    def made(log_r: float) -> list[float]:
+        shift = max(0.0, most * log_r)
+        weights = [math.exp(m * log_r - shift) for m in range(most + 1)]
+        total = sum(weights)
+        return [weight / total for weight in weights]
+
+    low, high = -50.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_low = sum(m * p for m, p in enumerate(made(middle))) < mean
+        low, high = (middle, high) if too_low else (low, middle)
+    return made((low + high) / 2)
+
+
+def _phase_of(ledger: Ledger) -> dict[int, str]:
+    """Storage number to the phase that it was made in."""
     marks = [*ledger.marks, (len(ledger.events), "")]
     return {
-        number
+        number: name
         for (first, name), (last, _) in itertools.pairwise(marks)
-        if name.endswith("backward")
         for number, sign in ledger.events[first:last]
         if sign > 0
     }

@@ -38,10 +38,12 @@ def kernel_of(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Shape of the product that oneDNN makes code for, None where it makes none."""
     packet = func.overloadpacket
     if packet is aten._grouped_mm:
-        left, right = args[:2]
-        if left.dtype in _HALVES and right.dim() == 3:
+        left, right, offsets = args[:3]
+        if left.dtype not in _HALVES:
+            return None
+        if right.dim() == 3:
             return ("grouped", left.shape[0], left.shape[1], right.shape[2], right.shape[0])
-        return None
+        return ("grouped, weights", left.shape[1], left.shape[0], right.shape[1], offsets.numel())
     if packet not in _PRODUCTS:
         return None
     left, right = args[1:3] if packet in (aten.addmm, aten.baddbmm) else args[:2]
