@@ -109,7 +109,7 @@ def test_magnitudes_are_kept(name: str) -> None:
 def test_one_large_weight_among_zeros(name: str) -> None:
     weight = torch.zeros(1, 256)
     weight[0, 77] = 2.0
-    assert torch.allclose(decoded(encode(weight, name), name), weight, rtol=2e-3, atol=1e-6)
+    assert torch.allclose(decoded(encode(weight, name), name), weight, rtol=2e-3, atol=5e-4)
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
