@@ -1,5 +1,6 @@
 """A GGUF file that memfit writes holds the model: memfit's own reader and gguf's find it there."""
 
+import fcntl
 import itertools
 import json
 import struct
@@ -13,6 +14,7 @@ import tokenizers
 import torch
 import transformers as t
 from tokenizers import models, normalizers, pre_tokenizers, processors
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memfit.errors import BrokenInput, UsageError
 from memfit.format import gguf as gguf_out
@@ -166,6 +168,14 @@ def test_rows_in_pieces_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(gguf_out, "ROWS_NUMBERS", 5 * 64)
     write_gguf(source, tmp_path / "pieces.gguf", mixture="BF16")
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
+
+
+def test_a_dry_run_makes_the_same_tensors_and_no_file(tmp_path: Path) -> None:
+    source = save(tmp_path / "model", CONFIGS["llama, tied, stretched"])
+    written = write_gguf(source, tmp_path / "model.gguf", mixture="Q4_0")
+    with FakeTensorMode():
+        assert write_gguf(source, tmp_path / "none.gguf", mixture="Q4_0", dry=True) == written
+    assert not (tmp_path / "none.gguf").exists()
 
 
 def test_types_may_be_given_one_by_one(tmp_path: Path) -> None:
@@ -326,6 +336,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         write_gguf(source, file, mixture="F16")
     write_gguf(source, file, mixture="Q8_0", overwrite=True)
     assert file.read_bytes() == before
+    with (tmp_path / ".model.gguf.memfit-partial").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another run"):
+            write_gguf(source, file, mixture="Q8_0", overwrite=True)
+    (tmp_path / ".model.gguf.memfit-partial").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
 
 
@@ -337,6 +352,7 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(tmp_path: Path) -> None:
             (gemma, "every sixth layer"),
             (t.Gemma3TextConfig(**(SIZES | GEMMA | {"query_pre_attn_scalar": 64})), "query_pre_attn_scalar"),
             (t.LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act"),
+            (t.Qwen3Config(**SIZES, attention_bias=True), "attention_bias"),
             (t.LlamaConfig(**SIZES, rope_parameters=stretched), "dynamic"),
         )
     ):

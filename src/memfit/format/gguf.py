@@ -21,6 +21,7 @@ from memfit.errors import MemfitError, UsageError
 from memfit.format.gguf_mixture import PLAIN, Stack, checked_types, file_type, type_nbytes, type_of
 from memfit.format.gguf_model import Place, architecture_of, as_stored, keys_of, places_of, rope_frequencies
 from memfit.format.gguf_tokenizer import add_tokenizer
+from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source import Source, check
 from memfit.source.checkpoint import bytes_of
 from memfit.source.layout import Piece
@@ -86,10 +87,11 @@ def write_gguf(
     types: Mapping[str, str] | None = None,
     importance: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
+    dry: bool = False,
 ) -> tuple[GgufTensor, ...]:
     """Write the model of `source` as one GGUF file; what was written.
 
-    Beyond the header, some rows of one tensor are in memory at a time.
+    Beyond the header, some rows of one tensor are in memory at a time. On fake tensors the same lines run.
 
     Args:
         source: safetensors with a config and a tokenizer.
@@ -99,6 +101,7 @@ def write_gguf(
         importance: mean squares of a linear layer's inputs [columns], by the layer's name in the model. A tied
             embedding takes those of the head; what has none is weighed evenly.
         overwrite: whether a file may be there.
+        dry: make every tensor and write nothing.
 
     Raises:
         UsageError: the source, a type or the target is not fit for it.
@@ -108,6 +111,11 @@ def write_gguf(
     check(source)
     weights = dict(importance or {})
     tensors = gguf_tensors(source, mixture=mixture, types=types, important=bool(weights))
+    if dry:
+        for tensor in tensors:
+            for _ in _parts(source, tensor, _importance_of(source, tensor, weights)):
+                pass
+        return tensors
     writer = gguf.GGUFWriter(None, architecture_of(source))
     _add_keys(writer, source, mixture)
     for tensor in tensors:
@@ -123,7 +131,7 @@ def write_gguf(
             for tensor in tensors:
                 _pad(file)
                 for part in _parts(source, tensor, _importance_of(source, tensor, weights)):
-                    file.write(part)
+                    file.write(memoryview(bytes_of(part)))  # type: ignore[arg-type]  # an array is a buffer
             _pad(file)
             file.flush()
             os.fsync(file.fileno())
@@ -155,20 +163,20 @@ def _importance_of(source: Source, tensor: GgufTensor, weights: Mapping[str, Ten
     return None
 
 
-def _parts(source: Source, tensor: GgufTensor, importance: Tensor | None) -> Iterator[memoryview]:
-    """The bytes of a tensor, in pieces."""
+def _parts(source: Source, tensor: GgufTensor, importance: Tensor | None) -> Iterator[Tensor]:
+    """A tensor as it is stored, in pieces."""
     for rows in _rows(source, tensor.place):
         try:
             packed = _packed(as_stored(rows, tensor.place), tensor.kind, importance)
         except UsageError as error:
             raise UsageError(f"{tensor.name}: {error}") from error
-        yield memoryview(bytes_of(packed.contiguous()))  # type: ignore[arg-type]  # an array is a buffer
+        yield packed.contiguous()
 
 
 def _packed(rows: Tensor, kind: str, importance: Tensor | None) -> Tensor:
     if kind not in PLAIN:
         return encode(rows, kind, importance=importance)
-    if kind == "F16" and float(rows.abs().max()) > _LARGEST_HALF:
+    if kind == "F16" and not is_fake(rows) and float(rows.abs().max()) > _LARGEST_HALF:
         raise UsageError(f"has entries beyond {_LARGEST_HALF:.0f}, which F16 cannot hold. Take BF16 or F32.")
     return rows.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
 
@@ -188,7 +196,7 @@ def _rows(source: Source, place: Place) -> Iterator[Tensor]:
     if place.heads:
         head = place.shape[0] // place.heads
         step = -(-step // head) * head
-    for start in range(0, place.shape[0], step):
+    for start in blocks_to_run(range(0, place.shape[0], step)):
         yield source.checkpoint.read_rows(piece.tensor, start, min(start + step, place.shape[0]))
 
 

@@ -54,6 +54,8 @@ def architecture_of(source: Source) -> str:
 def keys_of(source: Source) -> dict[str, int | float | bool | str]:
     """The keys that describe the model; `general.` and `tokenizer.` left out.
 
+    llama.cpp runs Mistral without its sliding window, which only text longer than that shows.
+
     Raises:
         UsageError: the config asks for something that llama.cpp does otherwise or not at all.
     """
@@ -70,6 +72,9 @@ def keys_of(source: Source) -> dict[str, int | float | bool | str]:
         return _prefixed(architecture, keys | _bert_keys(source))
     if architecture != "gemma3":
         _require(config, "hidden_act", "silu")
+    if architecture != "llama":
+        _require(config, "use_sliding_window" if architecture != "gemma3" else "use_bidirectional_attention", False)
+        _require(config, "attention_bias", False)
     keys |= {
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
