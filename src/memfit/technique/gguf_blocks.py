@@ -13,7 +13,7 @@ from torch import Tensor
 from memfit.errors import UsageError
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.technique.gguf_layout import KINDS, Kind, kind_of
-from memfit.technique.gguf_search import LARGEST, search
+from memfit.technique.gguf_search import LARGEST, NOTHING, search
 
 __all__ = ["KINDS", "Kind", "encode", "kind_of"]
 
@@ -48,6 +48,7 @@ def encode(weight: Tensor, kind: str, *, importance: Tensor | None = None, meant
         _require_held(piece, one)
         x = torch.empty(piece.shape[1], piece.shape[0], dtype=torch.float32, device=weight.device)
         x.copy_(piece.t())
+        x.masked_fill_(x.abs() < NOTHING, 0.0)
         x = x.view(-1, one.parts, one.width, piece.shape[0])
         found = search(x, h[blocks], one)
         packed = out[lines, blocks.start * one.nbytes : blocks.stop * one.nbytes]

@@ -38,6 +38,8 @@ LARGEST: Final = 65504.0
 """Of fp16. No d is larger where no weight is."""
 SMALLEST: Final = 2.0**-24
 """Of fp16. Where d would be smaller, this and smaller integers say it better."""
+NOTHING: Final = 2.0**-40
+"""What is smaller is 0 in every kind; and its reciprocals and squares would leave float32."""
 _TINY: Final = 1e-37
 
 
@@ -77,7 +79,7 @@ _PLACES: Final = 24
 """Steps d tried for the scales of a block, before its weights are looked at again."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Sums:
     """What least squares needs to know of a sub-block's residuals r = x − D q + M."""
 
@@ -122,14 +124,12 @@ class _Tile:
 
     def sums(self, scale: Tensor, minimum: Tensor | None) -> _Sums:
         """Of the nearest integers."""
-        found = _Sums(error=self.error(scale, minimum), rq=self.dot(self.a, self.q), qq=torch.empty(0))
-        if minimum is not None:
-            found.r = self.a.sum(dim=2, keepdim=True)
+        error = self.error(scale, minimum)
+        rq = self.dot(self.a, self.q)
+        r = None if minimum is None else self.a.sum(dim=2, keepdim=True)
         torch.mul(self.q, self.h, out=self.a)
-        found.qq = self.dot(self.a, self.q)
-        if minimum is not None:
-            found.q = self.a.sum(dim=2, keepdim=True)
-        return found
+        q = None if minimum is None else self.a.sum(dim=2, keepdim=True)
+        return _Sums(error=error, rq=rq, qq=self.dot(self.a, self.q), r=r, q=q)
 
     def fit(self, scale: Tensor, minimum: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(error, D, M) of the nearest integers, with the best real D and M for them."""
@@ -137,12 +137,11 @@ class _Tile:
         if minimum is None or found.r is None or found.q is None:
             change = found.rq / found.qq.clamp_min(_TINY)
             return found.error - change * found.rq, scale + change, None
-        free = not self.kind.flat  # M of a flat kind may have any sign
         determinant = found.qq * self.total - found.q.square()
         solvable = determinant > 1e-5 * found.qq * self.total
         d = torch.where(solvable, (found.rq * self.total - found.q * found.r) / determinant.clamp_min(_TINY), 0.0)
         m = (found.q * d - found.r) / self.total
-        if free:
+        if not self.kind.flat:  # a flat kind's M may have any sign
             below = minimum + m < 0
             m = torch.where(below, -minimum, m)
             d = torch.where(below, (found.rq + m * found.q) / found.qq.clamp_min(_TINY), d)
@@ -169,6 +168,25 @@ class _Best:
         self.error = torch.where(better, error, self.error)
         self.scale = torch.where(better, scale, self.scale)
         self.minimum = torch.where(better, second, self.minimum)
+
+
+class _Kept:
+    """The best numbers of each block so far."""
+
+    def __init__(self) -> None:
+        self.error: Tensor | None = None
+        self.d = self.k = self.dmin = self.m = torch.empty(0)
+
+    def offer(self, error: Tensor, d: Tensor, k: Tensor, dmin: Tensor | None = None, m: Tensor | None = None) -> None:
+        """Take over where the error is smaller."""
+        dmin, m = torch.zeros_like(d) if dmin is None else dmin, torch.zeros_like(k) if m is None else m
+        if self.error is None:
+            self.error, self.d, self.k, self.dmin, self.m = error, d, k, dmin, m
+            return
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.d, self.dmin = torch.where(better, d, self.d), torch.where(better, dmin, self.dmin)
+        self.k, self.m = torch.where(better, k, self.k), torch.where(better, m, self.m)
 
 
 def search(x: Tensor, h: Tensor, kind: Kind) -> Fields:
@@ -280,7 +298,7 @@ def _around(kind: Kind, turn: int) -> tuple[int, ...]:
     return tuple(sorted(range(-far, far + 1), key=abs))
 
 
-def _refine_symmetric(tile: _Tile, scale: Tensor, weight: Tensor) -> "_Kept":
+def _refine_symmetric(tile: _Tile, scale: Tensor, weight: Tensor) -> _Kept:
     kind = tile.kind
     d, k = _place(scale, weight, kind.scales)
     kept = _Kept()
@@ -299,7 +317,7 @@ def _refine_symmetric(tile: _Tile, scale: Tensor, weight: Tensor) -> "_Kept":
     return kept
 
 
-def _refine_affine(tile: _Tile, scale: Tensor, minimum: Tensor, weight: Tensor) -> "_Kept":
+def _refine_affine(tile: _Tile, scale: Tensor, minimum: Tensor, weight: Tensor) -> _Kept:
     kind = tile.kind
     d, k = _place(scale, weight, kind.scales)
     dmin, m = _place(minimum, tile.total, kind.scales)
@@ -333,25 +351,6 @@ def _solve(tile: _Tile, d: Tensor, k: Tensor, dmin: Tensor, m: Tensor) -> tuple[
     change = torch.where(solvable, (pu * vv - uv * pv) / determinant.clamp_min(_TINY), pu / uu.clamp_min(_TINY))
     other = torch.where(solvable, (uv * change - pv) / vv.clamp_min(_TINY), 0.0)
     return _step(d + change), _step(dmin + other)
-
-
-class _Kept:
-    """The best numbers of each block so far."""
-
-    def __init__(self) -> None:
-        self.error: Tensor | None = None
-        self.d = self.k = self.dmin = self.m = torch.empty(0)
-
-    def offer(self, error: Tensor, d: Tensor, k: Tensor, dmin: Tensor | None = None, m: Tensor | None = None) -> None:
-        """Take over where the error is smaller."""
-        dmin, m = torch.zeros_like(d) if dmin is None else dmin, torch.zeros_like(k) if m is None else m
-        if self.error is None:
-            self.error, self.d, self.k, self.dmin, self.m = error, d, k, dmin, m
-            return
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.d, self.dmin = torch.where(better, d, self.d), torch.where(better, dmin, self.dmin)
-        self.k, self.m = torch.where(better, k, self.k), torch.where(better, m, self.m)
 
 
 def _enlarged(tile: _Tile, kept: _Kept, h: Tensor) -> _Kept:
