@@ -109,7 +109,7 @@ class _Tile:
 
     def assign(self, scale: Tensor, minimum: Tensor | None) -> None:
         """Set `q` to the nearest integers and `r` to the residuals."""
-        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
+        inverse = scale.reciprocal().nan_to_num_(0.0, 0.0, 0.0)  # nothing is a multiple of 0
         source = self.x
         if minimum is not None:
             source = torch.add(self.x, minimum, out=self.r)
