@@ -103,6 +103,11 @@ def main() -> None:
     ]
     verdicts = [
         verdict("no type of any mixture errs more than llama.cpp's", max(worst)[0] <= 1, f"most: {max(worst)}"),
+        verdict(
+            "no mixture diverges more than llama.cpp's",
+            all(row["divergence"] <= row["divergence_llama"] for row in rows.values()),
+            ", ".join(f"{name} {row['divergence'] / row['divergence_llama']:.3f}" for name, row in rows.items()),
+        ),
         verdict("all tensors have llama.cpp's types", all(row["same_types"] for row in rows.values()), "by name"),
     ] if worst else []  # fmt: skip
     write_result("gguf_files", {"model": given.model.name, "mixtures": rows, "verdicts": verdicts}, output=given.output)
