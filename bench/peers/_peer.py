@@ -11,13 +11,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -123,7 +122,7 @@ def tables(model: nn.Module, case: Case) -> dict[str, nn.Embedding]:
     return {name: m for name, m in model.named_modules() if m is table and case.scope == "whole"}
 
 
-def packed_nbytes(model: nn.Module, names: Iterator[str] | list[str], overhead: Callable[[Tensor], int], bits: int) -> int:
+def packed_nbytes(model: nn.Module, names: Iterable[str], overhead: Callable[[Tensor], int], bits: int) -> int:
     """Bytes of a file: `bits` for each weight of `names` and its `overhead`, 16 bits for every other, ties once."""
     chosen = {f"{name}.weight" for name in names}
     total = 0
@@ -139,7 +138,13 @@ def by_group(group: int, *, zero_bits: int, scale_bits: int = SCALE_BITS) -> Cal
 
 
 def write(
-    case: Case, replaced: Mapping[str, Tensor], watch: Watch, *, package: str, packed_nbytes: int, settings: dict[str, Any]
+    case: Case,
+    replaced: Mapping[str, Tensor],
+    watch: Watch,
+    *,
+    package: str,
+    packed_nbytes: int,
+    settings: dict[str, Any],
 ) -> None:
     """Write the model with `replaced` weights (by the checkpoint's names) as bf16, and `peer.json` beside them.
 

@@ -1,4 +1,4 @@
-"""HQQ: half-quadratic quantization, without calibration. Scales and zero points are 16 bits, zero points broken numbers.
+"""HQQ: half-quadratic quantization, without calibration. Scales and zero points have 16 bits.
 
 hqq: groups along the inputs (axis 1, which its fast kernels take). hqq-axis0: along the outputs, which its authors
 recommend for quality at few bits.
@@ -18,7 +18,7 @@ def main() -> None:
     watch = Watch()
     model = load_model(case)
     chosen = {**linears(model, case), **tables(model, case)}
-    nbytes = packed_nbytes(model, list(chosen), by_group(case.group, zero_bits=16), case.bits)
+    nbytes = packed_nbytes(model, chosen, by_group(case.group, zero_bits=16), case.bits)
     settings = {
         "nbits": case.bits, "group_size": case.group, "axis": int(case.algorithm == "hqq"), "optimize": True,
         "round_zero": case.bits == 4, "channel_wise": True, "device": "cpu",

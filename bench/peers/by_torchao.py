@@ -28,7 +28,7 @@ def main() -> None:
         intx_choose_qparams_algorithm=How.AFFINE if asymmetric else How.HQQ_SCALE_ONLY,
     )
     overhead = by_group(case.group, zero_bits=8 if asymmetric else 0)
-    nbytes = packed_nbytes(model, list(chosen), overhead, case.bits)
+    nbytes = packed_nbytes(model, chosen, overhead, case.bits)
     with watch.running():
         quantize_(model, config, filter_fn=lambda module, _: id(module) in names)
     values = {f"{name}.weight": module.weight.dequantize() for name, module in chosen.items()}
