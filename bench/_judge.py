@@ -25,8 +25,10 @@ ANSWER = "answer:"
 
 def dense(out: Path, original: Path) -> nn.Module:
     """The model in `out` with dense float32 weights; `original` gives those of a packed one their modules."""
-    held = open_source(out)
-    quantized = load_model(held)
+    file = out / "model.gguf"
+    if file.exists():
+        return load_model(open_source(file), dtype=torch.bfloat16).float()
+    quantized = load_model(open_source(out), dtype=torch.bfloat16)
     packed = packed_modules(quantized)
     if not packed:
         return quantized.float()

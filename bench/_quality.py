@@ -20,7 +20,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "autoround": ("rtn", "opt-rtn", "tuned"),
     "hqq": ("hqq", "hqq-axis0"),
     "torchao": ("rtn", "hqq"),
-    "llamacpp": ("plain", "imatrix"),
+    "llamacpp": ("plain", "imatrix", "iq"),
 }
 ASIDE = ("start", "reading the model", "searching", "predicting", "measuring", "proving")
 """Beginnings of stages of `memfit fit` that no peer has: they plan, and prove."""
@@ -150,13 +150,15 @@ MODELS: dict[str, Callable[[Path], None]] = {"demo": _demo, "gemma": _gemma, "mi
 
 def run_case(case: Case, model: Model, python: str, work: Path, *, group: int, threads: int) -> dict[str, Any]:
     """Quantize, judge, and say what was found, in a row; what went wrong is in the row too."""
-    out = work / "out"
+    out = work / f"out-{os.getpid()}"
     shutil.rmtree(out, ignore_errors=True)
     row: dict[str, Any] = asdict(case)
     try:
         if case.tool == "memfit":
             ran = run(memfit_words(case, model, out, group=group, threads=threads), cwd=work)
         else:
+            if case.tool == "llamacpp":
+                prepare_for_llamacpp(model, work, threads)
             ran = run(peer_words(case, model, python, out, group=group, threads=threads), cwd=work)
         row |= {"wall_seconds": ran.wall_seconds, "process_peak_nbytes": ran.peak_nbytes}
         if ran.code == CANNOT and case.tool != "memfit":
@@ -200,6 +202,16 @@ def peer_words(case: Case, model: Model, python: str, out: Path, *, group: int, 
         "--bits", str(case.bits), "--group", str(group), "--algorithm", case.algorithm, "--scope", case.scope,
         "--threads", str(threads),
     ]  # fmt: skip
+
+
+def prepare_for_llamacpp(model: Model, work: Path, threads: int) -> None:
+    """The model as GGUF, and the importance of its inputs, unless they are there."""
+    if (model.directory.parent / "importance.json").exists():
+        return
+    words = [str(model.directory), str(model.tokens), str(threads)]
+    ran = run([sys.executable, str(HERE / "_for_llamacpp.py"), *words], cwd=work)
+    if ran.code:
+        raise RuntimeError("\n".join(ran.lines[-20:]))
 
 
 def peer_found(out: Path) -> dict[str, Any]:
