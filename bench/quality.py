@@ -31,6 +31,8 @@ GROUP = 128
 OF_BEST_PEER = {8: 1.0, 4: 0.9, 3: 0.9, 2: 0.7}
 """At most this share of the best peer's divergence, by bits."""
 OF_PEERS_SECONDS = 0.5
+OF_OUR_BITS = 1.1
+"""A peer is at the same rate if its file has at most this share of memfit's bits a weight."""
 KEY = ("model", "scope", "bits", "tool", "algorithm")
 
 
@@ -140,17 +142,22 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not ours or not theirs:
             continue
         where = f"{model}, {scope}, {bits} bits"
-        best, rival = (min(side, key=divergence) for side in (ours, theirs))
+        best = min(ours, key=divergence)
+        allowed = OF_OUR_BITS * best["bits_per_weight"]
+        equals = [row for row in theirs if row["bits_per_weight"] <= allowed]
+        found += [same_algorithm(where, row, peer) for row in ours for peer in theirs if equal(row, peer)]
+        if not equals:
+            continue
+        rival = min(equals, key=divergence)
         ratio = divergence(best)[0] / max(divergence(rival)[0], 1e-12)
         limit = OF_BEST_PEER.get(bits, 1.0)
         found.append(
             verdict(
                 f"{where}: divergence at most {limit} of the best peer's",
                 ratio <= limit,
-                f"{ratio:.3f}: {told(best)}, {told(rival)}",
+                f"{ratio:.3f}: {told(best)}, {told(rival)}; {len(theirs) - len(equals)} peers' rows at more bits left out",
             )
         )
-        found += [same_algorithm(where, row, peer) for row in ours for peer in theirs if equal(row, peer)]
     return found
 
 

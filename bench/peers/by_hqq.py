@@ -26,7 +26,10 @@ def main() -> None:
     packed = {}
     with watch.running():
         for name, module in chosen.items():
-            found, meta = Quantizer.quantize(module.weight, **settings)
+            # Its packing puts 8 / bits rows into one, and fails where they are not so many. 3 bits are padded.
+            rows = case.group if settings["axis"] == 0 else module.weight.numel() // case.group
+            packs = case.bits == 3 or rows % (8 // case.bits) == 0
+            found, meta = Quantizer.quantize(module.weight, bitpack=packs, **settings)
             # As HQQLinear keeps them. In bf16 a zero point near 128 would be a whole number.
             packed[f"{name}.weight"] = Quantizer.cpu(found, meta | {"compute_dtype": torch.float16})
     values = {name: Quantizer.dequantize(*pair) for name, pair in packed.items()}
