@@ -83,7 +83,7 @@ def prepare(name: str, text: Path, work: Path, threads: int) -> Model:
     from memfit.evaluate import read_text, windows
     from memfit.source.source import open_source
 
-    place = work / name
+    place = work / f"{name}-{digest(text)}"
     directory = place / "model"
     if not directory.exists():
         place.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def prepare(name: str, text: Path, work: Path, threads: int) -> Model:
     torch.save(windows(tokenizer, whole[half:], length=TOKENS, count=EVALUATED).clone(), place / "windows.pt")
     # memfit calibrates on the first half of the file that it is given.
     (place / "calibration.txt").write_text(f"{whole[:half].strip()}\n{whole[:half].strip()}", encoding="utf-8")
-    about = place / f"about-{digest(text)}.json"
+    about = place / "about.json"
     if not about.exists():
         words = [str(directory), str(place / "windows.pt"), str(place / "logits"), str(threads)]
         about.write_text(json.dumps(judged(["record", *words], work)))

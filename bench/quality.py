@@ -155,7 +155,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             verdict(
                 f"{where}: divergence at most {limit} of the best peer's",
                 ratio <= limit,
-                f"{ratio:.3f}: {told(best)}, {told(rival)}; {len(theirs) - len(equals)} peers' rows at more bits left out",
+                f"{ratio:.3f}: {told(best)}, {told(rival)}; {len(theirs) - len(equals)} left out for more bits",
             )
         )
     return found
