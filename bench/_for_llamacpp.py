@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from memfit.format.gguf import write_gguf
-from memfit.format.gguf_model import places_of
 from torch import Tensor, nn
 
+from memfit.format.gguf import write_gguf
+from memfit.format.gguf_model import places_of
 from memfit.models import load_model
 from memfit.source.source import open_source
 
