@@ -16,9 +16,11 @@ from memfit.account.dry_run import no_collection
 from memfit.account.follow import Follow
 from memfit.account.mend import values_as_usual
 from memfit.account.settle import settle
+from memfit.calibrate.statistics import Statistics
 from memfit.compress import calibrate, choose_integers, compress
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
+from memfit.format.gguf import write_gguf
 from memfit.format.integers import Integers
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
@@ -92,6 +94,17 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
             source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers,
             search=algorithm != "rtn",
         )  # fmt: skip
+    return settle(follow.ledger)
+
+
+def predict_gguf(source: Source, work: Path, mixture: str) -> Account:
+    """The account of writing a GGUF file: the same function, on fake tensors."""
+    file = work / "statistics.safetensors"
+    found = Statistics.read(file).moments if file.exists() else {}
+    follow = Follow()
+    with FakeTensorMode(allow_non_fake_inputs=True), follow, follow.phase("write"):
+        importance = {name: torch.empty_like(moments.inputs) for name, moments in found.items()}
+        write_gguf(source, Path("dry.gguf"), mixture=mixture, importance=importance, dry=True)
     return settle(follow.ledger)
 
 

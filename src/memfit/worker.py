@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -243,6 +244,29 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     return {"account": account.to_json(), "damping": integers.damping}
 
 
+def _gguf(job: dict[str, Any]) -> dict[str, Any]:
+    """A GGUF file, its errors weighed by the statistics in the work directory, if there are any."""
+    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.calibrate.statistics import Statistics
+    from memfit.format.gguf import write_gguf
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    file, meter = Path(job["work"]) / "statistics.safetensors", Meter()
+    reset_resident_peak()
+    with meter.phase("write"):
+        found = Statistics.read(file).moments if file.exists() else {}
+        importance = {name: moments.inputs for name, moments in found.items()}
+        del found
+        tensors = write_gguf(
+            open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
+            overwrite=job["overwrite"],
+        )  # fmt: skip
+    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    kinds = Counter(tensor.kind for tensor in tensors)
+    return {"account": account.to_json(), "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
+
+
 def _compress(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
     from memfit.calibrate.statistics import Statistics
@@ -326,6 +350,7 @@ JOBS = {
     "reference": _reference,
     "choose": _choose,
     "compress": _compress,
+    "gguf": _gguf,
     "prove": _prove,
     "kernel_nbytes": _kernel_nbytes,
 }

@@ -44,6 +44,8 @@ from .app import (
 )
 from .training import show_training_plan, training_task
 
+COMPRESSED_TENSORS = "compressed-tensors"
+
 
 @app.command()
 def account(
@@ -184,6 +186,12 @@ def fit(
             show_default=False,
         ),
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="compressed-tensors, or a file for llama.cpp: gguf:q4_k_m and its other mixtures."
+        ),
+    ] = COMPRESSED_TENSORS,
     window: Annotated[int, typer.Option(help="Tokens of a window of the text.", min=8)] = 256,
     windows: Annotated[int, typer.Option(help="Windows to calibrate on, at the most.", min=1)] = 16,
     enforce: Annotated[
@@ -207,6 +215,16 @@ def fit(
 
     task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens)
     source = str(demo.model_directory()) if model is None else model
+    shape = {"length": window, "calibration_windows": windows}
+    cut = None
+    if text is not None:
+        cut = memfit.Text.from_file(text, **shape)
+    elif model is None:
+        cut = memfit.Text.of_demo(**shape)
+    if form != COMPRESSED_TENSORS:
+        how = {"text": cut, "overwrite": overwrite, "threads": threads}
+        _export(context, source, form, out, as_json=as_json, quiet=quiet, **how)
+        return
     given = None
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
@@ -217,12 +235,6 @@ def fit(
         kv_bits = kv_bits if _said(context, "kv_bits") else "16"
         _require_one_setting(bits if _said(context, "bits") else "", groups, kv_bits)
     allowed = _allowed(bits, groups, kv_bits, keep, asymmetric, uniform=uniform)
-    shape = {"length": window, "calibration_windows": windows}
-    cut = None
-    if text is not None:
-        cut = memfit.Text.from_file(text, **shape)
-    elif model is None:
-        cut = memfit.Text.of_demo(**shape)
     if dry_run:
         progress = progress_to(quiet)
         made = memfit.plan(
@@ -260,6 +272,26 @@ def fit(
         return
     show(render_report(report))
     show(f"\nWritten to {out}. The same as a page: {out / 'report.html'}")
+
+
+def _export(
+    context: typer.Context, source: str, form: str, out: Path | None, *, as_json: bool, quiet: bool, **how: Any
+) -> None:
+    """Write a file for another program, and show what it is."""
+    from memfit.export import export, mixture_of
+    from memfit.report.terminal import render_export
+
+    mixture_of(form)
+    for name in _OF_A_PLAN:
+        if _said(context, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} beside --format {form}: a mixture has widths of its own. Leave it out."
+            )
+    made = export(source, form, out, progress=progress_to(quiet), **how)
+    if as_json:
+        print_json(made.to_json())
+        return
+    show(render_export(made.to_json()))
 
 
 @app.command(name="eval")
@@ -333,6 +365,10 @@ _IN_THE_PLAN = (
     "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric", "technique",
 )  # fmt: skip
 """What a plan says itself."""
+_OF_A_PLAN = (
+    *_IN_THE_PLAN, "plan_file", "algorithm", "enforce", "max_kl", "dry_run",
+)  # fmt: skip
+"""What a file for another program has no use for."""
 
 
 _OF_RUNNING = ("prompt", "new_tokens", "text", "bits", "groups", "kv_bits", "keep", "asymmetric", "routing")

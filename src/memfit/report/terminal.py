@@ -114,6 +114,23 @@ def render_quality(quality: Quality) -> Table:
     return table
 
 
+def render_export(made: Mapping[str, Any]) -> RenderableType:
+    """A file for another program: its size, its types, what writing it took, how near it is."""
+    table = _table("", header=False)
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in made["kinds"].items())
+    told, measured = made["predicted"]["peak_nbytes"], made["measured"]["peak_nbytes"]
+    for name, what in (
+        ("size", f"{format_size(made['nbytes'])}, {made['bits_a_weight']:.2f} bits a weight"),
+        ("tensors", kinds),
+        ("peak of writing", f"{format_size(told)} predicted, {format_size(measured)} measured"),
+    ):
+        table.add_row(name, what)
+    parts: list[RenderableType] = [Text(f"Written: {made['out']}, {made['mixture']}", style="bold"), table]
+    if made["quality"] is not None:
+        parts += [Text(), render_quality(Quality.from_json(dict(made["quality"])))]
+    return Group(*parts)
+
+
 def quality_lines(quality: Quality) -> list[tuple[str, str]]:
     """Name and figure of all that is known."""
     lines = []

@@ -1,0 +1,66 @@
+"""A model in a file for other programs: written, predicted, compared, and nothing lost where it cannot be."""
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers as hf
+
+import memfit
+from memfit import demo
+from memfit.export import export, mixture_of
+from memfit.source.source import open_source
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny Llama by chance, with the demo's tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    config = hf.LlamaConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    hf.AutoTokenizer.from_pretrained(demo.model_directory()).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text() -> memfit.Text:
+    words = demo.heldout_text().read_text(encoding="utf-8")
+    return memfit.Text(
+        calibration=words[:8000], evaluation=words[8000:16000], length=64, calibration_windows=4, evaluation_windows=4
+    )
+
+
+def test_a_file_is_written_predicted_and_compared(model: Path, text: memfit.Text, tmp_path: Path) -> None:
+    made = export(model, "gguf:q4_k_m", tmp_path / "a.gguf", text=text, threads=1)
+    read = gguf.GGUFReader(tmp_path / "a.gguf")
+    kinds = [tensor.tensor_type.name for tensor in read.tensors]
+    assert made.kinds == {kind: kinds.count(kind) for kind in set(kinds)} and "Q4_K" in kinds
+    assert made.nbytes == (tmp_path / "a.gguf").stat().st_size
+    weights = sum(torch.Size(shape).numel() for shape in open_source(model).parameter_shapes().values())
+    assert made.bits_a_weight == pytest.approx(8 * sum(int(t.n_bytes) for t in read.tensors) / weights)
+    assert made.predicted.peak_nbytes == pytest.approx(made.measured.peak_nbytes, rel=0.03)
+    assert made.quality is not None and made.quality.kl is not None and 0 < made.quality.kl < 0.1
+    assert made.to_json()["quality"]["kl"] == made.quality.kl
+
+
+def test_what_is_there_is_kept_unless_it_may_go(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_text("mine")
+    with pytest.raises(memfit.UsageError, match="is there already"):
+        export(model, "gguf:q8_0", tmp_path / "a.gguf", threads=1)
+    assert (tmp_path / "a.gguf").read_text() == "mine"
+    made = export(model, "gguf:q8_0", tmp_path / "a.gguf", overwrite=True, threads=1)
+    assert made.quality is None and made.bits_a_weight == pytest.approx(8.5, abs=0.1)
+    with pytest.raises(memfit.UsageError, match="of a directory with weights in safetensors"):
+        export(tmp_path / "a.gguf", "gguf:q4_0", tmp_path / "b.gguf")
+
+
+@pytest.mark.parametrize("form", ["gguf", "gguf:q9", "onnx", "q4_k_m"])
+def test_a_form_that_is_not_written_names_those_that_are(form: str) -> None:
+    with pytest.raises(memfit.UsageError, match=r"is not written. Known are compressed-tensors, .*gguf:q4_k_m"):
+        mixture_of(form)
