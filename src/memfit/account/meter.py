@@ -39,9 +39,12 @@ class Meter:
         """Profile what runs inside; its allocations and frees are added when it closes."""
         session = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
         session.__enter__()  # type: ignore[no-untyped-call]
+        # Of the allocator alone: events of operators are of no use here, and take longer than what small ones do.
+        torch._C._autograd._enable_record_function(False)
         try:
             yield
         finally:
+            torch._C._autograd._enable_record_function(True)
             session.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         peak = self._now
         for _, _, nbytes in allocations(session):
