@@ -26,10 +26,10 @@ from memfit.account.watch import Watch
 from memfit.calibrate.collect import arguments_of
 from memfit.calibrate.stream import Streamed
 from memfit.format.integers import Integers
-from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.packed.fake import blocks_to_run, is_fake, repeated
 from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
-from memfit.technique.gptq import DAMPING, agreement, corrected, factor, gptq
+from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor, gptq
 from memfit.technique.quantize import Quantized, dequantize, quantize
 
 _SUMS: Final = 32
@@ -125,13 +125,24 @@ def _choose(
         del hessian
         for name in stage:
             share = agreement(*halves[name], made) if name in halves else 0.0
-            weight = corrected(weights[name], moved.pop(name).mul_(share), made)
-            found[name] = gptq(weight, made, schemes[name]).quantized
-            del weight
+            moved[name].mul_(share)
+            found[name] = _rounded(name, corrected(weights[name], moved.pop(name), made), made, schemes[name])
             used[name] = made.damping
             layers[name].weight.data = dequantize(found[name])
         del made
     integers.write(block, found, used)
+
+
+def _rounded(name: str, weight: Tensor, made: Factor, scheme: Scheme) -> Quantized:
+    """What `gptq` makes of a weight; a dry run tells it from an equal one."""
+
+    def call() -> tuple[Tensor, Tensor, Tensor | None]:
+        found = gptq(weight, made, scheme).quantized
+        return found.q, found.scale, found.zero
+
+    given = lambda: (weight, made.order, made.coupling, made.weights, made.importance, made.dead)  # noqa: E731
+    q, scale, zero = repeated(("gptq", scheme), None, name, given, call)
+    return Quantized(scheme=scheme, q=q, scale=scale, zero=zero)
 
 
 def _stages(layers: Mapping[str, nn.Linear], run: "_Run") -> list[list[str]]:

@@ -15,6 +15,7 @@ from memfit.account.account import Account
 from memfit.account.dry_run import no_collection
 from memfit.account.follow import Follow
 from memfit.account.mend import values_as_usual
+from memfit.account.replay import Blocks
 from memfit.account.settle import settle
 from memfit.calibrate.statistics import Statistics
 from memfit.compress import calibrate, choose_integers, compress
@@ -79,7 +80,8 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
     follow = Follow()
     windows_WT = _windows(job)
     allowed = Allowed.from_json(job["allowed"])
-    with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow:
+    repeated = Blocks(follow).on_training()
+    with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow, repeated:
         ids = (
             None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
         )
