@@ -55,18 +55,8 @@ def text(**options: Any) -> memfit.Text:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny Llama by chance, with the demo's tokenizer."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    config = hf.LlamaConfig(
-        vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    hf.AutoTokenizer.from_pretrained(demo.model_directory()).save_pretrained(directory)
-    return directory
+def model(make_llama) -> Path:
+    return make_llama(hidden_size=128, intermediate_size=256, initializer_range=0.2)
 
 
 class Jobs:

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
-import transformers as hf
 
 import memfit
 from memfit import demo
@@ -15,18 +13,8 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny Llama by chance, with the demo's tokenizer."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    config = hf.LlamaConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, attention_dropout=0.1,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    hf.AutoTokenizer.from_pretrained(demo.model_directory()).save_pretrained(directory)
-    return directory
+def model(make_llama) -> Path:
+    return make_llama(hidden_size=32, intermediate_size=64, attention_dropout=0.1)
 
 
 @pytest.fixture(scope="module")
