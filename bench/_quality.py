@@ -181,7 +181,8 @@ def memfit_words(case: Case, model: Model, out: Path, *, group: int, threads: in
     return [
         sys.executable, "-c", "from memfit.cli import main; main()", "fit", str(model.directory),
         "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--algorithm", case.algorithm,
-        "--text", str(model.text), "--threads", str(threads), "-o", str(out), *keep,
+        "--window", str(TOKENS), "--windows", str(WINDOWS), "--text", str(model.text), "--threads", str(threads),
+        "-o", str(out), *keep,
     ]  # fmt: skip
 
 
