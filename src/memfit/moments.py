@@ -7,8 +7,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from memfit.account.ledger import Ledger
-from memfit.account.settle import phase_spans
+from memfit.account.ledger import Ledger, phase_spans
 
 
 def moments(

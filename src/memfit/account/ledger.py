@@ -79,3 +79,13 @@ class Ledger:
         if number not in self.gone:
             self.gone.add(number)
             self.events.append((number, -1))
+
+
+def phase_spans(ledger: Ledger) -> list[tuple[str, int, int]]:
+    """Phases as (name, first event, one past the last event)."""
+    spans = []
+    for (start, name), (end, closing) in zip(ledger.marks, ledger.marks[1:], strict=False):
+        if name:
+            assert closing == "" or closing != name
+            spans.append((name, start, end))
+    return spans

@@ -14,7 +14,6 @@ A process that runs a task is resident with
 and no more; the worst moment of heap and allocated together is searched over all of the trace.
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .account import Account, Entry
-from .ledger import Ledger
+from .ledger import Ledger, phase_spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,12 @@ def kernel_count(ledger: Ledger) -> int:
     counts.
     """
     plain = {kernel for kernel in ledger.kernels if not isinstance(kernel[0], str)}
-    phase_of = _phase_of(ledger)
+    phase_of = {
+        number: phase
+        for phase, first, last in phase_spans(ledger)
+        for number, sign in ledger.events[first:last]
+        if sign > 0
+    }
     by_matrix: dict[tuple[Any, ...], list[tuple[list[float], int]]] = {}
     for kernel in ledger.kernels - plain:
         kind, rows, inner, columns, experts = kernel
@@ -117,14 +121,3 @@ def _chances(most: int, mean: float) -> list[float]:
         too_low = sum(m * p for m, p in enumerate(made(middle))) < mean
         low, high = (middle, high) if too_low else (low, middle)
     return made((low + high) / 2)
-
-
-def _phase_of(ledger: Ledger) -> dict[int, str]:
-    """Storage number to the phase that it was made in."""
-    marks = [*ledger.marks, (len(ledger.events), "")]
-    return {
-        number: name
-        for (first, name), (last, _) in itertools.pairwise(marks)
-        for number, sign in ledger.events[first:last]
-        if sign > 0
-    }

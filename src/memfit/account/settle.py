@@ -7,7 +7,7 @@ from memfit.packed.routing import ROUTING
 from .account import Account, Entry, Kind, Phase
 from .cuda import Segments
 from .heap import heap_nbytes
-from .ledger import Ledger
+from .ledger import Ledger, phase_spans
 from .outside import kernel_count
 
 
@@ -51,16 +51,6 @@ def settle(ledger: Ledger, *, device: str = "cpu", heap: bool = True) -> Account
         kernels=kernel_count(ledger),
         runtime=ledger.runtime,
     )  # fmt: skip
-
-
-def phase_spans(ledger: Ledger) -> list[tuple[str, int, int]]:
-    """Phases as (name, first event, one past the last event)."""
-    spans = []
-    for (start, name), (end, closing) in zip(ledger.marks, ledger.marks[1:], strict=False):
-        if name:
-            assert closing == "" or closing != name
-            spans.append((name, start, end))
-    return spans
 
 
 def _worst_moments(

@@ -204,10 +204,15 @@ def refuse_both(full: bool, adapters: bool) -> None:
         raise UsageError("--full and --adapters exclude each other: leave out one, or both to let the plan choose.")
 
 
+def said(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse_beside_a_plan(context: typer.Context, own: tuple[str, ...]) -> None:
     """A plan has settings of its `own`: what contradicts them on the command line is not ignored."""
     for name in own:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if said(context, name):
             option = name.replace("_", "-")
             raise UsageError(f"--{option} beside --plan: the plan has its own. Leave it out, or edit the plan.")

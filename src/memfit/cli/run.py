@@ -39,6 +39,7 @@ from .app import (
     progress_to,
     refuse_beside_a_plan,
     refuse_both,
+    said,
     show,
     write,
 )
@@ -231,9 +232,9 @@ def fit(
         given = read_plan(plan_file)
     uniform = technique is not None
     if uniform:
-        budget = budget if _said(context, "budget") else "100%"
-        kv_bits = kv_bits if _said(context, "kv_bits") else "16"
-        _require_one_setting(bits if _said(context, "bits") else "", groups, kv_bits)
+        budget = budget if said(context, "budget") else "100%"
+        kv_bits = kv_bits if said(context, "kv_bits") else "16"
+        _require_one_setting(bits if said(context, "bits") else "", groups, kv_bits)
     allowed = _allowed(bits, groups, kv_bits, keep, asymmetric, uniform=uniform)
     if dry_run:
         progress = progress_to(quiet)
@@ -283,7 +284,7 @@ def _export(
 
     mixture_of(form)
     for name in _OF_A_PLAN:
-        if _said(context, name):
+        if said(context, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} beside --format {form}: a mixture has widths of its own. Leave it out."
             )
@@ -378,7 +379,7 @@ _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
 def _refuse_of_the_other_task(context: typer.Context, task: Task) -> None:
     """An option that says nothing of the task is not ignored."""
     for name in _OF_RUNNING if task is Task.train else _OF_TRAINING:
-        if _said(context, name):
+        if said(context, name):
             other = "run" if task is Task.train else "train"
             raise UsageError(
                 f"--{name.replace('_', '-')} says something of --task {other}, and this is --task {task.value}. Leave "
@@ -386,17 +387,11 @@ def _refuse_of_the_other_task(context: typer.Context, task: Task) -> None:
             )
 
 
-def _said(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
 def _require_one_setting(bits: str, groups: str | None, kv_bits: str) -> None:
     """A technique for everything has one width, one group size and one cache."""
-    for option, said in (("--bits", bits), ("--group", groups or "one"), ("--kv-bits", kv_bits)):
-        if not said or "," in said:
-            raise UsageError(f"--technique quantize has one setting: give one {option}, got {said or 'none'}.")
+    for option, given in (("--bits", bits), ("--group", groups or "one"), ("--kv-bits", kv_bits)):
+        if not given or "," in given:
+            raise UsageError(f"--technique quantize has one setting: give one {option}, got {given or 'none'}.")
 
 
 def _allowed(

@@ -26,6 +26,7 @@ from .app import (
     progress_to,
     refuse_beside_a_plan,
     refuse_both,
+    said,
     show,
     stderr,
 )
@@ -170,8 +171,8 @@ def _refuse_other_settings(context: typer.Context, out: Path) -> None:
         "weight_decay": task.hyper.weight_decay, "clip": task.hyper.clip or 0.0,
     }  # fmt: skip
     for name, before in known.items():
-        source, now = context.get_parameter_source(name), context.params[name]
-        if source is not None and source.name == "COMMANDLINE" and now != before:
+        now = context.params[name]
+        if said(context, name) and now != before:
             raise UsageError(
                 f"--{name.replace('_', '-')} {now} with --resume: the run was begun with {before}. Leave it out to go "
                 "on, or begin anew with --overwrite."
