@@ -7,6 +7,7 @@ as llama.cpp's own tool gathers it, which is not in llama-cpp-python.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,9 +27,9 @@ def main() -> None:
     torch.set_num_threads(threads)
     source = open_source(model)
     write_gguf(source, model.parent / "model.gguf", mixture="BF16", overwrite=True)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), sum(os.times()[:2])
     squares = mean_squares(load_model(source, dtype=torch.bfloat16), torch.tensor(json.loads(tokens.read_text())))
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, sum(os.times()[:2]) - cpu_started
     named = {}
     for place in places_of(source):
         module = (place.parameter or "").removesuffix(".weight")
@@ -36,7 +37,7 @@ def main() -> None:
             module = "lm_head"
         if module in squares:
             named[place.name] = squares[module].tolist()
-    found = {"seconds": seconds, "tensors": named}
+    found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "tensors": named}
     (model.parent / "importance.json").write_text(json.dumps(found))
 
 

@@ -1,5 +1,6 @@
 """A command run in a fresh process: how long it took, and what it and its children held, stage by stage."""
 
+import os
 import re
 import subprocess
 import threading
@@ -20,8 +21,16 @@ class Stage:
     """A part of a run."""
 
     started: float
+    cpu_started: float = 0.0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of processors, the children's too: what runs beside does not add to it, as it does to `seconds`."""
     peak_nbytes: int = 0
+
+    def end(self, cpu_seconds: float) -> None:
+        """The stage has ended, when so many processor seconds had been taken in all."""
+        self.seconds = time.perf_counter() - self.started
+        self.cpu_seconds = cpu_seconds - self.cpu_started
 
 
 @dataclass(kw_only=True)
@@ -42,7 +51,7 @@ class Ran:
 
 def run(words: list[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> Ran:
     """Run a command to its end; what it holds is looked at 50 times a second."""
-    started = time.perf_counter()
+    started, before = time.perf_counter(), _of_ended_children()
     stages, lines = {"start": Stage(started=started)}, []
     process = subprocess.Popen(
         words, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -53,10 +62,9 @@ def run(words: list[str], *, cwd: Path, env: Mapping[str, str] | None = None) ->
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
             if found := STAGE.match(lines[-1]):
-                now = time.perf_counter()
-                last = next(reversed(stages.values()))
-                last.seconds = now - last.started
-                stages[found[1]] = Stage(started=now)
+                now = cpu_seconds(process.pid)
+                next(reversed(stages.values())).end(now)
+                stages[found[1]] = Stage(started=time.perf_counter(), cpu_started=now)
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -65,10 +73,9 @@ def run(words: list[str], *, cwd: Path, env: Mapping[str, str] | None = None) ->
         last.peak_nbytes = max(last.peak_nbytes, resident_nbytes(process.pid))
         time.sleep(SECONDS_BETWEEN)
     reader.join()
-    ended = time.perf_counter()
-    last = next(reversed(stages.values()))
-    last.seconds = ended - last.started
-    return Ran(code=process.returncode, wall_seconds=ended - started, stages=stages, lines=lines)
+    next(reversed(stages.values())).end(_of_ended_children() - before)
+    wall_seconds = time.perf_counter() - started
+    return Ran(code=process.returncode, wall_seconds=wall_seconds, stages=stages, lines=lines)
 
 
 def resident_nbytes(pid: int) -> int:
@@ -83,6 +90,21 @@ def resident_nbytes(pid: int) -> int:
                 anonymous += int(found["RssAnon"].split()[0]) * 1024
                 files.append(int(found["RssFile"].split()[0]) * 1024)
     return anonymous + max(files)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor seconds of a process and all below it, of those that have ended too (proc(5), fields 14 to 17)."""
+    ticks = 0
+    for one in tree(pid):
+        with suppress(OSError):
+            ticks += sum(map(int, Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _of_ended_children() -> float:
+    """Processor seconds of this process's children that have ended, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def tree(pid: int) -> list[int]:

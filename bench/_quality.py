@@ -191,9 +191,10 @@ def memfit_found(out: Path, ran: Ran) -> dict[str, Any]:
     own = {name: stage for name, stage in ran.stages.items() if not name.startswith(ASIDE)}
     return {
         "seconds": sum(stage.seconds for stage in own.values()),
+        "cpu_seconds": sum(stage.cpu_seconds for stage in own.values()),
         "peak_nbytes": max(stage.peak_nbytes for stage in own.values()),
         "file_nbytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        "stages": {name: [stage.seconds, stage.peak_nbytes] for name, stage in ran.stages.items()},
+        "stages": {name: [stage.seconds, stage.cpu_seconds, stage.peak_nbytes] for name, stage in ran.stages.items()},
     }
 
 

@@ -10,7 +10,8 @@ the blocks. `whole`: the table of words too. Groups of 128.
 Every case is a fresh process, a peer's in an environment of its own (see peers/README.md). Peers write their weights
 dequantized, and `_judge.py` judges all: KL with its interval, perplexity; of an encoder 1 - cosine of its embeddings.
 A peer's seconds are those of quantizing alone, and its bytes of a file are counted; memfit's seconds include reading
-and writing. Results are written after every case: the same command goes on where a killed run has ended.
+and writing. Times are compared in processor seconds, to which other work on the machine adds nothing. Results are
+written after every case: the same command goes on where a killed run has ended.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def line_of(row: dict[str, Any]) -> str:
     perplexity = row["quality"]["perplexity"]
     return (
         f"{head} {mean:>10.3e} {low:>10.3e} {high:>10.3e} {'-' if perplexity is None else f'{perplexity:.2f}':>8} "
-        f"{row['bits_per_weight']:>6.3f} {row['seconds']:>8.1f} {row['wall_seconds']:>8.1f} "
+        f"{row['bits_per_weight']:>6.3f} {row['seconds']:>8.1f} {row['cpu_seconds']:>8.1f} {row['wall_seconds']:>8.1f} "
         f"{row['peak_nbytes'] / 2**20:>8.0f}M"
     )
 
@@ -123,7 +124,7 @@ def line_of(row: dict[str, Any]) -> str:
 def print_rows(rows: list[dict[str, Any]]) -> None:
     print(
         f"\n{'model':>7} {'scope':>6} {'bits':>4} {'tool':>14} {'algorithm':>11} {'KL, 1-cos':>10} {'from':>10} "
-        f"{'to':>10} {'ppl':>8} {'b/w':>6} {'seconds':>8} {'wall':>8} {'peak':>9}"
+        f"{'to':>10} {'ppl':>8} {'b/w':>6} {'seconds':>8} {'cpu':>8} {'wall':>8} {'peak':>9}"
     )
     for row in sorted(rows, key=lambda row: (row["model"], row["scope"], -row["bits"])):
         print(line_of(row))
@@ -166,11 +167,12 @@ def equal(row: dict[str, Any], peer: dict[str, Any]) -> bool:
 
 
 def same_algorithm(where: str, row: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
-    seconds, nbytes = (row[key] / peer[key] for key in ("seconds", "peak_nbytes"))
+    seconds, nbytes = (row[key] / peer[key] for key in ("cpu_seconds", "peak_nbytes"))
     return verdict(
         f"{where}, {row['algorithm']}: half of {peer['tool']}'s time, and less memory",
         seconds <= OF_PEERS_SECONDS and nbytes < 1,
-        f"{seconds:.2f} of its {peer['seconds']:.1f} s, {nbytes:.2f} of its {peer['peak_nbytes'] / 2**20:.0f} MiB",
+        f"{seconds:.2f} of its {peer['cpu_seconds']:.1f} processor seconds, "
+        f"{nbytes:.2f} of its {peer['peak_nbytes'] / 2**20:.0f} MiB",
     )
 
 

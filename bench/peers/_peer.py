@@ -53,6 +53,8 @@ class Watch:
     """Seconds and bytes of what was watched."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of processors, children's too: what runs beside does not add to it."""
     peak_nbytes: int = 0
     libraries_nbytes: int = field(default_factory=lambda: resident("VmRSS"))
     """Resident before the model was loaded."""
@@ -60,9 +62,10 @@ class Watch:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Time what runs inside; the peak is that of the process so far, loading included."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), sum(os.times()[:4])
         yield
         self.seconds += time.perf_counter() - started
+        self.cpu_seconds += sum(os.times()[:4]) - cpu_started
         self.peak_nbytes = resident("VmHWM")
 
 
@@ -172,6 +175,7 @@ def write(
         raise ValueError(f"not in the checkpoint: {', '.join(sorted(left)[:3])} ({len(left)} names)")
     about = {
         "seconds": watch.seconds,
+        "cpu_seconds": watch.cpu_seconds,
         "peak_nbytes": watch.peak_nbytes,
         "libraries_nbytes": watch.libraries_nbytes,
         "packed_nbytes": packed_nbytes,

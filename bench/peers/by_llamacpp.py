@@ -7,6 +7,7 @@ Beside MODEL there are `model.gguf`, in bf16, and `importance.json` (tensor -> m
 import argparse
 import ctypes
 import json
+import os
 import sys
 import time
 from importlib.metadata import version
@@ -41,22 +42,23 @@ def main() -> None:
     options.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{mixture}")
     if case.scope == "layers":
         options.token_embedding_type = options.output_tensor_type = BF16
-    libraries, before, kept = resident("VmRSS"), 0.0, None
+    libraries, before, cpu_before, kept = resident("VmRSS"), 0.0, 0.0, None
     if case.algorithm != "plain":
         found = json.loads((case.model.parent / "importance.json").read_text())
-        before = found["seconds"]
+        before, cpu_before = found["seconds"], found["cpu_seconds"]
         kept = importance(found["tensors"])
         options.imatrix = kept
     case.out.mkdir(parents=True)
     target = case.out / "model.gguf"
     source = case.model.parent / "model.gguf"
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), sum(os.times()[:2])
     failed = llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options))
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, sum(os.times()[:2]) - cpu_started
     if failed:
         sys.exit(f"llama_model_quantize gave {failed}")
     about = {
         "seconds": seconds + before,
+        "cpu_seconds": cpu_seconds + cpu_before,
         "importance_seconds": before,
         "peak_nbytes": resident("VmHWM"),
         "libraries_nbytes": libraries,
