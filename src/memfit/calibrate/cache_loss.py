@@ -1,5 +1,8 @@
 """What a KV cache in fewer bits costs: the same text read through it, beside the text read without.
 
+A text is read in pieces, each through the cache that the ones before have filled: a piece itself is seen as it is, as
+the recent tokens are when a model writes. In 16 bits it is read alike, so that only the cache makes a difference.
+
 Legend: W windows, T time, N positions, a and b logits [N, R] of some rows of the vocabulary.
 """
 
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memfit.packed.cache import cache_argument, make_cache
+from memfit.packed.cache import cache_argument, make_cache, pieces, skip
 from memfit.packed.fake import is_fake
 from memfit.source.source import Source
 from memfit.task.infer import takes_cache
@@ -20,10 +23,9 @@ from .stream import Streamed
 def cache_losses(
     source: Source, windows_WT: Tensor, bits: Sequence[int], *, dtype: torch.dtype = torch.bfloat16
 ) -> dict[int, float]:
-    """KL divergence in nats a token of the model with a KV cache in `bits` bits from itself without, by bits.
+    """KL divergence in nats a token of the model with a KV cache in `bits` bits from itself with one in 16, by bits.
 
-    The model is read block by block, once for each of `bits` and once without a cache; the vocabulary passes by
-    once. Empty where the model has no cache or no head, so that nothing can be said.
+    The model is read block by block, once a piece for each of `bits` and for 16; the vocabulary passes by once. Empty where the model has no cache or no head, so that nothing can be said.
 
     Args:
         windows_WT: token ids; few are enough, since every position is compared.
@@ -31,17 +33,32 @@ def cache_losses(
     streamed = Streamed(source, dtype=dtype)
     if not bits or streamed.head is None or not takes_cache(streamed.model):
         return {}
-    plain = arguments_of(streamed.model, windows_WT)
-    states = {}
     with torch.no_grad():
-        for kind in (16, *bits):
-            options = plain
-            if kind != 16:
-                cache = make_cache(streamed.model.config, kv_bits=kind)
-                options = plain | {"use_cache": True, str(cache_argument(streamed.model)): cache}
-            hidden = hidden_of(streamed.model(windows_WT, **options))[0]
-            states[kind] = hidden.reshape(-1, hidden.shape[-1]).to(streamed.dtype)
+        states = {kind: _read(streamed, windows_WT, kind) for kind in (16, *bits)}
         return _divergences(streamed, states)
+
+
+def _read(streamed: Streamed, windows_WT: Tensor, bits: int) -> Tensor:
+    """Hidden states [N, D] of the windows, read piece by piece through a cache in `bits` bits."""
+    cache = make_cache(streamed.model.config, kv_bits=bits)
+    options = arguments_of(streamed.model, windows_WT) | {"use_cache": True}
+    options[str(cache_argument(streamed.model))] = cache
+    parts, read = pieces(windows_WT.shape[1]), 0
+    states_WTD: Tensor | None = None
+    for number, part in enumerate(parts):
+        # A dry run jumps over the pieces between which only the cache grows.
+        if is_fake(windows_WT) and 2 <= number < len(parts) - 2:
+            continue
+        if part.start > read:
+            skip(cache, part.start - read)
+        read = part.stop
+        hidden = hidden_of(streamed.model(windows_WT[:, part], **options))[0]
+        if states_WTD is None:
+            states_WTD = hidden.new_empty(*windows_WT.shape, hidden.shape[-1], dtype=streamed.dtype)
+        states_WTD[:, part].copy_(hidden)
+        del hidden
+    assert states_WTD is not None
+    return states_WTD.flatten(0, 1)
 
 
 def _divergences(streamed: Streamed, states: dict[int, Tensor]) -> dict[int, float]:

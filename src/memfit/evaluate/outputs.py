@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.errors import UsageError
-from memfit.packed.cache import cache_argument
+from memfit.packed.cache import cache_argument, pieces
 
 Kind = Literal["causal", "masked", "seq2seq", "classifier", "encoder"]
 MakeCache = Callable[[], Any]
@@ -121,17 +121,32 @@ def _whole(model: nn.Module, kind: Kind, ids_BT: Tensor, make_cache: MakeCache |
         config: Any = model.config
         start = config.decoder_start_token_id or 0
         shifted_BP = torch.cat([torch.full_like(ids_BT[:, :1], start), ids_BT[:, half:-1]], dim=1)
-        cache = _cache_options(model, make_cache)
-        logits = model(input_ids=ids_BT[:, :half], decoder_input_ids=shifted_BP, **cache).logits
-        return logits
+        given: dict[str, Any] = {"input_ids": ids_BT[:, :half]}
+        cache, parts = _cache_options(model, make_cache), []
+        for piece in _pieces(shifted_BP, make_cache):
+            output = model(**given, decoder_input_ids=piece, **cache)
+            parts.append(output.logits)
+            given = {"encoder_outputs": (output.encoder_last_hidden_state,)}
+        return _joined(parts)
     if getattr(model, "config", None) is None:
         plain = model(ids_BT)
         logits = plain if isinstance(plain, Tensor) else plain[0]
+    elif kind == "causal":
+        cache = _cache_options(model, make_cache)
+        logits = _joined([model(input_ids=piece, **cache).logits for piece in _pieces(ids_BT, make_cache)])
     else:
-        cache = _cache_options(model, make_cache) if kind == "causal" else {}
-        output = model(input_ids=ids_BT, **cache)
+        output = model(input_ids=ids_BT)
         logits = output.prediction_logits if "prediction_logits" in output else output.logits
     return logits[:, None] if kind == "classifier" else logits
+
+
+def _pieces(ids_BT: Tensor, make_cache: MakeCache | None) -> list[Tensor]:
+    """The text whole; with a cache, in pieces that are read one after the other, so that the cache is used."""
+    return [ids_BT] if make_cache is None else [ids_BT[:, part] for part in pieces(ids_BT.shape[1])]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _cache_options(model: nn.Module, make_cache: MakeCache | None) -> dict[str, Any]:
@@ -158,15 +173,26 @@ def _body(model: nn.Module) -> nn.Module | None:
 def _hear(
     model: nn.Module, body: nn.Module, ids_BT: Tensor, make_cache: MakeCache | None
 ) -> tuple[Any, int] | None:
-    """Run the model once: the body's output, and V. None if the body was not called (no replay)."""
+    """Read the text once: the body's output, and V. None if the body was not called (no replay)."""
     caught: list[Any] = []
-    hook = body.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    states: list[Tensor] = []
+
+    def catch(module: nn.Module, inputs: Any, output: Any) -> None:
+        caught[:] = [output]
+        states.append(output.last_hidden_state)
+
+    hook = body.register_forward_hook(catch)
+    options = _cache_options(model, make_cache)
     try:
-        # One position only: the rest of the head's work is done chunk by chunk.
-        logits_B1V = model(input_ids=ids_BT, logits_to_keep=1, **_cache_options(model, make_cache)).logits
+        for piece in _pieces(ids_BT, make_cache):
+            # One position only: the rest of the head's work is done chunk by chunk.
+            logits_B1V = model(input_ids=piece, logits_to_keep=1, **options).logits
     finally:
         hook.remove()
-    return (caught[-1], logits_B1V.shape[-1]) if caught else None
+    if not caught:
+        return None
+    caught[0].last_hidden_state = _joined(states)
+    return caught[0], logits_B1V.shape[-1]
 
 
 @contextmanager

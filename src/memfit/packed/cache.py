@@ -1,7 +1,4 @@
-"""Key-value caches of 16, 8, 4 or 2 bits, and what a dry run needs to know of them.
-
-B batch, H key-value heads, T tokens, D head width, b bits.
-"""
+"""Key-value caches of 16, 8, 4 or 2 bits, and what a dry run needs to know of them."""
 
 import inspect
 from collections.abc import Iterator
@@ -23,118 +20,21 @@ from transformers.cache_utils import (
 
 from memfit.errors import UsageError
 from memfit.packed.fake import is_fake
+from memfit.packed.kv_states import GROUP, Axis, PackedStates, least_window
 
 KV_BITS: Final = (16, 8, 4, 2)
-BLOCK_NBYTES: Final = 4 * 2**20
-"""Largest float32 transient of quantising."""
-
-
-class PackedStates:
-    """Keys or values [B, H, T, D] as uint8 [B, H, T, D·b/8]; a bf16 scale and minimum a token and head.
-
-    x̂ = u · scale + minimum with u in 0..2^b − 1, so |x − x̂| ≤ scale/2 and what bf16 rounds.
-    A byte holds, from the low bits up, the values j, j + D·b/8, j + 2·D·b/8, ... of the head.
-    """
-
-    def __init__(self, states: Tensor, bits: int) -> None:
-        if states.shape[-1] % (8 // bits):
-            raise UsageError(
-                f"heads of {states.shape[-1]} do not fill whole bytes at {bits} bits; use more kv_bits"
-            )
-        self.bits, self.dtype = bits, states.dtype
-        self.values, self.scales = _quantize(states, bits)
-
-    @property
-    def length(self) -> int:
-        return int(self.values.shape[-2])
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        return self.values, self.scales
-
-    def append(self, states: Tensor) -> None:
-        """Quantise `states` [B, H, t, D] and put them behind what is there."""
-        values, scales = _quantize(states, self.bits)
-        self.values = torch.cat([self.values, values], dim=-2)
-        self.scales = torch.cat([self.scales, scales], dim=-2)
-
-    def grow(self, tokens: int) -> None:
-        """Make room as if `tokens` more had been appended; what is in it is undefined."""
-        self.values, self.scales = _grown(self.values, tokens), _grown(self.scales, tokens)
-
-    def keep_last(self, tokens: int) -> None:
-        """Drop all but the last `tokens`, in memory too."""
-        if tokens < self.length:
-            self.values = self.values[:, :, self.length - tokens :].clone()
-            self.scales = self.scales[:, :, self.scales.shape[-2] - tokens :].clone()
-
-    def drop_last(self, tokens: int) -> None:
-        """Drop the last `tokens`."""
-        keep = self.length - tokens
-        self.values, self.scales = self.values[:, :, :keep].clone(), self.scales[:, :, :keep].clone()
-
-    def take(self, index: Tensor) -> None:
-        """Keep the entries of the batch in `index`, in its order."""
-        self.values, self.scales = self.values.index_select(0, index), self.scales.index_select(0, index)
-
-    def repeat(self, times: int) -> None:
-        self.values = self.values.repeat_interleave(times, dim=0)
-        self.scales = self.scales.repeat_interleave(times, dim=0)
-
-    def dense(self) -> Tensor:
-        """[B, H, T, D] in the type that came in; one transient, of a byte for each value of a segment."""
-        out = self.values.to(self.dtype) if self.bits == 8 else _unpacked(self.values, self.bits, self.dtype)
-        scales = self.scales if self.scales.dtype == self.dtype else self.scales.to(self.dtype)
-        return out.mul_(scales[..., :1]).add_(scales[..., 1:])
-
-
-def _quantize(states: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """[B, H, T, D] → uint8 [B, H, T, D·b/8] and bf16 [B, H, T, 2], a block of tokens at a time."""
-    batch, heads, tokens, width = states.shape
-    segments, levels = 8 // bits, 2**bits - 1
-    length = width // segments
-    packed = torch.empty(batch, heads, tokens, length, dtype=torch.uint8, device=states.device)
-    scales = torch.empty(batch, heads, tokens, 2, dtype=torch.bfloat16, device=states.device)
-    step = max(BLOCK_NBYTES // (batch * heads * width * 4), 1)
-    for start in range(0, tokens, step):
-        stop = min(start + step, tokens)
-        x = states[:, :, start:stop].to(torch.float32)
-        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-        # The minimum and the scale are rounded to bf16, by up to 2^−8 of the minimum and 2^−9 of the scale:
-        # widen the range by as much, or the largest value would be clipped.
-        low = low.sub_(low.abs().mul_(2**-8)).to(torch.bfloat16).to(torch.float32)
-        scale = high.sub_(low).mul_((1 + 2**-7) / levels).clamp_(min=2**-60).to(torch.bfloat16)
-        scales[:, :, start:stop, :1].copy_(scale)
-        scales[:, :, start:stop, 1:].copy_(low)
-        x.sub_(low).div_(scale.to(torch.float32)).round_().clamp_(0, levels)
-        u = x.to(torch.uint8)
-        del x, low, high, scale
-        block = packed[:, :, start:stop]
-        block.copy_(u[..., :length])
-        for i in range(1, segments):
-            block.bitwise_or_(u[..., i * length : (i + 1) * length].bitwise_left_shift_(i * bits))
-        del u
-    return packed, scales
-
-
-def _unpacked(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """uint8 [B, H, T, D·b/8] → u [B, H, T, D] in `dtype`."""
-    length, segments = packed.shape[-1], 8 // bits
-    out = torch.empty(*packed.shape[:-1], length * segments, dtype=dtype, device=packed.device)
-    part = torch.empty(packed.shape, dtype=torch.uint8, device=packed.device)
-    for i in range(segments):
-        if i:
-            torch.bitwise_right_shift(packed, i * bits, out=part)
-            part.bitwise_and_(2**bits - 1)
-        else:
-            torch.bitwise_and(packed, 2**bits - 1, out=part)
-        out[..., i * length : (i + 1) * length].copy_(part)
-    return out
 
 
 class _Packed:
-    """What both packed layers share: states live packed; `keys` and `values` are dense copies, on demand."""
+    """What both packed layers share: states live packed; `keys` and `values` are dense copies, on demand.
+
+    Attention reads the tokens of its own call as they are, and earlier ones as the cache has them: a prompt that is
+    read at once loses nothing, and no dense copy of it is made.
+    """
 
     kv_bits: int
+    window: int = 0
+    """Tokens that later ones look back at; 0: all."""
     packed_keys: PackedStates | None
     packed_values: PackedStates | None
     is_initialized: bool
@@ -145,7 +45,7 @@ class _Packed:
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
-        self.packed_keys = None if value is None else PackedStates(value, self.kv_bits)
+        self.packed_keys = None if value is None else self._pack(value, "channel")
 
     @property
     def values(self) -> Tensor | None:
@@ -153,7 +53,10 @@ class _Packed:
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
-        self.packed_values = None if value is None else PackedStates(value, self.kv_bits)
+        self.packed_values = None if value is None else self._pack(value, "token")
+
+    def _pack(self, states: Tensor, axis: Axis) -> PackedStates:
+        return PackedStates(states, self.kv_bits, axis=axis, window=self.window)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -162,39 +65,33 @@ class _Packed:
     def states(self) -> list[PackedStates]:
         return [states for states in (self.packed_keys, self.packed_values) if states is not None]
 
-    def stored_tokens(self) -> int:
-        return self.packed_keys.length if self.packed_keys is not None else 0
-
-    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.packed_keys is None or self.packed_values is None:
-            self.packed_keys = PackedStates(key_states, self.kv_bits)
-            self.packed_values = PackedStates(value_states, self.kv_bits)
-        else:
-            self.packed_keys.append(key_states)
-            self.packed_values.append(value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        return self.packed_keys.extended(key_states), self.packed_values.extended(value_states)
 
-    def dense(self) -> tuple[Tensor, Tensor]:
-        assert self.packed_keys is not None and self.packed_values is not None
-        return self.packed_keys.dense(), self.packed_values.dense()
+    def get_seq_length(self) -> int:
+        return self.packed_keys.length if self.packed_keys is not None else 0
 
     def reset(self) -> None:
         self.packed_keys = self.packed_values = None
         self.is_initialized = False
-        if hasattr(self, "cumulative_length"):
-            self.cumulative_length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         for states in self.states():
-            states.take(indices)
+            states.change(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for states in self.states():
-            states.repeat(repeats)
+            states.change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
 
 class PackedCacheLayer(_Packed, DynamicLayer):  # type: ignore[misc]
@@ -203,15 +100,6 @@ class PackedCacheLayer(_Packed, DynamicLayer):  # type: ignore[misc]
     def __init__(self, *, kv_bits: int) -> None:
         self.kv_bits = kv_bits
         super().__init__()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.append(key_states, value_states)
-        return self.dense()
-
-    def get_seq_length(self) -> int:
-        return self.stored_tokens()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -222,21 +110,21 @@ class PackedCacheLayer(_Packed, DynamicLayer):  # type: ignore[misc]
 
 
 class PackedSlidingCacheLayer(_Packed, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """A sliding-window layer of a cache with `kv_bits` bits; it keeps the window only."""
+    """A sliding-window layer of a cache with `kv_bits` bits; it keeps the window, and what is left of a group."""
 
     def __init__(self, *, kv_bits: int, sliding_window: int) -> None:
-        self.kv_bits = kv_bits
+        self.kv_bits, self.window = kv_bits, sliding_window - 1
         super().__init__(sliding_window=sliding_window)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[-2]
-        self.append(key_states, value_states)
-        dense = self.dense()
-        for states in self.states():
-            states.keep_last(self.sliding_window - 1)
-        return dense
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length = 0
 
     def activate_past_recording(self) -> None:
         raise UsageError("a packed sliding-window cache cannot take tokens back; use 16 kv_bits")
@@ -247,7 +135,7 @@ class PackedSlidingCacheLayer(_Packed, DynamicSlidingWindowLayer):  # type: igno
         for states in self.states():
             if tokens_to_remove:
                 states.drop_last(abs(tokens_to_remove))
-        self.cumulative_length = self.stored_tokens()
+        self.cumulative_length = self.get_seq_length()
 
 
 _WITHOUT_KEYS: Final = (DummyLayer, LinearAttentionLayer)
@@ -298,10 +186,18 @@ def _packed_layer(layer: Any, index: int, kv_bits: int) -> Any:
     if type(layer) is DynamicLayer:
         return PackedCacheLayer(kv_bits=kv_bits)
     if type(layer) is DynamicSlidingWindowLayer:
+        if layer.sliding_window - 1 <= least_window():
+            return layer  # it would hold nothing but recent tokens, which are whole
         return PackedSlidingCacheLayer(kv_bits=kv_bits, sliding_window=layer.sliding_window)
     if type(layer) in _WITHOUT_KEYS:
         return layer
     raise UsageError(f"layer {index}: a {type(layer).__name__} has no form with {kv_bits} kv_bits; use 16")
+
+
+def pieces(tokens: int) -> list[slice]:
+    """A text of `tokens` tokens in pieces, as it has to be read for a packed cache to show: in a piece nothing is
+    lost."""
+    return [slice(start, min(start + GROUP, tokens)) for start in range(0, tokens, GROUP)]
 
 
 def cache_tensors(cache: Any) -> Iterator[tuple[str, Tensor]]:
@@ -321,8 +217,8 @@ def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, PackedStates):
-        yield f"{name}.values", value.values
-        yield f"{name}.scales", value.scales
+        for part, tensor in value.tensors():
+            yield f"{name}.{part}", tensor
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from _tensors_in(f"{name}.{i}", item)
@@ -362,6 +258,29 @@ def skip(cache: Any, steps: int) -> bool:
     return True
 
 
+def leaps(cache: Any, steps: int) -> list[int]:
+    """Which of the next `steps` decode steps must be run for the worst moment of all to be among those run.
+
+    A packed cache grows by leaps: as a group is quantised, its tokens are let go in 16 bits. Between two leaps all that
+    is there only grows, and what a step takes after one leap it takes at least after the next of the same kind. So it
+    is the last leaps that count, and the steps just before.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        return leaps(cache.self_attention_cache, steps)
+    found: set[int] = set()
+    lengths = {
+        (states.window, states.length): states
+        for layer in getattr(cache, "layers", ())
+        if isinstance(layer, _Packed)
+        for states in layer.states()
+    }
+    for (_, length), states in lengths.items():
+        for step in range(max(0, steps - GROUP - 1), steps):
+            if states.layout(length + step) != states.layout(length + step + 1):
+                found |= {max(step - 1, 0), step}
+    return sorted(found)
+
+
 def _grow_full(layer: Any, steps: int) -> None:
     layer.keys, layer.values = _grown(layer.keys, steps), _grown(layer.values, steps)
 
@@ -379,14 +298,12 @@ def _grow_sliding(layer: Any, steps: int) -> None:
 
 
 def _grow_packed(layer: Any, steps: int) -> None:
+    # What is kept depends on how many tokens there were, and not on how they came.
     for states in layer.states():
-        states.grow(steps)
-
-
-def _grow_packed_sliding(layer: Any, steps: int) -> None:
-    for states in layer.states():
-        states.grow(max(min(states.length + steps, layer.sliding_window - 1) - states.length, 0))
-    layer.cumulative_length += steps
+        batch, heads, _, width = states.whole.shape
+        states.append(states.whole.new_empty(batch, heads, steps, width))
+    if hasattr(layer, "cumulative_length"):
+        layer.cumulative_length += steps
 
 
 def _grow_nothing(layer: Any, steps: int) -> None:
@@ -399,7 +316,7 @@ _GROWTH: Final[dict[type, Any]] = {
     LinearAttentionAndFullAttentionLayer: _grow_full,
     LinearAttentionAndSlidingWindowAttentionLayer: _grow_sliding,
     PackedCacheLayer: _grow_packed,
-    PackedSlidingCacheLayer: _grow_packed_sliding,
+    PackedSlidingCacheLayer: _grow_packed,
     LinearAttentionLayer: _grow_nothing,
     DummyLayer: _grow_nothing,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.account.watch import Watch
-from memfit.packed.cache import cache_argument, cache_tensors, keeps_keys, make_cache, skip
+from memfit.packed.cache import cache_argument, cache_tensors, keeps_keys, leaps, make_cache, skip
 
 # Legend: B batch, T time, V vocabulary
 
@@ -50,16 +50,20 @@ class Infer:
                 self._decode(runner, watch)
 
     def _decode(self, runner: "_Runner", watch: Watch) -> None:
-        """All steps; a dry run jumps from the second to the last but one; between, only the cache grows."""
-        jump = self.new_tokens - 4
-        first = 2 if watch.may_skip and jump > 0 else self.new_tokens
-        self._steps(runner, watch, first)
-        if first == self.new_tokens:
-            return
-        # Outside of any phase: growing a cache at one blow is nothing that the model ever does.
-        left = 2 if runner.jump(jump) else self.new_tokens - first
-        runner.tell(watch)
-        self._steps(runner, watch, left)
+        """All steps; a dry run jumps over those, from the second on, between which the cache only grows."""
+        left = self.new_tokens - 2
+        if not watch.may_skip or left <= 2:
+            return self._steps(runner, watch, self.new_tokens)
+        self._steps(runner, watch, 2)
+        at = 0
+        for step in sorted({*runner.leaps(left), left - 2, left - 1}):
+            # Outside of any phase: growing a cache at one blow is nothing that the model ever does.
+            if step > at and not runner.jump(step - at):
+                return self._steps(runner, watch, left - at)
+            if step > at:
+                runner.tell(watch)
+            self._steps(runner, watch, 1)
+            at = step + 1
 
     def _steps(self, runner: "_Runner", watch: Watch, steps: int) -> None:
         if not steps:
@@ -114,6 +118,10 @@ class _Runner:
     def jump(self, steps: int) -> bool:
         """Grow the cache as `steps` more tokens would; False where that cannot be done."""
         return self.cache is not None and skip(self.cache, steps)
+
+    def leaps(self, steps: int) -> list[int]:
+        """Which of the next `steps` steps are no smaller than the last two may be."""
+        return [] if self.cache is None else leaps(self.cache, steps)
 
     def tell(self, watch: Watch) -> None:
         """Name what the cache holds."""
