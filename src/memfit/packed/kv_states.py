@@ -262,8 +262,8 @@ def _round(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def _step(low: Tensor, high: Tensor, share: float, levels: int) -> tuple[Tensor, Tensor]:
     """Scale and minimum of `share` of a range, around its middle: float32 that bf16 holds exactly.
 
-    bf16 rounds the minimum and the scale, by up to 2^−8 of the minimum and 2^−9 of the scale: the range is wider by as
-    much, or the largest value would be clipped.
+    bf16 rounds the minimum and the scale by up to 2^−8 of what they are: the range is wider by as much, or the largest
+    value would be clipped.
     """
     inset = (high - low).mul_((1 - share) / 2)
     minimum = low + inset
