@@ -292,10 +292,10 @@ def _unpack(codes: Tensor, bits: int, out: Tensor) -> None:
     if segments == 1:
         out.copy_(codes)
         return
-    part = torch.empty_like(codes)
-    for i in range(segments):
-        if i:
-            torch.bitwise_right_shift(codes, i * bits, out=part)
+    part = torch.bitwise_and(codes, 2**bits - 1)
+    out[..., :length].copy_(part)
+    for i in range(1, segments):
+        torch.bitwise_right_shift(codes, i * bits, out=part)
         if i < segments - 1:
-            torch.bitwise_and(part if i else codes, 2**bits - 1, out=part)
+            part.bitwise_and_(2**bits - 1)
         out[..., i * length : (i + 1) * length].copy_(part)
