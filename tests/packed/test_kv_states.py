@@ -150,4 +150,4 @@ def test_what_cannot_be_taken_back_or_held_is_refused():
 
 
 def test_channels_that_share_a_scale_divide_the_head():
-    assert [channels_of(width) for width in (8, 64, 80, 96, 128, 256, 134)] == [8, 64, 40, 48, 64, 64, 134]
+    assert [channels_of(width) for width in (8, 64, 80, 96, 256, 160, 134)] == [8, 64, 80, 96, 128, 80, 67]
