@@ -37,7 +37,7 @@ from memfit.plan.search import Option
 from memfit.source.source import Source
 from memfit.task.infer import Infer
 
-KV_PRICES: Final = {16: 0.0, 8: 1e-4, 4: 2e-2, 2: 1.0}
+KV_PRICES: Final = {16: 0.0, 8: 1e-4, 4: 4e-3, 2: 0.1}
 """Nats a token that a KV cache in so many bits is expected to cost, where nothing was measured."""
 _WORKSPACES_NBYTES: Final = 64 << 20
 """More than any packed module takes beside its inputs and outputs."""

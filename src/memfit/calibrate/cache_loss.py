@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memfit.packed.cache import cache_argument, make_cache, pieces, skip
 from memfit.packed.fake import is_fake
+from memfit.packed.kv_states import least_window
 from memfit.source.source import Source
 from memfit.task.infer import takes_cache
 
@@ -25,37 +26,41 @@ def cache_losses(
 ) -> dict[int, float]:
     """KL divergence in nats a token of the model with a KV cache in `bits` bits from itself with one in 16, by bits.
 
-    The model is read block by block, once a piece for each of `bits` and for 16; the vocabulary passes by once. Empty where the model has no cache or no head, so that nothing can be said.
+    The model is read block by block, once a piece for each of `bits` and for 16; the vocabulary passes by once. Empty
+    where nothing can be said: the model has no cache or no head, or windows are too short for anything to be packed.
 
     Args:
-        windows_WT: token ids; few are enough, since every position is compared.
+        windows_WT: token ids; few are enough, since every position is compared before which something is packed.
     """
     streamed = Streamed(source, dtype=dtype)
-    if not bits or streamed.head is None or not takes_cache(streamed.model):
+    parts = pieces(windows_WT.shape[1])
+    packed = [part for part in parts if part.start >= least_window()]
+    if not bits or not packed or streamed.head is None or not takes_cache(streamed.model):
         return {}
     with torch.no_grad():
-        states = {kind: _read(streamed, windows_WT, kind) for kind in (16, *bits)}
+        states = {kind: _read(streamed, windows_WT, kind, parts, packed[0].start) for kind in (16, *bits)}
         return _divergences(streamed, states)
 
 
-def _read(streamed: Streamed, windows_WT: Tensor, bits: int) -> Tensor:
-    """Hidden states [N, D] of the windows, read piece by piece through a cache in `bits` bits."""
+def _read(streamed: Streamed, windows_WT: Tensor, bits: int, parts: list[slice], start: int) -> Tensor:
+    """Hidden states [N, D] from token `start` on, read in `parts` through a cache in `bits` bits."""
     cache = make_cache(streamed.model.config, kv_bits=bits)
     options = arguments_of(streamed.model, windows_WT) | {"use_cache": True}
     options[str(cache_argument(streamed.model))] = cache
-    parts, read = pieces(windows_WT.shape[1]), 0
-    states_WTD: Tensor | None = None
+    batch, length = windows_WT.shape
+    read, states_WTD = 0, None
     for number, part in enumerate(parts):
-        # A dry run jumps over the pieces between which only the cache grows.
+        # A dry run jumps over parts between which only the cache grows.
         if is_fake(windows_WT) and 2 <= number < len(parts) - 2:
             continue
         if part.start > read:
             skip(cache, part.start - read)
         read = part.stop
         hidden = hidden_of(streamed.model(windows_WT[:, part], **options))[0]
-        if states_WTD is None:
-            states_WTD = hidden.new_empty(*windows_WT.shape, hidden.shape[-1], dtype=streamed.dtype)
-        states_WTD[:, part].copy_(hidden)
+        if part.start >= start:
+            if states_WTD is None:
+                states_WTD = hidden.new_empty(batch, length - start, hidden.shape[-1], dtype=streamed.dtype)
+            states_WTD[:, part.start - start : part.stop - start].copy_(hidden)
         del hidden
     assert states_WTD is not None
     return states_WTD.flatten(0, 1)

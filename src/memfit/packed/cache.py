@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,

@@ -114,7 +114,8 @@ class PackedStates:
         else:
             parts = [self.whole, states]
         parts = [part for part in parts if part.shape[-2]]
-        self.whole = torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+        alone = len(parts) == 1  # a copy: a view would keep all that it is a view of
+        self.whole = parts[0].clone(memory_format=torch.contiguous_format) if alone else torch.cat(parts, dim=-2)
         self.length, self.dropped = length, dropped
 
     def drop_last(self, tokens: int) -> None:
@@ -215,8 +216,8 @@ class PackedStates:
     def _grouped(self, states: Tensor) -> Tensor:
         """[B, H, n·G, D] → [B, H, n, G, D] by channel, [B, H, n·G, D/g, g] by token."""
         if self.axis == "channel":
-            return states.unflatten(2, (-1, GROUP))
-        return states.unflatten(3, (-1, channels_of(states.shape[-1])))
+            return torch.unflatten(states, 2, (-1, GROUP))
+        return torch.unflatten(states, 3, (-1, channels_of(states.shape[-1])))
 
     def _rescale(self, u: Tensor) -> None:
         """u [B, H, n·G, D] → x̂, in place."""
