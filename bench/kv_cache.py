@@ -5,8 +5,8 @@
 The demo model on its held-out text and Gemma 3 270M on the second half of `--text`. Each text is read in pieces of 64
 tokens through the cache; KL is from the same model that reads it at once without. "a scale a token" is the plain
 layout: every token's head, keys too, has one scale, and nothing is whole. transformers' QuantizedCache takes part with
-the backends that are installed (quanto, hqq). Bytes a token are those of a context of `--context` tokens, scales and whole
-tokens included. Decode is in CPU seconds, in turns, so that others on the machine count little.
+the backends that are installed (quanto, hqq). Bytes a token are those of a context of `--context` tokens, scales and
+whole tokens included. Decode is in CPU seconds, in turns, so that others on the machine count little.
 """
 
 import argparse
