@@ -46,7 +46,7 @@ def scale_a_token(config: Any, bits: int) -> Any:
     cache = make_cache(config)
     for layer in cache.layers:
         plain = layer.update
-        layer.update = lambda k, v, *args, plain=plain: plain(rounded(k, bits), rounded(v, bits))
+        layer.update = lambda k, v, *args, plain=plain, **kwargs: plain(rounded(k, bits), rounded(v, bits))
     return cache
 
 
