@@ -56,7 +56,7 @@ class Ledger:
         self.runtime = "torch"
         """`transformers` where the model is one of its classes."""
         self.kernels: set[tuple[Any, ...]] = set()
-        """Shapes of the products that oneDNN makes code for: a replayed block has none of its own."""
+        """Shapes of the products that oneDNN makes code for."""
 
     def copy(self) -> "Ledger":
         """Another ledger that begins with all that is in this one."""

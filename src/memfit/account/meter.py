@@ -25,7 +25,7 @@ class Meter:
     The events come from the allocator's memory reports to the profiler, not from what follows fake tensors.
     """
 
-    may_skip = False
+    may_skip, prefix = False, ""
 
     def __init__(self) -> None:
         self._now = 0

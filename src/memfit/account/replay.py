@@ -64,6 +64,10 @@ class _Recording:
     outputs: list[Any]
     states: list[dict[str, Any]]
     """Attributes of each cache layer after the call."""
+    marks: list[tuple[int, str]]
+    """Where phases begin or end: before which event, and the name without its prefix; empty where one ends."""
+    kernels: set[tuple[Any, ...]]
+    """Shapes of its 16-bit products: another ledger has not seen them."""
 
 
 class Blocks:
@@ -113,6 +117,7 @@ class Blocks:
         given: Callable[[], Sequence[Any]],
         call: Callable[[], Any],
         any_recipe: bool,
+        prefix: str | None,
     ) -> Any:
         structure = None
         if block is not None:
@@ -123,7 +128,7 @@ class Blocks:
         known = self._products if any_recipe else self._repeats
         if described is not None and any(isinstance(part, Itself) for part in described[0][2]):
             known = self._known  # another trace has other objects, and may give them the same number
-        return self._once(known, described, name, call)
+        return self._once(known, described, name, call, prefix)
 
     @contextmanager
     def on_products(self) -> Iterator[None]:
@@ -178,20 +183,20 @@ class Blocks:
 
         return call
 
-    def _once(self, known: "Products", described: Any, name: str, call: Any) -> Any:
+    def _once(self, known: "Products", described: Any, name: str, call: Any, prefix: str | None = None) -> Any:
         """What `call` does: traced if nothing of that description was, else replayed."""
         if described is None:
             return call()
         key, roles, layers = described
         recording = known.get(key, _UNSEEN)
         if isinstance(recording, _Recording):
-            return self._replay(recording, name, roles, layers)
+            return self._replay(recording, name, roles, layers, prefix or "")
         if recording is None:
             roles.clear()
             return call()
         numbers = list(roles)
         roles.clear()  # holding an input would keep it alive through the block
-        return self._record(known, key, name, numbers, layers, call)
+        return self._record(known, key, name, numbers, layers, call, prefix)
 
     # -- describing ---------------------------------------------------------------------------------
 
@@ -237,13 +242,27 @@ class Blocks:
     # -- recording ----------------------------------------------------------------------------------
 
     def _record(
-        self, known: "Products", key: Any, name: str, roles: Iterable[int], layers: list[Any], call: Any
+        self,
+        known: "Products",
+        key: Any,
+        name: str,
+        roles: Iterable[int],
+        layers: list[Any],
+        call: Any,
+        prefix: str | None,
     ) -> Any:
         ledger = self.follow.ledger
-        first_event, first_birth = len(ledger.events), len(ledger.storages)
-        out = call()
+        first_event, first_birth, first_mark = len(ledger.events), len(ledger.storages), len(ledger.marks)
+        others, ledger.kernels = ledger.kernels, set()
+        try:
+            out = call()
+        finally:
+            kernels, ledger.kernels = ledger.kernels, ledger.kernels | others
         role_of = {number: role for role, number in enumerate(roles)}
         known[key] = None
+        marks = [(at - first_event, phase) for at, phase in ledger.marks[first_mark:]]
+        if marks and prefix is None:
+            return out
         events = []
         alive: set[int] = set()
         for number, sign in ledger.events[first_event:]:
@@ -283,13 +302,19 @@ class Blocks:
         for storage in ledger.storages[first_birth:]:
             own = storage.module.startswith(name)
             births.append((storage, storage.module.removeprefix(name) if own else None))
-        known[key] = _Recording(births, events, spec, outputs, states)
+        marks = [(at, phase.removeprefix(prefix or "")) for at, phase in marks]
+        known[key] = _Recording(births, events, spec, outputs, states, marks, kernels)
         return out
 
     # -- replaying ----------------------------------------------------------------------------------
 
-    def _replay(self, recording: _Recording, name: str, roles: dict[int, Tensor], layers: list[Any]) -> Any:
+    def _replay(
+        self, recording: _Recording, name: str, roles: dict[int, Tensor], layers: list[Any], prefix: str
+    ) -> Any:
         ledger = self.follow.ledger
+        first = len(ledger.events)
+        ledger.kernels |= recording.kernels
+        ledger.marks += [(first + at, phase and prefix + phase) for at, phase in recording.marks]
         inputs = list(roles)
         numbers: dict[int, int] = {}
         for born, index, sign in recording.events:

@@ -16,6 +16,11 @@ class Watch(Protocol):
         """Whether steps between the first and the last may be left out (their peaks lie between)."""
         ...
 
+    @property
+    def prefix(self) -> str:
+        """What it puts before the names of phases that it is told."""
+        ...
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """All that is allocated until it closes belongs to the phase `name`."""
         ...
@@ -28,7 +33,7 @@ class Watch(Protocol):
 class Unwatched:
     """A watch that looks away: the task is run for its results alone."""
 
-    may_skip = False
+    may_skip, prefix = False, ""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()

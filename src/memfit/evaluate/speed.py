@@ -34,7 +34,7 @@ class Speed:
 class _Clock:
     """A watch that only times the phases."""
 
-    may_skip = False
+    may_skip, prefix = False, ""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -44,7 +44,7 @@ def copies_of_fakes() -> Iterator[None]:
         del FakeTensorMode.__deepcopy__  # type: ignore[attr-defined]
 
 
-Repeat = Callable[[Any, nn.Module | None, str, Callable[[], Sequence[Any]], Callable[[], Any], bool], Any]
+Repeat = Callable[[Any, nn.Module | None, str, Callable[[], Sequence[Any]], Callable[[], Any], bool, str | None], Any]
 _repeat: Repeat | None = None
 
 
@@ -56,6 +56,7 @@ def repeated(
     call: Callable[[], Any],
     *,
     any_recipe: bool = False,
+    prefix: str | None = None,
 ) -> Any:
     """What `call` does and returns: in a dry run, work like earlier work is told from that and not run.
 
@@ -66,8 +67,9 @@ def repeated(
         given: tells all tensors that `call` reads, changes or frees.
         call: returns every tensor that it leaves behind, in tuples, lists or dicts.
         any_recipe: whether its course is the same in training by any recipe.
+        prefix: what the names of its phases begin with this time; None: it has no phases of its own.
     """
-    return call() if _repeat is None else _repeat(key, block, name, given, call, any_recipe)
+    return call() if _repeat is None else _repeat(key, block, name, given, call, any_recipe, prefix)
 
 
 @contextmanager

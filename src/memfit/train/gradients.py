@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from memfit.packed.fake import blocks_to_run
+from memfit.packed.fake import blocks_to_run, repeated
 from memfit.technique.gradient_bits import QuantizedGradient
 from memfit.technique.row_gradients import RowGradients
 
@@ -89,9 +89,16 @@ class Accumulated:
 
     def add_squares(self, parameter: nn.Parameter, total: Tensor) -> None:
         """total += Σ g² over the parameter; `total` is a number in fp64."""
-        for start, stop in blocks_to_run(self.tiles(parameter)):
-            gradient = self.tile(parameter, start, stop)
-            total.add_(gradient.square_().sum().double())
+
+        def run() -> None:
+            for start, stop in blocks_to_run(self.tiles(parameter)):
+                gradient = self.tile(parameter, start, stop)
+                total.add_(gradient.square_().sum().double())
+
+        if id(parameter) in self.rows or id(parameter) in self._codes:
+            run()
+        else:
+            repeated("squares", None, "", lambda: (parameter, total, self.held(parameter)), run, any_recipe=True)
 
 
 def clip_coefficient(squares: Tensor, most: float) -> Tensor:

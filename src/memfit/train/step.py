@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,16 +200,14 @@ class TrainStep:
         """(mean loss over the labels that count, how many, scores [B, C] of a classifier); nothing is learned."""
         labels = self.objective.count(batch)
         total: Tensor | None = None
+        scale = 1.0 / max(labels, 1)
         self.model.eval()
         try:
             outs = []
             for part in self._micro_batches(batch, slices=self.recipe.slices):
-                with self._forward_mode():
-                    out = self.objective.forward(self.model, part)
-                with self.precision.on(batch["labels"].device if "labels" in batch else torch.device("cpu")):
-                    loss = self.objective.loss(self.model, out, part, scale=1.0 / max(labels, 1), keep=None)
+                loss, out = self._once("evaluation", part, scale, partial(self._judged, part, scale))
                 total = loss if total is None else total + loss
-                if out.dim() == 2:
+                if out is not None:
                     outs.append(out)
                 del out, loss
         finally:
@@ -216,6 +215,14 @@ class TrainStep:
         assert total is not None
         found = torch.cat(outs) if outs else None
         return (0.0 if is_fake(total) else float(total)), labels, found
+
+    def _judged(self, part: Batch, scale: float) -> tuple[Tensor, Tensor | None]:
+        """Of one micro-batch its part of the loss, and scores [B, C] of a classifier."""
+        with self._forward_mode():
+            out = self.objective.forward(self.model, part)
+        with self.precision.on(part["labels"].device if "labels" in part else torch.device("cpu")):
+            loss = self.objective.loss(self.model, out, part, scale=scale, keep=None)
+        return loss, out if out.dim() == 2 else None
 
     def close(self) -> None:
         """Unwrap the model: it is an ordinary one again, with the weights it has now, all of them in memory."""
@@ -289,20 +296,47 @@ class TrainStep:
         for number, part in enumerate(parts):
             self._last = number == len(parts) - 1
             self._expected = dict(self._uses)
-            with self.watch.phase("forward"), self._forward_mode():
-                out = self.objective.forward(self.model, part)
-            with self.watch.phase("loss"), self.precision.on(out.device):
-                loss = self.objective.loss(self.model, out, part, scale=scale, keep=self._keep if self._keeps else None)
-                del out
-                if not is_fake(loss):
-                    total += float(loss.detach())
+            total += self._once("pass", part, scale, partial(self._through, part, scale))
             if not math.isfinite(total):
                 self.discard()
                 raise LossNotFinite(f"the loss is {total} at step {self.steps + 1}; nothing was updated.")
+        return total / (scale * labels)
+
+    def _through(self, part: Batch, scale: float) -> float:
+        """Forward and backward over one micro-batch; its part of the loss. No backward pass where that is no number."""
+        found = 0.0
+        with self.watch.phase("forward"), self._forward_mode():
+            out = self.objective.forward(self.model, part)
+        with self.watch.phase("loss"), self.precision.on(out.device):
+            loss = self.objective.loss(self.model, out, part, scale=scale, keep=self._keep if self._keeps else None)
+            del out
+            if not is_fake(loss):
+                found = float(loss.detach())
+        if math.isfinite(found):
             with self.watch.phase("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
                 del loss
-        return total / (scale * labels)
+        return found
+
+    def _once(self, key: str, part: Batch, scale: float, run: Callable[[], Any]) -> Any:
+        """What `run` does with one micro-batch. In a dry run a later step is like the first, where the recipe leaves
+        nothing behind but gradients that `held` knows, and reads nothing that is elsewhere."""
+        recipe = self.recipe
+        if recipe.in_backward or recipe.weights != "memory" or recipe.gradients == "int8" or self._tables:
+            return run()
+        learned = [parameter for _, parameter in trained(self.model)]
+
+        def given() -> list[Any]:
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            return [*tensors, *part.values(), *map(self.gradients.held, learned)]
+
+        def call() -> tuple[Any, list[list[Tensor | None]]]:
+            return run(), [self.gradients.held(parameter) for parameter in learned]
+
+        found, held = repeated((key, scale, tuple(part)), self.model, "", given, call, prefix=self.watch.prefix)
+        for parameter, gradients in zip(learned, held, strict=True):
+            self.gradients.hold(parameter, gradients)
+        return found
 
     def _forward_mode(self) -> ExitStack:
         stack = ExitStack()
