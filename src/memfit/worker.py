@@ -173,9 +173,18 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {"account": account.to_json(), "resident": resident, "resident_after_load": loaded}, model
 
 
+def _account(meter: Any) -> dict[str, Any]:
+    """What the meter has counted, and this process's resident peak."""
+    from memfit.account.meter import resident_nbytes
+
+    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    found: dict[str, Any] = account.to_json()
+    return found
+
+
 def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     """Statistics into the work directory, prices into the answer; if asked, the original's own answers."""
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import Meter, reset_resident_peak
     from memfit.compress import calibrate, priced_by
     from memfit.plan.allowed import Allowed
     from memfit.source.source import open_source
@@ -193,11 +202,11 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
         batch=job["batch"],
         watch=meter,
     )
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    account = _account(meter)
     if found.statistics is not None:
         found.statistics.save(Path(job["work"]) / "statistics.safetensors")
     answer: dict[str, Any] = {
-        "account": account.to_json(),
+        "account": account,
         "prices": [[name, scheme.to_json(), price] for (name, scheme), price in found.prices.items()],
         "kv_prices": list(found.kv_prices.items()),
         "priced_by": priced_by(source, found.statistics),
@@ -224,7 +233,7 @@ def _reference(job: dict[str, Any]) -> dict[str, Any]:
 
 def _choose(job: dict[str, Any]) -> dict[str, Any]:
     """Integers into the work directory, a directory a block: those that a stopped run has left are kept."""
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import Meter, reset_resident_peak
     from memfit.calibrate.statistics import Statistics
     from memfit.compress import choose_integers
     from memfit.format.integers import Integers
@@ -240,13 +249,13 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
         statistics = Statistics.read(work / "statistics.safetensors")
         windows = _windows(job)["calibration"]
     choose_integers(source, plan, statistics, windows, integers, batch=job["batch"], watch=meter)
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    return {"account": account.to_json(), "damping": integers.damping}
+    account = _account(meter)
+    return {"account": account, "damping": integers.damping}
 
 
 def _gguf(job: dict[str, Any]) -> dict[str, Any]:
     """A GGUF file, its errors weighed by the statistics in the work directory, if there are any."""
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import Meter, reset_resident_peak
     from memfit.calibrate.statistics import Statistics
     from memfit.format.gguf import write_gguf
     from memfit.source.source import open_source
@@ -262,13 +271,13 @@ def _gguf(job: dict[str, Any]) -> dict[str, Any]:
             open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
             overwrite=job["overwrite"],
         )  # fmt: skip
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    account = _account(meter)
     kinds = Counter(tensor.kind for tensor in tensors)
-    return {"account": account.to_json(), "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
+    return {"account": account, "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
 
 
 def _compress(job: dict[str, Any]) -> dict[str, Any]:
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import Meter, reset_resident_peak
     from memfit.calibrate.statistics import Statistics
     from memfit.compress import compress
     from memfit.format.integers import Integers
@@ -288,8 +297,8 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
     integers = Integers(Path(job["integers"])) if job.get("integers") else None
     output, search = Path(job["output"]), job["search"]
     files = compress(source, plan, statistics, output, watch=meter, integers=integers, search=search)
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    return {"account": account.to_json(), "files": files}
+    account = _account(meter)
+    return {"account": account, "files": files}
 
 
 def _prove(job: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memfit.account.dry_run import trace
 from memfit.account.heap import Heap, heap_nbytes
 from memfit.account.ledger import Ledger, Storage
+from memfit.account.watch import Watch
 from memfit.worker import QUIET
 
 MIB = 1 << 20
@@ -123,6 +125,26 @@ def test_blocks_never_overlap_and_all_that_ends_is_given_back(seed: int, count: 
 def test_large_blocks_are_whole_pages_with_a_header() -> None:
     assert heap_nbytes(lived(("a", 3 * MIB))) == 4096
     assert heap_nbytes(lived(("a", 3 * MIB - 200))) == 200
+
+
+def test_what_no_kernel_writes_to_is_no_page() -> None:
+    ledger = Ledger()
+    ledger.born(Storage(3 * MIB, "activation", "", "", torch.uint8, MIB))
+    assert heap_nbytes(ledger) == 4096 - MIB
+
+
+def test_a_recurrent_layer_leaves_some_of_what_it_keeps_unwritten() -> None:
+    layer = torch.nn.LSTM(64, 64)
+
+    class Step:
+        def run(self, model: torch.nn.Module, watch: Watch) -> None:
+            with watch.phase("forward"):
+                model(torch.ones(200, 4, 64, requires_grad=True))
+
+    kept = [s for s in trace(lambda: layer, Step()).storages if s.operator == "aten::mkldnn_rnn_layer" and s.unwritten]
+    assert len(kept) == 1
+    assert kept[0].unwritten % 4096 == 0 and kept[0].unwritten < kept[0].nbytes
+    assert kept[0].nbytes - kept[0].unwritten >= 200 * 4 * 64 * 4 * 4, "four gates a step are kept"
 
 
 def test_what_stays_keeps_the_heap_below_it() -> None:

@@ -52,6 +52,11 @@ def ask_recurrent_workspace(func: Any, args: tuple[Any, ...]) -> int:
     return _by_steps(_ask_workspace, func, args)
 
 
+def ask_recurrent_unwritten(func: Any, args: tuple[Any, ...]) -> int:
+    """Of these, bytes in whole pages that the layer leaves as they are: oneDNN lays out more than it fills."""
+    return _by_steps(_ask_unwritten, func, args)
+
+
 def _by_steps(question: Callable[[Any, tuple[Any, ...], int], int], func: Any, args: tuple[Any, ...]) -> int:
     # oneDNN pads its rows to pages: 128 steps fill whole ones, whatever a step takes.
     described = tuple(_describe(arg) for arg in args)
@@ -86,6 +91,22 @@ def _ask_workspace(func: Any, described: tuple[Any, ...], threads: int) -> int:
     with _disable_current_modes(), torch.enable_grad():
         out = func(*(arg.empty() if isinstance(arg, _Like) else arg for arg in described))
         return int(out[3].numel())
+
+
+@cache
+def _ask_unwritten(func: Any, described: tuple[Any, ...], threads: int) -> int:
+    kept = _ask_workspace(func, described, threads)
+    with _disable_current_modes(), torch.enable_grad():
+        # A block from the system is of zeros; one that was used before is most likely this one.
+        torch.full((kept,), _POISON, dtype=torch.uint8)
+        out = func(*(arg.empty() if isinstance(arg, _Like) else arg for arg in described))
+        pages = out[3][: kept // _PAGE * _PAGE].view(-1, _PAGE)
+        plain = (pages == 0).all(1) | (pages == _POISON).all(1)
+        return int(plain.sum()) * _PAGE
+
+
+_PAGE: Final = 4096
+_POISON: Final = 0xA5
 
 
 def _describe(value: Any) -> Any:

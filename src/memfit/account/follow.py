@@ -22,7 +22,7 @@ from .cuda import CUBLAS_WORKSPACE
 from .fakes import QUICK, fake_mode, shaped, written
 from .ledger import Ledger, Shape, Storage
 from .mend import MENDED
-from .workspace import NONE, kernel_of, workspace
+from .workspace import NONE, kernel_of, unwritten, workspace
 
 
 class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -96,6 +96,8 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and not has_no_bytes(leaf):
                 self.number_of(leaf, func)
+        if self.device == "cpu" and (left := unwritten(func, args, out)) is not None:
+            self.ledger.storages[self.number_of(left[0])].unwritten = left[1]
         scratch += [self._scratch(nbytes, name) for nbytes in after]
         for number in scratch:
             self.ledger.ended(number)

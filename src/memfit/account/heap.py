@@ -152,17 +152,19 @@ class Heap:
 
 
 def heap_nbytes(ledger: Ledger) -> int:
-    """What the C heap and whole pages add to the allocated peak at the worst moment."""
+    """What the C heap and whole pages add to the allocated peak at the worst moment, less what is never written."""
     heap = Heap()
-    allocated = peak = worst = 0
+    allocated = unwritten = peak = worst = 0
     for number, sign in ledger.events:
-        nbytes = ledger.storages[number].nbytes
+        storage = ledger.storages[number]
+        nbytes = storage.nbytes
         if nbytes == 0:
             continue
         allocated += sign * nbytes
+        unwritten += sign * storage.unwritten
         if sign > 0:
             heap.begin(number, nbytes)
-            peak, worst = max(peak, allocated), max(worst, heap.resident_nbytes)
+            peak, worst = max(peak, allocated), max(worst, heap.resident_nbytes - unwritten)
         else:
             heap.end(number)
     return worst - peak

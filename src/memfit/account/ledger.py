@@ -17,6 +17,8 @@ class Storage:
     module: str
     operator: str
     dtype: torch.dtype
+    unwritten: int = 0
+    """Bytes of it that no kernel writes to: no page is given for them."""
 
 
 @dataclass(frozen=True, slots=True)

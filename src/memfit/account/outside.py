@@ -4,7 +4,8 @@ A process that runs a task is resident with
 
     runtime    Python, torch and, where the model is one of its, transformers; the thread pool; the buffers
                that MKL keeps for each thread; objects in the heap. Measured once a machine, by library, task and
-               type of weights, and no constant: the largest of several models, for a peak is what must not be passed
+               type of weights, and no constant: the largest of several models, for a peak is what must not be passed;
+               of training, where models differ more, halfway from the least to the most
     kernels    oneDNN generates code for each shape of a 16-bit product and keeps it: so many shapes, so many
                bytes each, measured once a machine
     heap       blocks under 1 MiB leave holes in the C heap, which only shrinks from its end; larger ones are

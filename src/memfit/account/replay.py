@@ -324,7 +324,9 @@ class Blocks:
                 storage, below = recording.births[index]
                 module = storage.module if below is None else name + below
                 numbers[index] = ledger.born(
-                    Storage(storage.nbytes, storage.kind, module, storage.operator, storage.dtype)
+                    Storage(
+                        storage.nbytes, storage.kind, module, storage.operator, storage.dtype, storage.unwritten
+                    )
                 )
             else:
                 ledger.ended(numbers[index])

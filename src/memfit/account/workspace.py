@@ -15,7 +15,15 @@ from torch import Tensor
 
 from memfit.packed.routing import ROUTING
 
-from .ask import ask_attention, ask_attention_backward, ask_call, ask_eigenvectors, ask_product, ask_recurrent
+from .ask import (
+    ask_attention,
+    ask_attention_backward,
+    ask_call,
+    ask_eigenvectors,
+    ask_product,
+    ask_recurrent,
+    ask_recurrent_unwritten,
+)
 
 _HALVES: Final = (torch.bfloat16, torch.float16)
 Scratch = tuple[list[int], list[int]]
@@ -50,6 +58,13 @@ def kernel_of(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if left.dtype not in _HALVES or math.prod(left.shape) * right.shape[-1] <= 16**3:
         return None
     return (left.dim(), *left.shape, right.shape[-1], right.stride(-1) == 1)
+
+
+def unwritten(func: Any, args: tuple[Any, ...], out: Any) -> tuple[Tensor, int] | None:
+    """An output that its kernel writes to in part, and the bytes that it leaves out; None of most operators."""
+    if func.overloadpacket is not aten.mkldnn_rnn_layer or not out[3].numel():
+        return None
+    return out[3], ask_recurrent_unwritten(func, args)
 
 
 def _pointwise(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:

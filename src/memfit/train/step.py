@@ -333,7 +333,7 @@ class TrainStep:
         def call() -> tuple[Any, list[list[Tensor | None]]]:
             return run(), [self.gradients.held(parameter) for parameter in learned]
 
-        found, held = repeated((key, scale, tuple(part)), self.model, "", given, call, prefix=self.watch.prefix)
+        found, held = repeated((key, scale, tuple(part), recipe), self.model, "", given, call, prefix=self.watch.prefix)
         for parameter, gradients in zip(learned, held, strict=True):
             self.gradients.hold(parameter, gradients)
         return found
