@@ -7,10 +7,9 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from memfit.account.watch import Unwatched, Watch
 from memfit.errors import MemfitError, UsageError
-from memfit.packed.fake import blocks_to_run, is_fake, repeated
+from memfit.packed.fake import is_fake, repeated
 from memfit.technique.checkpoint import Checkpoint, Segment
 from memfit.technique.chunk_loss import ChunkLoss, HeadCall, rows_of_gradient
 from memfit.technique.precision import LossScale, Precision
@@ -27,6 +26,7 @@ from memfit.technique.row_gradients import rows_on
 from .away import bring_back, changed, here, sending
 from .gradients import Accumulated, clip_coefficient, trained
 from .hyper import Hyper
+from .micro_batch import holds_fakes, micro_batches, once
 from .objective import Batch, Objective, objective_of, output_head, without_head
 from .recipe import Recipe
 from .update import Mover
@@ -159,7 +159,7 @@ class TrainStep:
             raise UsageError("all labels of the batch are ignored: it has nothing to learn from. Leave it out.")
         scale = (self.scaler.value if self.scaler else 1.0) / labels
         parts = self._micro_batches(batch)
-        random = torch.get_rng_state() if self._two_passes and not _is_fake(batch) else None
+        random = torch.get_rng_state() if self._two_passes and not holds_fakes(batch) else None
         self._coefficient, norm = None, None
         self._updated = 0
         if self._two_passes:
@@ -205,7 +205,7 @@ class TrainStep:
         try:
             outs = []
             for part in self._micro_batches(batch, slices=self.recipe.slices):
-                loss, out = self._once("evaluation", part, scale, partial(self._judged, part, scale))
+                loss, out = self._once("evaluation", part, scale, self._judged)
                 total = loss if total is None else total + loss
                 if out is not None:
                     outs.append(out)
@@ -296,7 +296,7 @@ class TrainStep:
         for number, part in enumerate(parts):
             self._last = number == len(parts) - 1
             self._expected = dict(self._uses)
-            total += self._once("pass", part, scale, partial(self._through, part, scale))
+            total += self._once("pass", part, scale, self._through)
             if not math.isfinite(total):
                 self.discard()
                 raise LossNotFinite(f"the loss is {total} at step {self.steps + 1}; nothing was updated.")
@@ -318,25 +318,10 @@ class TrainStep:
                 del loss
         return found
 
-    def _once(self, key: str, part: Batch, scale: float, run: Callable[[], Any]) -> Any:
-        """What `run` does with one micro-batch. In a dry run a later step is like the first, where the recipe leaves
-        nothing behind but gradients that `held` knows, and reads nothing that is elsewhere."""
-        recipe = self.recipe
-        if recipe.in_backward or recipe.weights != "memory" or recipe.gradients == "int8" or self._tables:
-            return run()
-        learned = [parameter for _, parameter in trained(self.model)]
-
-        def given() -> list[Any]:
-            tensors = (*self.model.parameters(), *self.model.buffers())
-            return [*tensors, *part.values(), *map(self.gradients.held, learned)]
-
-        def call() -> tuple[Any, list[list[Tensor | None]]]:
-            return run(), [self.gradients.held(parameter) for parameter in learned]
-
-        found, held = repeated((key, scale, tuple(part), recipe), self.model, "", given, call, prefix=self.watch.prefix)
-        for parameter, gradients in zip(learned, held, strict=True):
-            self.gradients.hold(parameter, gradients)
-        return found
+    def _once(self, key: str, part: Batch, scale: float, run: Callable[[Batch, float], Any]) -> Any:
+        if self._tables:
+            return run(part, scale)
+        return once((key, scale), part, self.model, self.recipe, self.gradients, lambda: run(part, scale), self.watch)
 
     def _forward_mode(self) -> ExitStack:
         stack = ExitStack()
@@ -348,18 +333,7 @@ class TrainStep:
         return stack
 
     def _micro_batches(self, batch: Batch, slices: int = 1) -> list[Batch]:
-        """Parts of a batch that go through the model at once, each of them cut once more into `slices`."""
-        rows = next(iter(batch.values())).shape[0]
-        size = -(-min(self.recipe.micro_batch or rows, rows) // slices)
-        starts = list(range(0, rows, size))
-        fake = _is_fake(batch)
-        # The first micro-batch meets no gradients, the second does, and the others are like the second. (But where
-        # rows of a table's gradient are made, each leaves something until the update, and in an update within the
-        # backward pass the last is like no other.)
-        chosen = starts
-        if fake and not self._tables:
-            chosen = blocks_to_run(starts) if self.recipe.in_backward or rows % size else starts[:2]
-        return [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in chosen]
+        return micro_batches(batch, self.recipe, slices=slices, alike=not self._tables)
 
     # -- gradients and updates --------------------------------------------------------------------------
 
@@ -470,7 +444,3 @@ class TrainStep:
             return rows_of_gradient(call, table, bias, start, stop)
 
         self._tables[id(head.weight)].add_head(call.hidden_ND.shape[0], make)
-
-
-def _is_fake(batch: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) and is_fake(value) for value in batch.values())
