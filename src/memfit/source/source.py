@@ -232,7 +232,7 @@ class Source:
             )
         try:
             if self.gguf is not None:
-                from memfit.source.gguf import gguf_tokenizer
+                from memfit.source.gguf_tokenizer import gguf_tokenizer
 
                 return gguf_tokenizer(self.gguf)
             return AutoTokenizer.from_pretrained(
