@@ -254,14 +254,15 @@ def _gguf(job: dict[str, Any]) -> dict[str, Any]:
     _prepare(job)
     file, meter = Path(job["work"]) / "statistics.safetensors", Meter()
     reset_resident_peak()
-    with meter.phase("write"):
+    with meter.phase("read"):
         found = Statistics.read(file).moments if file.exists() else {}
         importance = {name: moments.inputs for name, moments in found.items()}
         del found
-        tensors = write_gguf(
-            open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
-            overwrite=job["overwrite"],
-        )  # fmt: skip
+        text = _windows(job)
+    tensors = write_gguf(
+        open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
+        windows_WT=None if text is None else text["calibration"], watch=meter, overwrite=job["overwrite"],
+    )  # fmt: skip
     account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
     kinds = Counter(tensor.kind for tensor in tensors)
     return {"account": account.to_json(), "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
