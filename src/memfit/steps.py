@@ -105,7 +105,8 @@ def predict_gguf(source: Source, work: Path, mixture: str) -> Account:
     found = Statistics.read(file).moments if file.exists() else {}
     windows_WT = _windows({"work": str(work)})
     follow = Follow()
-    with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow:
+    repeated = Blocks(follow).on_training()
+    with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow, repeated:
         with follow.phase("read"):
             importance = {name: torch.empty_like(moments.inputs) for name, moments in found.items()}
             ids = None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers as t
+from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -198,6 +199,38 @@ def test_what_is_important_errs_less(tmp_path: Path) -> None:
         # The embedding, as the head, has Q8_0: what is unimportant changes little there.
         assert errors[1] < errors[0] * (0.9 if name.startswith("blk") else 1.0)
     assert np.array_equal(even["blk.1.ffn_up.weight"], weighed["blk.1.ffn_up.weight"])
+
+
+def test_layers_may_be_encoded_for_a_text(tmp_path: Path) -> None:
+    source = save(tmp_path / "model", CONFIGS["llama"])
+    ids = torch.randint(0, 320, (6, 32), generator=torch.Generator().manual_seed(0))
+    files = {name: tmp_path / f"{name}.gguf" for name in ("alone", "text")}
+    write_gguf(source, files["alone"], mixture="Q4_0")
+    written = write_gguf(source, files["text"], mixture="Q4_0", windows_WT=ids)
+    assert written == gguf_tensors(source, mixture="Q4_0")
+    assert files["alone"].stat().st_size == files["text"].stat().st_size
+    with torch.no_grad():
+        was = load(source, dtype=torch.float32)(ids).logits
+        found = {name: load(open_source(file), dtype=torch.float32)(ids).logits for name, file in files.items()}
+    apart = {name: float((one - was).norm()) for name, one in found.items()}
+    assert apart["text"] < 0.8 * apart["alone"]
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
+        full = f"model.layers.1.{name}.weight"  # each where it belongs, heads' rows in their order
+        one, other = (open_source(place).read_parameter(full, dtype=torch.float32) for place in files.values())
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.98
+    plain = read(files["alone"])
+    assert all(np.array_equal(plain[n], w) for n, w in read(files["text"]).items() if not n.startswith("blk"))
+
+
+def test_a_text_that_tells_a_layer_nothing_is_refused(tmp_path: Path) -> None:
+    source = save(tmp_path / "model", CONFIGS["qwen3"])
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.embed_tokens.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}, file)
+    source = open_source(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"layers.0.self_attn.q_proj: the Hessian is 0"):
+        write_gguf(source, tmp_path / "model.gguf", mixture="Q8_0", windows_WT=IDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 # Tensors of Llama 2 7B, 32 layers, by llama.cpp's rules.

@@ -20,10 +20,10 @@ from memfit.account.watch import Watch
 from memfit.calibrate.collect import arguments_of
 from memfit.calibrate.stream import Streamed
 from memfit.errors import UsageError
-from memfit.packed.fake import blocks_to_run
+from memfit.packed.fake import blocks_to_run, repeated
 from memfit.source.source import Source
 from memfit.technique.gguf_gptq import encode_compensated
-from memfit.technique.gptq import factor
+from memfit.technique.gptq import Factor, factor
 
 
 @torch.no_grad()
@@ -62,8 +62,7 @@ def encode_layers(
             except ValueError as error:
                 raise UsageError(f"{first}: {error}") from error
             for full in readers[first]:
-                weight = layers[full].weight.data
-                put(full, encode_compensated(weight, kinds[full], made, meant=weight))
+                put(full, _encoded(full, layers[full].weight.data, kinds[full], made))
             del made
         return run.whole()
 
@@ -71,6 +70,14 @@ def encode_layers(
     with ExitStack() as phase:
         phase.enter_context(watch.phase("encode"))
         streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
+
+
+def _encoded(layer: str, weight: Tensor, kind: str, made: Factor) -> Tensor:
+    """The layer's bytes; its weight becomes what they stand for. A dry run tells it from an equal one."""
+    call = lambda: encode_compensated(weight, kind, made, meant=weight)  # noqa: E731
+    given = lambda: (weight, made.order, made.coupling, made.weights, made.importance, made.dead)  # noqa: E731
+    packed: Tensor = repeated(("gguf gptq", kind), None, layer, given, call)
+    return packed
 
 
 def _hessians(layers: Mapping[str, nn.Linear], run: "_Windows") -> tuple[dict[str, Tensor], dict[str, list[str]]]:

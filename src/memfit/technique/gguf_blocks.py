@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memfit.errors import UsageError
-from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.packed.fake import blocks_to_run, is_fake, repeated
 from memfit.technique.gguf_layout import KINDS, Fields, Kind, empty_fields, kind_of
 from memfit.technique.gguf_search import LARGEST, NOTHING, search
 
@@ -45,7 +45,7 @@ def encode(weight: Tensor, kind: str, *, importance: Tensor | None = None, meant
     out = torch.empty(rows, one.row_nbytes(columns), dtype=torch.uint8, device=weight.device)
     for lines, blocks in blocks_to_run(_tiles(rows, columns // one.block, one.block)):
         piece = weight[lines, blocks.start * one.block : blocks.stop * one.block]
-        found = search(_turned(piece, one), h[blocks], one)
+        found = _search(_turned(piece, one), h[blocks], one)
         packed = out[lines, blocks.start * one.nbytes : blocks.stop * one.nbytes]
         packed.copy_(found.packed().view(piece.shape[0], -1))
         if meant is not None:
@@ -54,24 +54,27 @@ def encode(weight: Tensor, kind: str, *, importance: Tensor | None = None, meant
 
 
 @torch.no_grad()
-def searched(weight: Tensor, kind: Kind, importance: Tensor | None, *, put_back: float) -> Fields:
-    """The numbers of all blocks of some rows [R, K], row after row, before they are packed.
-
-    Arguments: see `encode`; `put_back`: see `gguf_search.search`.
-    """
+def searched(weight: Tensor, kind: Kind, importance: Tensor | None) -> Fields:
+    """The numbers of all blocks of some rows [R, K], row after row, before they are packed. Arguments: see `encode`."""
     rows, columns = checked(weight, kind)
     h = _importance(importance, columns, kind, weight.device)
     per_row = columns // kind.block
     out = empty_fields(kind, rows * per_row, weight.device)
     for lines, blocks in blocks_to_run(_tiles(rows, per_row, kind.block)):
         piece = weight[lines, blocks.start * kind.block : blocks.stop * kind.block]
-        found = search(_turned(piece, kind), h[blocks], kind, put_back=put_back)
+        found = _search(_turned(piece, kind), h[blocks], kind)
         for whole, part in zip(out.parts(), found.parts(), strict=True):
             whole.view(rows, per_row, *whole.shape[1:])[lines, blocks].copy_(
                 part.view(piece.shape[0], -1, *part.shape[1:])
             )
         del found
     return out
+
+
+def _search(x: Tensor, h: Tensor, kind: Kind) -> Fields:
+    """`search`; a dry run tells a tile from an equal one."""
+    found = repeated(("gguf", kind.name), None, "", lambda: (x, h), lambda: search(x, h, kind).parts())
+    return Fields(kind=kind, **dict(zip(("q", "k", "m", "d", "dmin"), found, strict=True)))
 
 
 def _turned(piece: Tensor, kind: Kind) -> Tensor:

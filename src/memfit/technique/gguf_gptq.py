@@ -21,8 +21,6 @@ from memfit.technique.gguf_blocks import checked, searched
 from memfit.technique.gguf_layout import Fields, Kind, kind_of
 from memfit.technique.gptq import Factor
 
-PUT_BACK: Final = 1.0
-"""See `gguf_search`: with integers that make up for each other, all of the missing magnitude."""
 _PIECE: Final = 1 << 22
 """Weights of a piece: 16 MiB in float32, in about six buffers. More rows make the loop over columns cheaper."""
 _ROWS: Final = (128, 1024)
@@ -52,7 +50,7 @@ def encode_compensated(weight: Tensor, kind: str, made: Factor, *, meant: Tensor
     step = min(max(_PIECE // columns, _ROWS[0]), _ROWS[1])
     for start in blocks_to_run(range(0, rows, step)):
         part = slice(start, min(start + step, rows))
-        found = searched(weight[part], one, made.importance, put_back=PUT_BACK)
+        found = searched(weight[part], one, made.importance)
         values = _compensate(weight[part], found, one, made)
         if meant is not None:
             meant[part].copy_(values)

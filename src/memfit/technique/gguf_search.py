@@ -69,7 +69,7 @@ _STARTS_REFINED: Final = 2
 """Turns of integers and scales after the best start. They also forget the errors that the starts were ranked by, in
 which float32 leaves nothing of a fit that is almost exact."""
 _TURNS: Final = 3
-PUT_BACK: Final = 0.5
+_PUT_BACK: Final = 0.5
 _MOST: Final = 1.3
 """By which d is ever enlarged: more is missing only where hardly anything was kept."""
 _FAR: Final[dict[int, int]] = {2: 2, 3: 1, 4: 3, 5: 3, 6: 12}
@@ -189,11 +189,8 @@ class _Kept:
         self.k, self.m = torch.where(better, k, self.k), torch.where(better, m, self.m)
 
 
-def search(x: Tensor, h: Tensor, kind: Kind, *, put_back: float = PUT_BACK) -> Fields:
-    """The numbers of the blocks x [G, S, n, R], weighed by h [G, S, n, 1]; blocks of one row lie together.
-
-    `put_back`: how much of the missing magnitude d and dmin make up for.
-    """
+def search(x: Tensor, h: Tensor, kind: Kind) -> Fields:
+    """The numbers of the blocks x [G, S, n, R], weighed by h [G, S, n, 1]; blocks of one row lie together."""
     square = x.square()
     spread = square.mean(dim=(1, 2), keepdim=True).clamp_min_(_TINY)
     tile = _Tile(x, square.div_(spread).add_(1).pow_(0.25).mul_(h), kind)
@@ -201,7 +198,7 @@ def search(x: Tensor, h: Tensor, kind: Kind, *, put_back: float = PUT_BACK) -> F
         kept = _refine_affine(tile, *_affine_start(tile))
     else:
         kept = _refine_symmetric(tile, *_symmetric_start(tile))
-    return _fields(tile, _enlarged(tile, kept, h, put_back))
+    return _fields(tile, _enlarged(tile, kept, h))
 
 
 def _symmetric_start(tile: _Tile) -> tuple[Tensor, Tensor]:
@@ -356,12 +353,12 @@ def _solve(tile: _Tile, d: Tensor, k: Tensor, dmin: Tensor, m: Tensor) -> tuple[
     return _step(d + change), _step(dmin + other)
 
 
-def _enlarged(tile: _Tile, kept: _Kept, h: Tensor, put_back: float) -> _Kept:
-    """With d and dmin larger by `put_back` of what Σ h w ŵ lacks of Σ h w²; the tile has the integers and residuals."""
+def _enlarged(tile: _Tile, kept: _Kept, h: Tensor) -> _Kept:
+    """With d and dmin larger by half of what Σ h w ŵ lacks of Σ h w²; the tile has the integers and residuals."""
     torch.mul(tile.x, h, out=tile.a)
     whole, missing = _over(tile.dot(tile.a, tile.x)), _over(tile.dot(tile.a, tile.r))
     held = whole - missing
-    factor = torch.where(held > 0, 1 + put_back * missing / held.clamp_min(_TINY), 1.0).clamp_(1.0, _MOST)
+    factor = torch.where(held > 0, 1 + _PUT_BACK * missing / held.clamp_min(_TINY), 1.0).clamp_(1.0, _MOST)
     kept.d, kept.dmin = _half(kept.d * factor), _half(kept.dmin * factor)
     return kept
 
