@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError
+from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError, disk_full
 
 QUIET: Final = {
     # A thread that waits sleeps: where another process wants the core too, spinning at every barrier made the
@@ -91,6 +91,12 @@ def main() -> None:
     except MemfitError as error:
         known = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
         answer = {"error": known, "message": str(error)}
+    except OSError as error:
+        place = error.filename or job.get("output") or job.get("target") or job.get("work", "")
+        clear = disk_full(error, place)
+        if clear is None:
+            raise
+        answer = {"error": "MemfitError", "message": str(clear)}
     except (MemoryError, RuntimeError) as error:
         from memfit.technique.checkpoint import is_out_of_memory
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memfit.account.watch import Unwatched, Watch
-from memfit.errors import MemfitError, UsageError
+from memfit.errors import MemfitError, UsageError, disk_full
 from memfit.format.gguf_mixture import PLAIN, Stack, checked_types, file_type, type_nbytes, type_of
 from memfit.format.gguf_model import (
     Place,
@@ -303,8 +303,10 @@ def _whole(target: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
                 )
             yield partial
             partial.replace(target)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and (clear := disk_full(error, target.parent)):
+                raise clear from error
             raise
     finally:
         os.close(lock)

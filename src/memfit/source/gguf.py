@@ -203,11 +203,14 @@ def config_from(keys: Keys, header: Header) -> PretrainedConfig:
         )
     heads = keys.count("attention.head_count")
     width = keys.count("embedding_length")
+    layers = keys.count("block_count", most=LAYERS_MAX)
+    if layers > len(names):
+        raise refuse(header.file, f"declares {layers} blocks and has {len(names)} tensors")
     common: dict[str, Any] = {
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
         "intermediate_size": keys.count("feed_forward_length"),
-        "num_hidden_layers": keys.count("block_count", most=LAYERS_MAX),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "max_position_embeddings": keys.count("context_length"),
         "bos_token_id": keys.token("bos"),
@@ -285,6 +288,12 @@ def _bert(keys: Keys, common: dict[str, Any]) -> PretrainedConfig:
     kinds = next((one.shape[0] for one in keys.header.tensors if one.name == "token_types.weight"), 0)
     if not kinds:
         raise refuse(keys.header.file, "tensor 'token_types.weight' is missing")
+    positions = next((one.shape[0] for one in keys.header.tensors if one.name == "position_embd.weight"), 0)
+    if positions != common["max_position_embeddings"]:
+        raise refuse(
+            keys.header.file,
+            f"declares a context of {common['max_position_embeddings']} and has {positions} rows of positions",
+        )
     # llama.cpp leaves the pooler out: embeddings are means of the last hidden states, or the first of them.
     return BertConfig(
         **common, type_vocab_size=kinds, layer_norm_eps=keys.number("attention.layer_norm_epsilon"),
@@ -346,7 +355,12 @@ def _names(
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
     wanted: dict[str, str] = {}
-    model = build_skeleton(config, dtype=torch.bfloat16)
+    try:
+        model = build_skeleton(config, dtype=torch.bfloat16)
+    except BrokenInput:
+        raise
+    except Exception as error:  # a model's constructor raises whatever a senseless value makes it raise
+        raise refuse(header.file, f"transformers cannot make its model: {str(error)[:200]}") from error
     for name in model.state_dict(keep_vars=True):
         base, _, part = name.rpartition(".")
         short = table.get_name(base)
