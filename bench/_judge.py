@@ -11,7 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-import gguf
 import torch
 from torch import nn
 
@@ -28,7 +27,7 @@ def dense(out: Path, original: Path) -> nn.Module:
     """The model in `out` with dense float32 weights; `original` gives those of a packed one their modules."""
     file = out / "model.gguf"
     if file.exists():
-        return from_gguf(file, original)
+        return load_model(open_source(file), dtype=torch.bfloat16).float()
     quantized = load_model(open_source(out), dtype=torch.bfloat16)
     packed = packed_modules(quantized)
     if not packed:
@@ -38,22 +37,6 @@ def dense(out: Path, original: Path) -> nn.Module:
         model.get_parameter(name).copy_(parameter)
     for name, module in packed.items():
         model.get_parameter(f"{name}.weight").copy_(module.store.dense_rows(0, module.store.shape[0]))
-    return model
-
-
-def from_gguf(file: Path, original: Path) -> nn.Module:
-    """The model in a GGUF file. memfit reads none of BERT, whose tensors are put into the original instead."""
-    source = open_source(original)
-    if source.config.model_type != "bert":
-        return load_model(open_source(file), dtype=torch.bfloat16).float()
-    from memfit.format.gguf_model import places_of
-
-    model = load_model(source, dtype=torch.float32)
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for place in places_of(source):
-        tensor = stored[place.name]
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).reshape(place.shape)
-        model.get_parameter(place.parameter).copy_(values.bfloat16())
     return model
 
 

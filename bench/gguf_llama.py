@@ -2,6 +2,7 @@
 
     python bench/gguf_llama.py quantize IN OUT MIXTURE IMPORTANCE.npz
     python bench/gguf_llama.py continue FILE TEXT
+    python bench/gguf_llama.py embed FILE TEXT
 """
 
 import ctypes
@@ -39,5 +40,10 @@ def continue_(file: str, text: str) -> None:
     print(json.dumps(answer["choices"][0]["text"]))
 
 
+def embed(file: str, text: str) -> None:
+    model = llama_cpp.Llama(file, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, embedding=True)
+    print(json.dumps(model.embed(text)))
+
+
 if __name__ == "__main__":
-    {"quantize": quantize, "continue": continue_}[sys.argv[1]](*sys.argv[2:])
+    {"quantize": quantize, "continue": continue_, "embed": embed}[sys.argv[1]](*sys.argv[2:])

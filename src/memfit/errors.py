@@ -11,6 +11,11 @@
 Each message says what, the numbers, and the next move.
 """
 
+import errno
+from typing import Final
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class MemfitError(Exception):
     """Base of all errors that memfit raises on purpose."""
@@ -65,3 +70,13 @@ class Interrupted(MemfitError):
     """Stopped before the end; what was done is kept and the same command resumes."""
 
     exit_code = 75
+
+
+def disk_full(error: OSError, place: object) -> MemfitError | None:
+    """What to tell where a write failed for want of room: of the disk, a quota, or a limit on files; else None."""
+    if error.errno not in _FULL:
+        return None
+    return MemfitError(
+        f"{place}: the disk is full ({error.strerror}). The output is as it was before, and nothing half-written is "
+        "left. Free some space or write to another disk."
+    )

@@ -27,8 +27,6 @@ from memfit.text import Text, text_of, write_windows
 from memfit.worker import run_job
 
 GGUF: Final = "gguf:"
-_NOT_READ_BACK: Final = ("bert",)
-"""Architectures that memfit writes and does not read, so that nothing can be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class Export:
     """Of writing it: allocated bytes."""
     measured: Account
     quality: Quality | None
-    """None without a text, and of architectures that are not read back."""
+    """None without a text."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -97,7 +95,7 @@ def export(
     check(source)
     if source.checkpoint is None or source.gguf is not None:
         raise UsageError(f"{source.name}: a GGUF file is written of a directory with weights in safetensors.")
-    architecture = architecture_of(source)
+    architecture_of(source)
     target = Path(out) if out is not None else Path(f"{stem_of(source)}-{mixture.lower()}.gguf")
     if target.exists() and not overwrite:
         raise UsageError(f"{target}: is there already. Choose another place (--out), or replace it (--overwrite).")
@@ -117,7 +115,7 @@ def export(
         told = {"do": "gguf", "target": str(target), "mixture": mixture, "overwrite": overwrite}
         written = run_job(job | told)
     quality = None
-    if words is not None and architecture not in _NOT_READ_BACK:
+    if words is not None:
         progress("comparing it with the original")
         quality = evaluate(target, model, words, threads=threads)["quality"]
     return Export(

@@ -103,10 +103,16 @@ def predict_gguf(source: Source, work: Path, mixture: str) -> Account:
     """The account of writing a GGUF file: the same function, on fake tensors."""
     file = work / "statistics.safetensors"
     found = Statistics.read(file).moments if file.exists() else {}
+    windows_WT = _windows({"work": str(work)})
     follow = Follow()
-    with FakeTensorMode(allow_non_fake_inputs=True), follow, follow.phase("write"):
-        importance = {name: torch.empty_like(moments.inputs) for name, moments in found.items()}
-        write_gguf(source, Path("dry.gguf"), mixture=mixture, importance=importance, dry=True)
+    repeated = Blocks(follow).on_training()
+    with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow, repeated:
+        with follow.phase("read"):
+            importance = {name: torch.empty_like(moments.inputs) for name, moments in found.items()}
+            ids = None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
+        write_gguf(
+            source, Path("dry.gguf"), mixture=mixture, importance=importance, windows_WT=ids, watch=follow, dry=True
+        )
     return settle(follow.ledger)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from memfit import demo
 from memfit.errors import UsageError
-from memfit.evaluate.text import read_text, windows
+from memfit.evaluate.text import read_text, special_tokens, windows
 from memfit.source.source import Source
 
 _LOGITS_NBYTES: Final = 2 << 30
@@ -66,6 +66,15 @@ def write_windows(source: Source, text: Text, work: Path) -> None:
 def _windows(tokenizer: Any, use: str, text: str, length: int, most: int) -> torch.Tensor:
     """As many windows as the text has, up to `most`."""
     try:
-        return windows(tokenizer, text, length=length)[:most].clone()
+        found = windows(tokenizer, text, length=length)[:most].clone()
     except UsageError as error:
         raise UsageError(f"The part of the text to {use} on, half of a file, is too short: {error}") from error
+    before, after = (len(tokens) for tokens in special_tokens(tokenizer))
+    body = found[:, before : length - after]
+    if bool((body == body[0, 0]).all()):
+        token = tokenizer.decode(body[0, :1])
+        raise UsageError(
+            f"The part of the text to {use} on is one token, {token!r}, {body.numel()} times over: it says nothing of "
+            "what the model does with others. Give a text such as the model is used on."
+        )
+    return found

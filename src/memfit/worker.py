@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError
+from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError, disk_full
 
 QUIET: Final = {
     # A thread that waits sleeps: where another process wants the core too, spinning at every barrier made the
@@ -91,6 +91,12 @@ def main() -> None:
     except MemfitError as error:
         known = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
         answer = {"error": known, "message": str(error)}
+    except OSError as error:
+        place = error.filename or job.get("output") or job.get("target") or job.get("work", "")
+        clear = disk_full(error, place)
+        if clear is None:
+            raise
+        answer = {"error": "MemfitError", "message": str(clear)}
     except (MemoryError, RuntimeError) as error:
         from memfit.technique.checkpoint import is_out_of_memory
 
@@ -263,14 +269,15 @@ def _gguf(job: dict[str, Any]) -> dict[str, Any]:
     _prepare(job)
     file, meter = Path(job["work"]) / "statistics.safetensors", Meter()
     reset_resident_peak()
-    with meter.phase("write"):
+    with meter.phase("read"):
         found = Statistics.read(file).moments if file.exists() else {}
         importance = {name: moments.inputs for name, moments in found.items()}
         del found
-        tensors = write_gguf(
-            open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
-            overwrite=job["overwrite"],
-        )  # fmt: skip
+        text = _windows(job)
+    tensors = write_gguf(
+        open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
+        windows_WT=None if text is None else text["calibration"], watch=meter, overwrite=job["overwrite"],
+    )  # fmt: skip
     account = _account(meter)
     kinds = Counter(tensor.kind for tensor in tensors)
     return {"account": account, "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}

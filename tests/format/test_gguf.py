@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers as t
+from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -42,7 +43,7 @@ CONFIGS: dict[str, t.PretrainedConfig] = {
 }
 CAUSAL = {
     "llama": t.LlamaForCausalLM, "mistral": t.MistralForCausalLM, "qwen2": t.Qwen2ForCausalLM,
-    "qwen3": t.Qwen3ForCausalLM, "gemma3_text": t.Gemma3ForCausalLM, "bert": t.BertModel,
+    "qwen3": t.Qwen3ForCausalLM, "gemma3_text": t.Gemma3ForCausalLM,
 }  # fmt: skip
 TEXT = "the other thing, then 1234 of it\n  and more: café 🦙 'twas"
 IDS = torch.tensor([[1, 5, 9, 200, 31, 7, 7, 64]])
@@ -82,16 +83,6 @@ def sentence_pieces() -> tokenizers.Tokenizer:
     return finished(tokenizer)
 
 
-def word_pieces() -> tokenizers.Tokenizer:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "##re", "thing", "a", "##b"]
-    tokenizer = tokenizers.Tokenizer(models.WordPiece({w: n for n, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.add_special_tokens(words[:5])
-    return tokenizer
-
-
 def finished(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -110,8 +101,6 @@ def save(directory: Path, config: t.PretrainedConfig, tokenizer: tokenizers.Toke
     model.save_pretrained(directory)
     (tokenizer or byte_pairs()).save(str(directory / "tokenizer.json"))
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    if config.model_type == "bert":
-        named = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     (directory / "tokenizer_config.json").write_text(json.dumps(named))
     return open_source(directory)
 
@@ -212,6 +201,38 @@ def test_what_is_important_errs_less(tmp_path: Path) -> None:
     assert np.array_equal(even["blk.1.ffn_up.weight"], weighed["blk.1.ffn_up.weight"])
 
 
+def test_layers_may_be_encoded_for_a_text(tmp_path: Path) -> None:
+    source = save(tmp_path / "model", CONFIGS["llama"])
+    ids = torch.randint(0, 320, (6, 32), generator=torch.Generator().manual_seed(0))
+    files = {name: tmp_path / f"{name}.gguf" for name in ("alone", "text")}
+    write_gguf(source, files["alone"], mixture="Q4_0")
+    written = write_gguf(source, files["text"], mixture="Q4_0", windows_WT=ids)
+    assert written == gguf_tensors(source, mixture="Q4_0")
+    assert files["alone"].stat().st_size == files["text"].stat().st_size
+    with torch.no_grad():
+        was = load(source, dtype=torch.float32)(ids).logits
+        found = {name: load(open_source(file), dtype=torch.float32)(ids).logits for name, file in files.items()}
+    apart = {name: float((one - was).norm()) for name, one in found.items()}
+    assert apart["text"] < 0.8 * apart["alone"]
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
+        full = f"model.layers.1.{name}.weight"  # each where it belongs, heads' rows in their order
+        one, other = (open_source(place).read_parameter(full, dtype=torch.float32) for place in files.values())
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.98
+    plain = read(files["alone"])
+    assert all(np.array_equal(plain[n], w) for n, w in read(files["text"]).items() if not n.startswith("blk"))
+
+
+def test_a_text_that_tells_a_layer_nothing_is_refused(tmp_path: Path) -> None:
+    source = save(tmp_path / "model", CONFIGS["qwen3"])
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.embed_tokens.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}, file)
+    source = open_source(tmp_path / "model")
+    with pytest.raises(UsageError, match=r"layers.0.self_attn.q_proj: the Hessian is 0"):
+        write_gguf(source, tmp_path / "model.gguf", mixture="Q8_0", windows_WT=IDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 # Tensors of Llama 2 7B, 32 layers, by llama.cpp's rules.
 LLAMA_2_7B = {
     "Q8_0": {"F32": 65, "Q8_0": 226},
@@ -294,27 +315,6 @@ def test_scores_put_pieces_together_in_the_order_of_the_merges(tmp_path: Path) -
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
         expected = tokenizer.encode(text, add_special_tokens=False).tokens
         assert [piece for piece in pieces if piece in score] == [one for one in expected if not one.startswith("<0x")]
-
-
-def test_a_bert_is_written_for_its_embeddings(tmp_path: Path) -> None:
-    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    config = t.BertConfig(**sizes, num_attention_heads=4, vocab_size=12, max_position_embeddings=32)
-    source = save(tmp_path / "model", config, word_pieces())
-    (tmp_path / "model" / "1_Pooling").mkdir()
-    (tmp_path / "model" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    file = tmp_path / "model.gguf"
-    write_gguf(source, file, mixture="Q8_0")
-    tensors = read(file)
-    query = source.read_parameter("encoder.layer.1.attention.self.query.weight", dtype=torch.float32).numpy()
-    assert np.allclose(tensors["blk.1.attn_q.weight"], query, atol=1e-3)
-    positions = source.read_parameter("embeddings.position_embeddings.weight", dtype=torch.float32).numpy()
-    assert np.array_equal(tensors["position_embd.weight"], positions)
-    assert not any("pooler" in name for name in tensors)
-    assert value(file, "tokenizer.ggml.tokens")[:8] == [
-        "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁the", "re", "▁thing",
-    ]  # fmt: skip
-    assert value(file, "bert.pooling_type") == gguf.PoolingType.MEAN and value(file, "bert.attention.causal") is False
-    assert value(file, "tokenizer.ggml.normalizer.lowercase") is False
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A GGUF is read as what it holds, and not believed where it lies."""
 
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,42 @@ def test_damage_in_the_header_is_refused_or_read_right(data: st.DataObject, tmp_
         assert all(one.offset + one.nbytes <= len(raw) for one in header.tensors)
     except BrokenInput as error:
         assert str(file) in str(error)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    file = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_model(file, "llama", kind="Q4_0")
+    return file.read_bytes()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_ends_in_a_model_or_in_a_refusal(data: st.DataObject, whole: bytes, tmp_path: Path) -> None:
+    """No hang, no error of another kind, and no more memory than the file could be asked for."""
+    raw = bytearray(whole)
+    header = raw.index(b"output.weight") + 64  # the tensor's data are blocks, whose every byte means something
+    for _ in range(data.draw(st.integers(0, 3))):
+        raw[data.draw(st.integers(0, header))] = data.draw(st.integers(0, 255) | st.sampled_from([0, 1, 127, 255]))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(raw[: data.draw(st.just(len(raw)) | st.integers(0, len(raw)))])
+    tracemalloc.start()
+    try:
+        source = open_source(file)
+        check(source)
+        for name in source.layout.pieces:
+            source.read_parameter(name)
+    except BrokenInput as error:
+        assert str(file) in str(error) or "model.gguf" in str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 64 << 20
+
+
+def test_more_blocks_than_tensors_are_refused_at_once(whole: bytes, tmp_path: Path) -> None:
+    name = b"llama.block_count"
+    at = whole.index(name) + len(name) + 4
+    (tmp_path / "model.gguf").write_bytes(whole[:at] + struct.pack("<I", 4000) + whole[at + 4 :])
+    with pytest.raises(BrokenInput, match="declares 4000 blocks and has 21 tensors"):
+        open_source(tmp_path / "model.gguf")

@@ -337,7 +337,7 @@ QUANTIZATIONS: dict[str, tuple[Any, str]] = {
     "unknown method": ({"quant_method": "magic"}, "'magic'"),
     "no method": ({}, "None"),
     "no object": ("int8", "no object"),
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+    "hqq": ({"quant_method": "hqq", "bits": 4}, "'hqq'"),
     "other format": (COMPRESSED | {"format": "float-quantized"}, "'float-quantized'"),
     "no groups": (COMPRESSED | {"config_groups": {}}, "no config_groups"),
     "activations": (

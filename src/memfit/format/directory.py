@@ -1,7 +1,6 @@
 """A directory that appears whole or not at all."""
 
 import ctypes
-import errno
 import fcntl
 import json
 import os
@@ -12,8 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from memfit.errors import MemfitError, UsageError
-from memfit.units import format_size
+from memfit.errors import MemfitError, UsageError, disk_full
 
 _MARK: Final = ".memfit-partial-"
 # A partial directory is locked a moment after it is made; a younger one may be another run about to lock it.
@@ -98,24 +96,15 @@ class OutputDirectory:
                 self._finish()
         except OSError as late:
             error = late
-            raise self._explain(late) or late from late
+            raise disk_full(late, self.target.parent) or late from late
         finally:
             if self._lock is not None:
                 os.close(self._lock)
             if error is not None and self._path is not None:
                 shutil.rmtree(self._path, ignore_errors=True)
             self._path = self._lock = None
-        if isinstance(error, OSError) and (clear := self._explain(error)):
+        if isinstance(error, OSError) and (clear := disk_full(error, self.target.parent)):
             raise clear from error
-
-    def _explain(self, error: OSError) -> MemfitError | None:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return None
-        free = format_size(shutil.disk_usage(self.target.parent).free)
-        return MemfitError(
-            f"{self.target.parent}: the disk is full ({free} free once the partial output was removed). "
-            "Nothing was left behind. Free some space or write to another disk."
-        )
 
     def _finish(self) -> None:
         """Make the bytes durable, then the name: a crash leaves the old directory or the new one."""

@@ -4,9 +4,10 @@ The file appears whole or not at all: it is built beside its place, under a name
 """
 
 import fcntl
+import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memfit.errors import MemfitError, UsageError
+from memfit.account.watch import Unwatched, Watch
+from memfit.errors import MemfitError, UsageError, disk_full
 from memfit.format.gguf_mixture import PLAIN, Stack, checked_types, file_type, type_nbytes, type_of
-from memfit.format.gguf_model import Place, architecture_of, as_stored, keys_of, places_of, rope_frequencies
+from memfit.format.gguf_model import (
+    Place,
+    architecture_of,
+    as_stored,
+    in_order,
+    keys_of,
+    places_of,
+    rope_frequencies,
+)
+from memfit.format.gguf_rounding import encode_layers
 from memfit.format.gguf_tokenizer import add_tokenizer
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source import Source, check
@@ -86,12 +97,16 @@ def write_gguf(
     mixture: str = "Q4_K_M",
     types: Mapping[str, str] | None = None,
     importance: Mapping[str, Tensor] | None = None,
+    windows_WT: Tensor | None = None,
+    batch: int = 4,
+    watch: Watch | None = None,
     overwrite: bool = False,
     dry: bool = False,
 ) -> tuple[GgufTensor, ...]:
     """Write the model of `source` as one GGUF file; what was written.
 
-    Beyond the header, some rows of one tensor are in memory at a time. On fake tensors the same lines run.
+    Beyond the header, some rows of one tensor are in memory at a time; with a text, one block of the model, what comes
+    out of it, and the moments of its inputs. On fake tensors the same lines run.
 
     Args:
         source: safetensors with a config and a tokenizer.
@@ -100,6 +115,10 @@ def write_gguf(
         types: see `gguf_tensors`.
         importance: mean squares of a linear layer's inputs [columns], by the layer's name in the model. A tied
             embedding takes those of the head; what has none is weighed evenly.
+        windows_WT: token ids of a text: the layers of the model's blocks are encoded by GPTQ for it, see
+            `gguf_rounding`. None: every weight by itself.
+        batch: windows that go through a block at once.
+        watch: is told the phases `encode` and `write`.
         overwrite: whether a file may be there.
         dry: make every tensor and write nothing.
 
@@ -109,12 +128,12 @@ def write_gguf(
         MemfitError: the disk has less room than the file takes.
     """
     check(source)
+    watch = watch or Unwatched()
     weights = dict(importance or {})
     tensors = gguf_tensors(source, mixture=mixture, types=types, important=bool(weights))
+    made = _Made(source, tensors, weights, windows_WT, batch, watch)
     if dry:
-        for tensor in tensors:
-            for _ in _parts(source, tensor, _importance_of(source, tensor, weights)):
-                pass
+        made.all(lambda tensor, parts: None)
         return tensors
     writer = gguf.GGUFWriter(None, architecture_of(source))
     _add_keys(writer, source, mixture)
@@ -127,15 +146,62 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        with partial.open("ab") as file:
-            for tensor in tensors:
-                _pad(file)
-                for part in _parts(source, tensor, _importance_of(source, tensor, weights)):
-                    file.write(memoryview(bytes_of(part)))  # type: ignore[arg-type]  # an array is a buffer
-            _pad(file)
+        with partial.open("r+b") as file:
+            ends = list(itertools.accumulate((_padded(tensor.nbytes) for tensor in tensors), initial=_end_of(file)))
+            starts = {tensor.name: start for tensor, start in zip(tensors, ends, strict=False)}
+            file.truncate(ends[-1])
+
+            def put(tensor: GgufTensor, part: Tensor) -> None:
+                file.seek(starts[tensor.name])
+                starts[tensor.name] += file.write(memoryview(bytes_of(part)))  # type: ignore[arg-type]  # a buffer
+
+            made.all(put)
             file.flush()
             os.fsync(file.fileno())
     return tensors
+
+
+@dataclass(frozen=True)
+class _Made:
+    """All tensors as they are stored, made one after the other."""
+
+    source: Source
+    tensors: tuple[GgufTensor, ...]
+    importance: Mapping[str, Tensor]
+    windows_WT: Tensor | None
+    batch: int
+    watch: Watch
+
+    def all(self, put: Callable[[GgufTensor, Tensor], None]) -> None:
+        """Hand each tensor to `put`, in pieces that follow each other; those of the model's blocks first."""
+        done: set[str] = set()
+        if self.windows_WT is not None:
+            layers = {
+                tensor.place.parameter.removesuffix(".weight"): tensor
+                for tensor in self.tensors
+                if tensor.place.parameter is not None and tensor.kind not in PLAIN and not tensor.place.shift
+            }
+
+            def keep(layer: str, packed: Tensor) -> None:
+                done.add(layers[layer].name)
+                put(layers[layer], in_order(packed, layers[layer].place))
+
+            kinds = {layer: tensor.kind for layer, tensor in layers.items()}
+            encode_layers(self.source, self.windows_WT, kinds, keep, batch=self.batch, watch=self.watch)
+        with self.watch.phase("write"):
+            for tensor in self.tensors:
+                if tensor.name not in done:
+                    for part in _parts(self.source, tensor, _importance_of(self.source, tensor, self.importance)):
+                        put(tensor, part)
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _end_of(file: BinaryIO) -> int:
+    """Where the first tensor begins."""
+    return _padded(file.seek(0, os.SEEK_END))
 
 
 def _add_keys(writer: Any, source: Source, mixture: str) -> None:
@@ -208,10 +274,6 @@ def _only_piece(source: Source, parameter: str) -> Piece | None:
     return pieces[0]
 
 
-def _pad(file: BinaryIO) -> None:
-    file.write(bytes(-file.tell() % _ALIGNMENT))
-
-
 @contextmanager
 def _whole(target: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
     """A place beside `target` to build it in; at the end it gets its name, on an error it goes.
@@ -241,8 +303,10 @@ def _whole(target: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
                 )
             yield partial
             partial.replace(target)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and (clear := disk_full(error, target.parent)):
+                raise clear from error
             raise
     finally:
         os.close(lock)

@@ -215,8 +215,13 @@ def as_stored(rows: Tensor, place: Place) -> Tensor:
     numbers = rows.to(torch.float32)
     if place.shift:
         numbers = numbers + place.shift
-    if place.heads:
-        # llama.cpp turns neighbours, transformers the halves: within each head, rows i and i + head_dim/2 meet.
-        half = place.shape[0] // place.heads // 2
-        numbers = numbers.reshape(-1, 2, half, *place.shape[1:]).transpose(1, 2).reshape(rows.shape)
-    return numbers
+    return in_order(numbers, place)
+
+
+def in_order(rows: Tensor, place: Place) -> Tensor:
+    """Whole heads of a parameter's rows [R, ...], numbers or bytes, in the order of the file."""
+    if not place.heads:
+        return rows
+    # llama.cpp turns neighbours, transformers the halves: within each head, rows i and i + head_dim/2 meet.
+    half = place.shape[0] // place.heads // 2
+    return rows.reshape(-1, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

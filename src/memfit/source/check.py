@@ -11,6 +11,7 @@ from memfit.packed.scheme import Scheme
 from memfit.source.checkpoint import SafetensorsCheckpoint, TensorInfo
 from memfit.source.layout import check_pieces
 from memfit.source.live import active_fake_mode
+from memfit.source.quantized import QuantizedCheckpoint
 from memfit.source.source import PACKED_PARTS, Source
 
 
@@ -30,6 +31,8 @@ def check(source: Source, *, copies: bool = True) -> None:
     if source.checkpoint is None:
         return
     unexpected = [*source.layout.unexpected, *_stray_parts(source)]
+    if isinstance(source.checkpoint, QuantizedCheckpoint):
+        unexpected = [name for name in unexpected if not source.checkpoint.is_zero_bias(name)]
     if unexpected:
         info = source.tensors[unexpected[0]]
         more = f" and {len(unexpected) - 1} more are" if len(unexpected) > 1 else " is"
@@ -51,7 +54,7 @@ def check(source: Source, *, copies: bool = True) -> None:
             check_pieces(name, source.layout.pieces[canonical], source.tensors, shape=shape, dtype=dtype)
         elif name not in source.buffers:
             raise source.missing(name)
-    if isinstance(source.checkpoint, SafetensorsCheckpoint) and active_fake_mode() is None:
+    if isinstance(source.checkpoint, SafetensorsCheckpoint | QuantizedCheckpoint) and active_fake_mode() is None:
         _check_copies(source, source.checkpoint, own=copies)
 
 
@@ -111,7 +114,7 @@ def _check_packed(source: Source, prefix: str, scheme: Scheme, shape: tuple[int,
             )
 
 
-def _check_copies(source: Source, checkpoint: SafetensorsCheckpoint, *, own: bool) -> None:
+def _check_copies(source: Source, checkpoint: SafetensorsCheckpoint | QuantizedCheckpoint, *, own: bool) -> None:
     """Second copies of tied weights hold the same bytes as the first."""
     pairs = dict(source.layout.duplicates)
     if own:
@@ -131,7 +134,9 @@ def _check_copies(source: Source, checkpoint: SafetensorsCheckpoint, *, own: boo
             )
 
 
-def _same(checkpoint: SafetensorsCheckpoint, tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:
+def _same(
+    checkpoint: SafetensorsCheckpoint | QuantizedCheckpoint, tensors: Mapping[str, TensorInfo], one: str, other: str
+) -> bool:
     left, right = tensors[one], tensors[other]
     if (left.shape, left.dtype) != (right.shape, right.dtype):
         return False

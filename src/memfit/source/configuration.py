@@ -128,7 +128,9 @@ def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str]
     method = quantization.get("quant_method")
     if method != "compressed-tensors":
         raise _refuse(
-            file, f"the quant_method {method!r} is not known to memfit, which runs 'compressed-tensors'"
+            file,
+            f"the quant_method {method!r} is not known to memfit, which runs 'compressed-tensors' and reads "
+            "'gptq' and 'awq'",
         )
     for key in ("sparsity_config", "kv_cache_scheme", "transform_config"):
         value = quantization.get(key)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import gguf
 import numpy as np
 import torch
-from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import BertConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from memfit.errors import BrokenInput
 from memfit.packed.fake import is_fake
@@ -203,22 +203,28 @@ def config_from(keys: Keys, header: Header) -> PretrainedConfig:
         )
     heads = keys.count("attention.head_count")
     width = keys.count("embedding_length")
-    common = {
+    layers = keys.count("block_count", most=LAYERS_MAX)
+    if layers > len(names):
+        raise refuse(header.file, f"declares {layers} blocks and has {len(names)} tensors")
+    common: dict[str, Any] = {
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
         "intermediate_size": keys.count("feed_forward_length"),
-        "num_hidden_layers": keys.count("block_count", most=LAYERS_MAX),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
-        "head_dim": keys.count("attention.key_length", width // heads),
         "max_position_embeddings": keys.count("context_length"),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in names,
         "bos_token_id": keys.token("bos"),
         "eos_token_id": keys.token("eos"),
         "pad_token_id": keys.token("padding"),
         "dtype": _main_dtype(header),
     }
+    if keys.architecture != "bert":
+        common |= {
+            "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+            "head_dim": keys.count("attention.key_length", width // heads),
+            "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+            "tie_word_embeddings": "output.weight" not in names,
+        }
     try:
         return _CONFIGS[keys.architecture](keys, common)
     except BrokenInput:
@@ -276,11 +282,31 @@ def _gemma3(keys: Keys, common: dict[str, Any]) -> PretrainedConfig:
     )
 
 
+def _bert(keys: Keys, common: dict[str, Any]) -> PretrainedConfig:
+    if keys.header.keys.get("bert.attention.causal", False):
+        raise refuse(keys.header.file, "is a BERT that looks back only (attention.causal), which memfit does not run")
+    kinds = next((one.shape[0] for one in keys.header.tensors if one.name == "token_types.weight"), 0)
+    if not kinds:
+        raise refuse(keys.header.file, "tensor 'token_types.weight' is missing")
+    positions = next((one.shape[0] for one in keys.header.tensors if one.name == "position_embd.weight"), 0)
+    if positions != common["max_position_embeddings"]:
+        raise refuse(
+            keys.header.file,
+            f"declares a context of {common['max_position_embeddings']} and has {positions} rows of positions",
+        )
+    # llama.cpp leaves the pooler out: embeddings are means of the last hidden states, or the first of them.
+    return BertConfig(
+        **common, type_vocab_size=kinds, layer_norm_eps=keys.number("attention.layer_norm_epsilon"),
+        architectures=["BertModel"], add_pooling_layer=False,
+    )  # fmt: skip
+
+
 _CONFIGS: Final[dict[Any, Callable[[Keys, dict[str, Any]], PretrainedConfig]]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "gemma3": _gemma3,
+    "bert": _bert,
 }
 
 
@@ -329,7 +355,12 @@ def _names(
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
     wanted: dict[str, str] = {}
-    model = build_skeleton(config, dtype=torch.bfloat16)
+    try:
+        model = build_skeleton(config, dtype=torch.bfloat16)
+    except BrokenInput:
+        raise
+    except Exception as error:  # a model's constructor raises whatever a senseless value makes it raise
+        raise refuse(header.file, f"transformers cannot make its model: {str(error)[:200]}") from error
     for name in model.state_dict(keep_vars=True):
         base, _, part = name.rpartition(".")
         short = table.get_name(base)
@@ -354,18 +385,3 @@ def _names(
         )
         stored[name] = tensor
     return tensors, stored
-
-
-def gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer that a GGUF file's keys describe, built by transformers.
-
-    Raises:
-        BrokenInput: the header is broken.
-    """
-    from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-
-    read_header(file)  # transformers' own reader believes every count
-    architecture, parts, settings = get_gguf_tokenizer(str(file))
-    backend, more = convert_gguf_tokenizer(architecture, parts)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **more)

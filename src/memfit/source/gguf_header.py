@@ -65,7 +65,7 @@ class Header:
 
     file: Path
     keys: Mapping[str, Any]
-    """Key to number, text, truth, or `Array`."""
+    """Key to number, text, truth, or `Array`; to a list, where the array was asked for."""
     tensors: tuple[Stored, ...]
 
 
@@ -111,8 +111,12 @@ class _Bytes:
             raise refuse(self.file, f"has a name that is no UTF-8: {raw[:40]!r}") from error
 
 
-def read_header(file: Path) -> Header:
+def read_header(file: Path, *, arrays: frozenset[str] = frozenset()) -> Header:
     """The keys and tensors of a GGUF file.
+
+    Args:
+        file: a regular file.
+        arrays: keys whose arrays are kept.
 
     Raises:
         BrokenInput: another format or version, a count or size that the file cannot hold, a doubled name,
@@ -120,12 +124,12 @@ def read_header(file: Path) -> Header:
     """
     descriptor = open_regular(file)
     try:
-        return _read(file, _Bytes(file, descriptor))
+        return _read(file, _Bytes(file, descriptor), arrays)
     finally:
         os.close(descriptor)
 
 
-def _read(file: Path, data: _Bytes) -> Header:
+def _read(file: Path, data: _Bytes, arrays: frozenset[str]) -> Header:
     if data.size < 24:
         raise refuse(file, f"is {data.size} bytes long, too short for a GGUF")
     if data.take(4) != b"GGUF":
@@ -144,7 +148,7 @@ def _read(file: Path, data: _Bytes) -> Header:
         key = data.text()
         if key in keys:
             raise refuse(file, f"has the key {key!r} twice")
-        keys[key] = _value(file, data, key)
+        keys[key] = _value(file, data, key, kept=key in arrays)
     entries = [_entry(file, data) for _ in range(tensor_count)]
     alignment = keys.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
@@ -155,7 +159,7 @@ def _read(file: Path, data: _Bytes) -> Header:
     return Header(file=file, keys=keys, tensors=tuple(tensors))
 
 
-def _value(file: Path, data: _Bytes, key: str) -> Any:
+def _value(file: Path, data: _Bytes, key: str, *, kept: bool) -> Any:
     kind = data.number("<I")
     if kind in _SCALARS:
         return data.number(_SCALARS[kind])
@@ -168,12 +172,16 @@ def _value(file: Path, data: _Bytes, key: str) -> Any:
         nbytes = struct.calcsize(_SCALARS[item])
         if count > data.left // nbytes:
             raise refuse(file, f"key {key!r} declares {count} items; {data.left} bytes are left in the file")
+        if kept:
+            return [number for (number,) in struct.iter_unpack(_SCALARS[item], data.take(count * nbytes))]
         data.at += count * nbytes
     elif item == _STRING:
         if count > data.left // 8:
             raise refuse(
                 file, f"key {key!r} declares {count} strings; {data.left} bytes are left in the file"
             )
+        if kept:
+            return [data.string().decode("utf-8", errors="replace") for _ in range(count)]
         for _ in range(count):
             data.string()
     else:

@@ -57,7 +57,7 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype | None = None
         init.no_init_weights(),
         init.meta_device_safe_creation_ops(),
     ):
-        model = cls._from_config(config, dtype=wanted)
+        model = cls._from_config(config, dtype=wanted, **_unpooled(config))
         for name, parameter in _kept_in_fp32(model, wanted):
             owner, leaf = locate(model, name)
             setattr(owner, leaf, nn.Parameter(parameter.to(torch.float32), requires_grad=False))
@@ -65,6 +65,11 @@ def build_skeleton(config: PretrainedConfig, *, dtype: torch.dtype | None = None
         model.tie_weights(recompute_mapping=False)
     make_buffers(model)
     return model.eval()
+
+
+def _unpooled(config: PretrainedConfig) -> dict[str, bool]:
+    """How a model without the pooling layer of its class is made, where the config says so (a BERT from GGUF)."""
+    return {"add_pooling_layer": False} if getattr(config, "add_pooling_layer", True) is False else {}
 
 
 def config_dtype(config: PretrainedConfig) -> torch.dtype | None:

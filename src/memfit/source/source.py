@@ -20,6 +20,7 @@ from memfit.source.chance import random_checkpoint
 from memfit.source.checkpoint import Checkpoint, TensorInfo
 from memfit.source.configuration import parse_schemes, read_config
 from memfit.source.layout import Layout, check_pieces, lay_out
+from memfit.source.quantized import METHODS, quantization_of, unpack
 from memfit.source.safetensors import check_within, open_checkpoint, read_json
 from memfit.source.skeleton import build_skeleton, config_dtype, tie_modules, ties_of
 
@@ -231,7 +232,7 @@ class Source:
             )
         try:
             if self.gguf is not None:
-                from memfit.source.gguf import gguf_tokenizer
+                from memfit.source.gguf_tokenizer import gguf_tokenizer
 
                 return gguf_tokenizer(self.gguf)
             return AutoTokenizer.from_pretrained(
@@ -361,9 +362,15 @@ def open_source(model: str | Path, *, weights: bool = True) -> Source:
 
 def _open_directory(directory: Path, *, name: str) -> Source:
     config, raw = read_config(directory)
-    source = Source(
-        name=name, directory=directory, config=config, checkpoint=open_checkpoint(directory), raw=raw
-    )
+    stored = open_checkpoint(directory)
+    checkpoint: Checkpoint | None = stored
+    quantization = quantization_of(directory, raw, {} if stored is None else stored.tensors)
+    if isinstance(quantization, dict) and quantization.get("quant_method") in METHODS:
+        # From here on it is the dense model that it stands for.
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+        if stored is not None:
+            checkpoint = unpack(quantization, stored, file=directory / "config.json")
+    source = Source(name=name, directory=directory, config=config, checkpoint=checkpoint, raw=raw)
     parse_schemes(raw, (), file=directory / "config.json")  # refuse a quantization that is not known at once
     return source
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from memfit.errors import UsageError
-from memfit.packed.fake import blocks_to_run, is_fake
-from memfit.technique.gguf_layout import KINDS, Kind, kind_of
+from memfit.packed.fake import blocks_to_run, is_fake, repeated
+from memfit.technique.gguf_layout import KINDS, Fields, Kind, empty_fields, kind_of
 from memfit.technique.gguf_search import LARGEST, NOTHING, search
 
-__all__ = ["KINDS", "Kind", "encode", "kind_of"]
+__all__ = ["KINDS", "Kind", "checked", "encode", "kind_of", "searched"]
 
 TILE: Final = 1 << 17
 """Weights worked on at a time, in six buffers of 512 KiB. Smaller ones are slower by what torch takes for a call."""
@@ -40,17 +40,12 @@ def encode(weight: Tensor, kind: str, *, importance: Tensor | None = None, meant
             are negative or not finite.
     """
     one = kind_of(kind)
-    rows, columns = _checked(weight, one)
+    rows, columns = checked(weight, one)
     h = _importance(importance, columns, one, weight.device)
     out = torch.empty(rows, one.row_nbytes(columns), dtype=torch.uint8, device=weight.device)
     for lines, blocks in blocks_to_run(_tiles(rows, columns // one.block, one.block)):
         piece = weight[lines, blocks.start * one.block : blocks.stop * one.block]
-        _require_held(piece, one)
-        x = torch.empty(piece.shape[1], piece.shape[0], dtype=torch.float32, device=weight.device)
-        x.copy_(piece.t())
-        x.masked_fill_(x.abs() < NOTHING, 0.0)
-        x = x.view(-1, one.parts, one.width, piece.shape[0])
-        found = search(x, h[blocks], one)
+        found = _search(_turned(piece, one), h[blocks], one)
         packed = out[lines, blocks.start * one.nbytes : blocks.stop * one.nbytes]
         packed.copy_(found.packed().view(piece.shape[0], -1))
         if meant is not None:
@@ -58,7 +53,41 @@ def encode(weight: Tensor, kind: str, *, importance: Tensor | None = None, meant
     return out
 
 
-def _checked(weight: Tensor, kind: Kind) -> tuple[int, int]:
+@torch.no_grad()
+def searched(weight: Tensor, kind: Kind, importance: Tensor | None) -> Fields:
+    """The numbers of all blocks of some rows [R, K], row after row, before they are packed. Arguments: see `encode`."""
+    rows, columns = checked(weight, kind)
+    h = _importance(importance, columns, kind, weight.device)
+    per_row = columns // kind.block
+    out = empty_fields(kind, rows * per_row, weight.device)
+    for lines, blocks in blocks_to_run(_tiles(rows, per_row, kind.block)):
+        piece = weight[lines, blocks.start * kind.block : blocks.stop * kind.block]
+        found = _search(_turned(piece, kind), h[blocks], kind)
+        for whole, part in zip(out.parts(), found.parts(), strict=True):
+            whole.view(rows, per_row, *whole.shape[1:])[lines, blocks].copy_(
+                part.view(piece.shape[0], -1, *part.shape[1:])
+            )
+        del found
+    return out
+
+
+def _search(x: Tensor, h: Tensor, kind: Kind) -> Fields:
+    """`search`; a dry run tells a tile from an equal one."""
+    found = repeated(("gguf", kind.name), None, "", lambda: (x, h), lambda: search(x, h, kind).parts())
+    return Fields(kind=kind, **dict(zip(("q", "k", "m", "d", "dmin"), found, strict=True)))
+
+
+def _turned(piece: Tensor, kind: Kind) -> Tensor:
+    """Rows [R, columns] as the search takes them, [G, S, n, R] in float32."""
+    _require_held(piece, kind)
+    x = torch.empty(piece.shape[1], piece.shape[0], dtype=torch.float32, device=piece.device)
+    x.copy_(piece.t())
+    x.masked_fill_(x.abs() < NOTHING, 0.0)
+    return x.view(-1, kind.parts, kind.width, piece.shape[0])
+
+
+def checked(weight: Tensor, kind: Kind) -> tuple[int, int]:
+    """Rows and columns of a weight that is whole blocks; UsageError if it is not."""
     if weight.dim() != 2 or weight.shape[1] % kind.block or not weight.numel():
         raise UsageError(
             f"{kind.name} takes matrices whose rows are multiples of {kind.block} weights, not {list(weight.shape)}. "

@@ -114,18 +114,38 @@ class Fields:
     dmin: Tensor
     """float16 [B]; 0 in symmetric kinds."""
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """All numbers: q, k, m, d, dmin."""
+        return self.q, self.k, self.m, self.d, self.dmin
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """(d · k, dmin · m) of each sub-block [B, S], float32: w = (d · k) q − (dmin · m)."""
+        return self.d.float().unsqueeze(1) * self.k.float(), self.dmin.float().unsqueeze(1) * self.m.float()
+
     def values(self) -> Tensor:
         """The weights [B, S·n] that these numbers stand for, float32, as every reader of the format has them."""
-        scale = self.d.float().unsqueeze(1) * self.k.float()
+        step, shift = self.grid()
         q = self.q.view(*self.k.shape, -1).float()
-        weights = q * scale.unsqueeze(2)
+        weights = q * step.unsqueeze(2)
         if self.kind.affine:
-            weights -= (self.dmin.float().unsqueeze(1) * self.m.float()).unsqueeze(2)
+            weights -= shift.unsqueeze(2)
         return weights.view(self.q.shape)
 
     def packed(self) -> Tensor:
         """The bytes of the blocks, uint8 [B, nbytes]."""
         return torch.cat(_PACKERS[self.kind.name](self), dim=1)
+
+
+def empty_fields(kind: Kind, blocks: int, device: torch.device) -> Fields:
+    """Room for the numbers of so many blocks."""
+
+    def room(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    return Fields(
+        kind=kind, q=room(blocks, kind.block), k=room(blocks, kind.parts), m=room(blocks, kind.parts),
+        d=room(blocks, dtype=torch.float16), dmin=room(blocks, dtype=torch.float16),
+    )  # fmt: skip
 
 
 def _fold(q: Tensor, bits: int, width: int) -> Tensor:
