@@ -48,7 +48,8 @@ class OnnxModel:
         batch, new = ids_BT.shape
         names = [name for name in self.inputs if name.startswith("past_key_values.")]
         if past is None:
-            past = {name: np.zeros((batch, self.inputs[name][1], 0, self.inputs[name][3]), np.float32) for name in names}
+            sizes = {name: (batch, self.inputs[name][1], 0, self.inputs[name][3]) for name in names}
+            past = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
         before = past[names[0]].shape[2] if names else 0
         mask = np.ones((batch, before + new), np.int64) if mask_BPT is None else mask_BPT
         # A token's place is how many before it are seen, so that padding on the left moves nothing.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memfit.account.watch import Watch
 from memfit.calibrate.stream import rows_of
 from memfit.errors import MemfitError
 from memfit.format.onnx_graph import Traced, trace_graph
@@ -49,13 +50,14 @@ class OnnxFiles:
     """Of scales and zero points that are there more than once, as ONNX Runtime takes no larger block."""
 
 
-def write_onnx(source: Source, directory: Path, *, accuracy_level: int = 0) -> OnnxFiles:
+def write_onnx(source: Source, directory: Path, *, watch: Watch, accuracy_level: int = 0) -> OnnxFiles:
     """Write the fitted model of `source` into `directory`, as model.onnx and model.onnx.data.
 
     Beyond the graph, some rows of one weight are in memory at a time.
 
     Args:
         source: a directory that memfit has written.
+        watch: is told when weights are read and written; the graph is made before.
         accuracy_level: see `put_onnx_modules`.
 
     Raises:
@@ -72,7 +74,8 @@ def write_onnx(source: Source, directory: Path, *, accuracy_level: int = 0) -> O
             f"{directory}: {format_size(free)} free, {format_size(nbytes)} needed for the weights. Free some space or "
             "write to another disk."
         )
-    digest = _write_data(source, traced.parts, places, directory / DATA)
+    with watch.phase("onnx"):
+        digest = _write_data(source, traced.parts, places, directory / DATA)
     for name, part in traced.parts.items():
         value = traced.model.graph.initializers[name]
         value.const_value = onnx_ir.ExternalTensor(

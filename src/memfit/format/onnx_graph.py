@@ -6,6 +6,7 @@ Inputs and outputs are named as optimum and onnxruntime-genai name them. A decod
 gives `last_hidden_state` or `logits`.
 """
 
+import importlib.util
 import inspect
 import logging
 import warnings
@@ -43,15 +44,11 @@ class Traced:
 
 def require_onnx() -> None:
     """Raise UsageError unless the libraries that ONNX files need are there."""
-    try:
-        import onnx
-        import onnx_ir
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
         raise UsageError(
-            f"--format onnx needs {error.name}, which is not installed. Run: pip install 'memfit[onnx]'"
-        ) from error
+            f"--format onnx needs {' and '.join(missing)}, not installed here. Run: pip install 'memfit[onnx]'"
+        )
 
 
 def trace_graph(source: Source, *, accuracy_level: int = 0) -> Traced:
@@ -65,7 +62,7 @@ def trace_graph(source: Source, *, accuracy_level: int = 0) -> Traced:
         UsageError: the model is of a kind that has no form in ONNX, or cannot be traced; names it.
     """
     require_onnx()
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # type: ignore[no-untyped-call]
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     model = source.build(dtype=torch.float32)
     require_kind(model)
     with mode, torch.no_grad():

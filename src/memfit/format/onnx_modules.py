@@ -119,7 +119,7 @@ class NBitsLinear(_NBits):
         return torch.empty(0)
 
     def forward(self, input: Tensor) -> Tensor:
-        attributes = {"K": self.inputs, "N": self.rows, "bits": self.scheme.bits, "block_size": self.block}
+        attributes: dict[str, Any] = {"K": self.inputs, "N": self.rows, "bits": self.scheme.bits, "block_size": self.block}
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
         y: Tensor = torch.onnx.ops.symbolic(
@@ -143,7 +143,7 @@ class NBitsEmbedding(_NBits):
         return torch.empty(0)
 
     def forward(self, input: Tensor) -> Tensor:
-        attributes = {
+        attributes: dict[str, Any] = {
             "bits": self.scheme.bits, "block_size": self.block, "gather_axis": 0, "quantize_axis": 1,
         }  # fmt: skip
         rows: Tensor = torch.onnx.ops.symbolic(
