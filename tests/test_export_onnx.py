@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import memfit
-from memfit.cli import app
+from memfit.cli.app import app
 from memfit.evaluate.onnx_model import OnnxModel
 from memfit.export_onnx import OnnxExport, export_onnx
 from memfit.worker import JOBS
@@ -23,6 +23,7 @@ room = importlib.import_module("memfit.export_onnx")
 fit_room = importlib.import_module("memfit.fit")  # the attribute of the package is the function
 
 TASK = memfit.Infer(prompt=16, new_tokens=2)
+ALLOWED = memfit.Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,))
 ALONE = textwrap.dedent("""
     import sys
     import numpy as np, onnxruntime
@@ -55,14 +56,15 @@ def made(model: Path, tmp_path_factory) -> OnnxExport:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_room, "run_job", here)
         patch.setattr(room, "run_job", here)
-        return export_onnx(model, "45%", out, task=TASK, threads=1)
+        return export_onnx(model, "100%", out, task=TASK, threads=1, allowed=ALLOWED, uniform=True)
 
 
 def test_a_plan_is_carried_out_and_proven(made: OnnxExport) -> None:
     out = Path(made.out)
     assert made.report.fits and made.difference < 1e-4
-    bits = {choice["scheme"]["bits"] for choice in made.report.choices if choice["scheme"]}
-    assert bits and bits <= {8, 4, 2}
+    schemes = [choice["scheme"] for choice in made.report.choices]
+    assert schemes and all(scheme == {"bits": 4, "group": 64, "symmetric": True} for scheme in schemes)
+    assert {name.rpartition(" ")[0] for name in made.written.operators} == {"MatMulNBits 4", "GatherBlockQuantized 4"}
     assert made.predicted.peak_nbytes == pytest.approx(made.measured.peak_nbytes, rel=0.03)
     assert made.resident_nbytes > 0 and made.prompt_tokens_per_s > 0 and (made.decode_tokens_per_s or 0) > 0
     assert made.directory_nbytes > 0
