@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -109,29 +110,52 @@ def test_onnx_runtime_alone_runs_it_and_steps_equal_the_whole(made: OnnxExport, 
     assert np.abs(model.run(padded, mask_BPT=mask)[0][:, 3:] - whole).max() < 1e-4
 
 
-def test_answers_that_differ_leave_nothing_behind(
-    model: Path, made: OnnxExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def answer(model: Path, made: OnnxExport, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the jobs answer, in place of running them: `difference` and, if `fit` is to end so, `late`."""
+    told: dict[str, Any] = {"difference": 0.0, "late": None}
+
     def fitted(model: Any, budget: Any, out: Path, **options: Any) -> memfit.Report:
-        out.mkdir()
-        (out / "model.safetensors").write_bytes(b"")
+        shutil.copytree(made.out, out)
+        if told["late"] is not None:
+            raise told["late"](f"over; {out} is kept.", report=made.report)
         return made.report
 
     def job(job: dict[str, Any]) -> dict[str, Any]:
-        written = {"nbytes": 1, "files": {}, "operators": {}, "repeated_nbytes": 0}
-        return {"difference": 0.02, "account": made.measured.to_json(), "written": written}
+        if job["do"] == "onnx":
+            written = {"nbytes": 1, "files": {}, "operators": {}, "repeated_nbytes": 0}
+            return {"account": made.measured.to_json(), "written": written}
+        speed = {"resident_nbytes": 1, "prompt_tokens_per_s": 1.0, "decode_tokens_per_s": None}
+        return {"difference": told["difference"], **speed}
 
-    monkeypatch.setattr(room, "fit", fitted)
+    plain = room.open_source
+    monkeypatch.setattr(room, "open_source", lambda path: plain(model))
     monkeypatch.setattr(room, "predict_onnx", lambda fitted: made.predicted)
-    monkeypatch.setattr(room, "open_source", lambda model, plain=room.open_source: plain(made_of(model)))
+    monkeypatch.setattr(room, "fit", fitted)
     monkeypatch.setattr(room, "run_job", job)
+    return told
 
-    def made_of(path: Any) -> Path:
-        return model if Path(path).name.startswith(".") else path
 
-    with pytest.raises(memfit.MemfitError, match=r"differ from memfit's by 0.02, and 0.01 is the most"):
+@pytest.mark.parametrize("difference", [0.02, float("nan")])
+def test_answers_that_differ_leave_nothing_behind(
+    model: Path, answer: dict[str, Any], tmp_path: Path, difference: float
+) -> None:
+    answer["difference"] = difference
+    with pytest.raises(memfit.MemfitError, match=r"differ from memfit's by (0.02|nan), and 0.01 is the most"):
         export_onnx(model, out=tmp_path / "out", task=TASK)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [memfit.OverBudget, memfit.QualityMissed])
+def test_what_misses_its_gate_is_written_and_told(
+    model: Path, answer: dict[str, Any], tmp_path: Path, kind: type[memfit.MemfitError]
+) -> None:
+    answer["late"] = kind
+    with pytest.raises(kind, match=r"/out is kept") as caught:
+        export_onnx(model, out=tmp_path / "out", task=TASK)
+    assert caught.value.report is not None and ".memfit" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "onnx.json").is_file()
 
 
 def test_what_is_there_is_kept_unless_it_may_go(model: Path, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ ONNX_BITS: Final = (8, 4, 2)
 _BLOCKS: Final = (256, 128, 64, 32)
 """Blocks that it takes at every width and that a row can be cut into; a row is a multiple of 32."""
 _DOMAIN: Final = "com.microsoft"
+_ANY: Final = Scheme(bits=8, group=None)
+"""Asked for where only a module's call matters: what can be packed at all is called as a plain product or look-up."""
 
 Kind = Literal["values", "scales", "zeros", "plain"]
 
@@ -235,15 +237,14 @@ def put_onnx_modules(model: nn.Module, source: Source, *, accuracy_level: int) -
 
 
 def _half_form(module: nn.Module, name: str) -> Callable[[Any, nn.Parameter], nn.Module] | None:
-    """What stands for a module whose weight is a matrix that stays in 16 bits; None if it is called in another way."""
+    """What stands for a module whose weight is a matrix that stays in 16 bits; None: it stays in float32.
+
+    Those are few and small: tables that are not simply looked up, as OPT's positions, and inputs that fill no word.
+    """
     if isinstance(module, Conv1D):
         return HalfLinear
-    if not isinstance(module, nn.Linear | nn.Embedding) or name.rpartition(".")[2] == "dt_proj":
-        return None
-    # Whether its call is a plain product or look-up is all that is asked; inputs that fill no word do not matter.
-    if why_not_packed(module, name, Scheme(bits=8, group=None)) is not None and module.weight.shape[-1] % 32 == 0:
-        return None
-    return HalfLinear if isinstance(module, nn.Linear) else HalfEmbedding
+    plain = isinstance(module, nn.Linear | nn.Embedding) and why_not_packed(module, name, _ANY) is None
+    return None if not plain else HalfLinear if isinstance(module, nn.Linear) else HalfEmbedding
 
 
 def _plain(owner: str, parameter: nn.Parameter) -> Part:
