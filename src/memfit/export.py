@@ -65,7 +65,7 @@ def mixture_of(form: str) -> str:
     mixture = form.removeprefix(GGUF).upper()
     if not form.startswith(GGUF) or mixture not in MIXTURES:
         known = ", ".join(GGUF + name.lower() for name in MIXTURES)
-        raise UsageError(f"the format {form!r} is not written. Known are compressed-tensors, {known}.")
+        raise UsageError(f"the format {form!r} is not written. Known are compressed-tensors, onnx, {known}.")
     return mixture
 
 

@@ -23,6 +23,7 @@ from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
 from memfit.format.gguf import write_gguf
 from memfit.format.integers import Integers
+from memfit.format.onnx import onnx_parts, read_all
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.planning import plan_files
@@ -113,6 +114,15 @@ def predict_gguf(source: Source, work: Path, mixture: str) -> Account:
         write_gguf(
             source, Path("dry.gguf"), mixture=mixture, importance=importance, windows_WT=ids, watch=follow, dry=True
         )
+    return settle(follow.ledger)
+
+
+def predict_onnx(fitted: Source) -> Account:
+    """The account of writing a fitted model as ONNX: the same reads, on fake tensors."""
+    parts = onnx_parts(fitted)
+    follow = Follow()
+    with FakeTensorMode(allow_non_fake_inputs=True), follow, follow.phase("onnx"):
+        read_all(fitted, parts)
     return settle(follow.ledger)
 
 

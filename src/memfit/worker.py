@@ -283,6 +283,41 @@ def _gguf(job: dict[str, Any]) -> dict[str, Any]:
     return {"account": account, "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
 
 
+def _onnx(job: dict[str, Any]) -> dict[str, Any]:
+    """A fitted directory as ONNX, into another one."""
+    from dataclasses import asdict
+
+    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.format.onnx import write_onnx
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    meter = Meter()
+    reset_resident_peak()
+    made = write_onnx(open_source(job["model"]), Path(job["target"]), watch=meter)
+    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    return {"account": account.to_json(), "written": asdict(made)}
+
+
+def _onnx_proof(job: dict[str, Any]) -> dict[str, Any]:
+    """What ONNX Runtime makes of a file beside memfit's own answers in float32, and what that takes."""
+    import torch
+
+    from memfit.evaluate.onnx_proof import compare_with_file, float32_answers, measure_file
+    from memfit.models import load_model, loader_for
+    from memfit.packed.wide import widen
+
+    _prepare(job)
+    model = load_model(loader_for(job["model"]), dtype=torch.float32)
+    widen(model)
+    ids, answers = float32_answers(model, _windows(job))
+    del model
+    file, threads = Path(job["file"]), job["threads"] or 1
+    difference = compare_with_file(file, ids, answers, threads=threads)
+    del answers
+    return {"difference": difference} | measure_file(file, job["task"], threads=threads)
+
+
 def _compress(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.account.meter import Meter, reset_resident_peak
     from memfit.calibrate.statistics import Statistics
@@ -367,6 +402,8 @@ JOBS = {
     "choose": _choose,
     "compress": _compress,
     "gguf": _gguf,
+    "onnx": _onnx,
+    "onnx_proof": _onnx_proof,
     "prove": _prove,
     "kernel_nbytes": _kernel_nbytes,
 }

@@ -46,6 +46,7 @@ from .app import (
 from .training import show_training_plan, training_task
 
 COMPRESSED_TENSORS = "compressed-tensors"
+ONNX = "onnx"
 
 
 @app.command()
@@ -190,7 +191,9 @@ def fit(
     form: Annotated[
         str,
         typer.Option(
-            "--format", help="compressed-tensors, or a file for llama.cpp: gguf:q4_k_m and its other mixtures."
+            "--format",
+            help="compressed-tensors; onnx: for ONNX Runtime; or a file for llama.cpp: gguf:q4_k_m and its other "
+            "mixtures.",
         ),
     ] = COMPRESSED_TENSORS,
     window: Annotated[int, typer.Option(help="Tokens of a window of the text.", min=8)] = 256,
@@ -209,9 +212,10 @@ def fit(
     """Make a model fit a budget, write it, measure it, and show prediction and measurement side by side."""
     import memfit
     from memfit import demo
+    from memfit.export_onnx import export_onnx, require_widths
     from memfit.fit import default_output
     from memfit.plan.plan import read_plan
-    from memfit.report.terminal import render_plan, render_report
+    from memfit.report.terminal import onnx_lines, render_plan, render_report
     from memfit.source.source import open_source
 
     task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens)
@@ -222,9 +226,9 @@ def fit(
         cut = memfit.Text.from_file(text, **shape)
     elif model is None:
         cut = memfit.Text.of_demo(**shape)
-    if form != COMPRESSED_TENSORS:
-        how = {"text": cut, "overwrite": overwrite, "threads": threads}
-        _export(context, source, form, out, as_json=as_json, quiet=quiet, **how)
+    if form not in (COMPRESSED_TENSORS, ONNX):
+        plainly: dict[str, Any] = {"text": cut, "overwrite": overwrite, "threads": threads}
+        _export(context, source, form, out, as_json=as_json, quiet=quiet, **plainly)
         return
     given = None
     if plan_file is not None:
@@ -235,7 +239,12 @@ def fit(
         budget = budget if said(context, "budget") else "100%"
         kv_bits = kv_bits if said(context, "kv_bits") else "16"
         _require_one_setting(bits if said(context, "bits") else "", groups, kv_bits)
+    if form == ONNX:
+        # What ONNX Runtime has; another width that is asked for is refused by name.
+        bits, kv_bits = bits if said(context, "bits") else "8,4,2", kv_bits if said(context, "kv_bits") else "16"
     allowed = _allowed(bits, groups, kv_bits, keep, asymmetric, uniform=uniform)
+    if form == ONNX:
+        require_widths(allowed, given)
     if dry_run:
         progress = progress_to(quiet)
         made = memfit.plan(
@@ -246,32 +255,31 @@ def fit(
         else:
             show(render_plan(made.to_json()))
         return
-    out = out or default_output(open_source(source))
+    how: dict[str, Any] = {
+        "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "enforce": enforce,
+        "algorithm": None if algorithm is None else algorithm.value, "overwrite": overwrite, "max_kl": max_kl,
+        "threads": threads, "progress": progress_to(quiet),
+    }  # fmt: skip
+    lines: list[str] = []
     try:
-        report = memfit.fit(
-            source,
-            budget,
-            out,
-            task=task,
-            text=cut,
-            allowed=allowed,
-            given=given,
-            uniform=uniform,
-            algorithm=None if algorithm is None else algorithm.value,
-            enforce=enforce,
-            overwrite=overwrite,
-            max_kl=max_kl,
-            threads=threads,
-            progress=progress_to(quiet),
-        )
+        if form == ONNX:
+            exported = export_onnx(source, budget, out, **how)
+            out, report, told = Path(exported.out), exported.report, exported.to_json()
+            lines = [f"{name}  {value}" for name, value in onnx_lines(told["onnx"])]
+        else:
+            out = out or default_output(open_source(source))
+            report = memfit.fit(source, budget, out, **how)
+            told = report.to_json()
     except (OverBudget, QualityMissed) as error:
         if isinstance(error.report, memfit.Report) and not as_json:
             show(render_report(error.report))
         raise
     if as_json:
-        print_json(report.to_json())
+        print_json(told)
         return
     show(render_report(report))
+    for line in lines:
+        show(line)
     show(f"\nWritten to {out}. The same as a page: {out / 'report.html'}")
 
 

@@ -131,6 +131,21 @@ def render_export(made: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def onnx_lines(made: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and figure of what came of an ONNX file: its JSON."""
+    operators = ", ".join(f"{name} ({count})" for name, count in made["operators"].items())
+    told, measured = made["predicted"]["peak_nbytes"], made["measured"]["peak_nbytes"]
+    speed = f"{made['prompt_tokens_per_s']:.1f} tokens/s of the prompt"
+    if made["decode_tokens_per_s"] is not None:
+        speed += f", {made['decode_tokens_per_s']:.1f} tokens/s of new ones"
+    return [
+        ("ONNX files", f"{format_size(made['nbytes'])}: {operators}"),
+        ("peak of writing their weights", f"{format_size(told)} predicted, {format_size(measured)} measured"),
+        ("largest difference from memfit's float32", f"{made['difference']:.1e}"),
+        ("in ONNX Runtime", f"{format_size(made['resident_nbytes'])} resident, {speed}"),
+    ]
+
+
 def quality_lines(quality: Quality) -> list[tuple[str, str]]:
     """Name and figure of all that is known."""
     lines = []
