@@ -181,6 +181,8 @@ def _choice(check: "_Check", n: int, data: Any) -> GroupChoice:
 
 
 def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
+    if isinstance(data, Mapping):  # plans of earlier versions do not say what may be left out
+        data = {"activations": 16} | dict(data)
     check.keys(data, {field.name for field in fields(Scheme)}, where)
     group = None if data["group"] is None else check.integer(data, "group", where)
     if not isinstance(data["symmetric"], bool):
@@ -189,7 +191,8 @@ def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
     if bits not in BITS:
         raise check.broken(f"{where}.bits", f"is {bits}; {', '.join(map(str, BITS))} are known, null keeps 16")
     try:
-        return Scheme(bits=bits, group=group, symmetric=data["symmetric"])
+        activations = check.integer(data, "activations", where)
+        return Scheme(bits=bits, group=group, symmetric=data["symmetric"], activations=activations)
     except ValueError as error:
         raise check.broken(where, str(error)) from error
 
