@@ -202,16 +202,12 @@ def _ask_product(shape: _Product) -> int:
 
 
 def ask_integer_product(left: Tensor, out: Tensor) -> int:
-    """Scratch of unsigned activations [M, K] times a weight in oneDNN's order, [M, N]; smaller ones tell of larger."""
-    rows, inner, columns = left.shape[0], _remainder_kept(left.shape[1], 4096), _remainder_kept(out.shape[1], 1024)
-    if rows * inner * columns > _MOST_PRODUCTS:
-        rows = _remainder_kept(rows, 1024)
-    few = _ask_integer_product(rows, inner, columns, out.dtype, torch.get_num_threads())
-    if rows == left.shape[0]:
-        return few
-    # What grows with the rows are the sums of each: by the row.
-    more = _ask_integer_product(rows + 1024, inner, columns, out.dtype, torch.get_num_threads())
-    return few + (left.shape[0] - rows) * (more - few) // 1024
+    """Scratch of unsigned activations [M, K] times a weight in oneDNN's order, [M, N]; of fewer outputs where it can be.
+
+    M matters to the last row. It is small: activations are rounded some MiB at a time.
+    """
+    inner, columns = _remainder_kept(left.shape[1], 4096), _remainder_kept(out.shape[1], 1024)
+    return _ask_integer_product(left.shape[0], inner, columns, out.dtype, torch.get_num_threads())
 
 
 @cache
