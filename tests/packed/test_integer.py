@@ -118,7 +118,7 @@ def test_a_layer_adds_its_bias_after_the_token_s_scale():
     bias = model["it"].bias.data.clone()
     pack_module_skeleton(model, {"it": A8})
     assert isinstance(model["it"], PackedLinear)
-    store, q, scale = made(32, 64, kernel=choose_kernel(A8, (32, 64)))
+    _, q, scale = made(32, 64, kernel=choose_kernel(A8, (32, 64)))
     model["it"].store.fill(q, scale)
     x = torch.randn(2, 3, 64)
     expected = reference(x.view(-1, 64), q, scale) + bias.double()
@@ -126,9 +126,10 @@ def test_a_layer_adds_its_bias_after_the_token_s_scale():
 
 
 def test_what_has_no_product_of_integers_is_refused_with_the_reason():
-    for setting in ({"bits": 4, "group": None}, {"bits": 8, "group": 128}, {"bits": 8, "group": None, "symmetric": False}):
-        with pytest.raises(ValueError, match=r"activations of 8 bits go with symmetric weights of 8 bits.*not with int"):
-            Scheme(**setting, activations=8)
+    row = {"bits": 8, "group": None}
+    for other in ({"bits": 4}, {"group": 128}, {"symmetric": False}):
+        with pytest.raises(ValueError, match=r"go with symmetric weights of 8 bits and one scale a row, not with int"):
+            Scheme(**(row | other), activations=8)
     with pytest.raises(ValueError, match="16 or 8, got 4"):
         Scheme(bits=8, group=None, activations=4)
     assert A8.name == "int8 row a8" and Scheme(**A8.to_json()) == A8

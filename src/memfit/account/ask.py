@@ -202,7 +202,7 @@ def _ask_product(shape: _Product) -> int:
 
 
 def ask_integer_product(left: Tensor, out: Tensor) -> int:
-    """Scratch of unsigned activations [M, K] times a weight in oneDNN's order, [M, N]; of fewer outputs where it can be.
+    """Scratch of unsigned activations [M, K] times a weight in oneDNN's order, [M, N]; asked of fewer outputs.
 
     M matters to the last row. It is small: activations are rounded some MiB at a time.
     """

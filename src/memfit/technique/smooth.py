@@ -264,7 +264,7 @@ class Reader:
 def choose(squares: Tensor, largest: Tensor, readers: Sequence[Reader]) -> tuple[Tensor, Tensor]:
     """(f [K], α): of all shares the one whose rounding costs least, none among them.
 
-    Σ_layers Σ_o G_o Σ_k [ (H_k / f_k²) (ŵ − f w)²_ok + (f w)²_ok e ], e the noise of the activations (`activation_noise`).
+    Σ_layers Σ_o G_o Σ_k [ (H_k / f_k²) (ŵ − f w)²_ok + (f w)²_ok e ], e of `activation_noise`.
     """
     best = torch.ones_like(squares, dtype=torch.float32)
     least = torch.full((), torch.inf)
