@@ -51,8 +51,11 @@ def find_feeds(model: nn.Module, run: Callable[[], Any]) -> tuple[Feed, ...]:
         run: calls it; its result counts as read by someone.
     """
     inside = {name for name, _ in stacked_blocks(model)}
-    below = lambda name: any(name.startswith(f"{block}.") for block in inside)  # noqa: E731
-    named = {name: module for name, module in model.named_modules() if below(name)}
+    named = {
+        name: module
+        for name, module in model.named_modules()
+        if any(name.startswith(f"{block}.") for block in inside)
+    }
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -75,7 +78,7 @@ def find_feeds(model: nn.Module, run: Callable[[], Any]) -> tuple[Feed, ...]:
         and users[id(module.weight)] == 1
     }
     readers = _Readers({name: named[name] for name in norms}, linears)
-    with readers.hooked(), readers:
+    with readers.hooked(), readers:  # type: ignore[no-untyped-call]
         out = run()
         readers.leaves(tree_leaves(out))
     return tuple(
@@ -114,9 +117,9 @@ def gain_offset(module: nn.Module) -> float | None:
         x = draw(5, width)
 
         def call(weight: Tensor, bias: Tensor | None) -> Tensor:
-            probe.weight.data.copy_(weight)  # type: ignore[union-attr, operator]
+            probe.weight.data.copy_(weight)  # type: ignore[operator]
             if bias is not None:
-                probe.bias.data.copy_(bias)  # type: ignore[union-attr, operator]
+                probe.bias.data.copy_(bias)  # type: ignore[operator]
             return probe(x)  # type: ignore[no-any-return]
 
         zeros = torch.zeros(width, dtype=torch.float64)
