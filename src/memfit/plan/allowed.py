@@ -32,6 +32,12 @@ class Allowed:
     def __post_init__(self) -> None:
         if self.activations not in (16, 8):
             raise UsageError(f"activations have 16 or 8 bits, got {self.activations}.")
+        sizes = (None,) if self.groups is None else self.groups.get(8, (None,))
+        if self.activations == 8 and None not in sizes:
+            raise UsageError(
+                f"activations of 8 bits go with weights of one scale a row, and what is allowed is groups of "
+                f"{sizes[0]}. Leave --group out, or --activations 8."
+            )
         if self.activations == 8 and (8 not in self.bits or not self.symmetric):
             what = "symmetric weights of 8 bits"
             given = f"{', '.join(map(str, self.bits)) or 'no'} bits" + ("" if self.symmetric else ", asymmetric")
