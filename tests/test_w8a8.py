@@ -25,7 +25,7 @@ from memfit.packed.integer import IntegerWeight
 from memfit.packed.modules import packed_modules
 from memfit.packed.scheme import Scheme
 from memfit.plan.plan import dumps, loads
-from memfit.planning import plan_files, uniform_plan
+from memfit.planning import account_of, make_plan, plan_files, uniform_plan
 from memfit.report.terminal import render_plan
 from memfit.source.load import load
 from memfit.source.source import open_source, source_from_config
@@ -44,15 +44,15 @@ SIZES = {
 STOCK = textwrap.dedent("""
     import sys, torch
     from transformers import AutoModelForCausalLM
-    model, told = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True, dtype="auto")
-    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"], told
-    scheme = model.model.layers[0].mlp.down_proj.quantization_scheme
-    assert scheme.input_activations.dynamic and scheme.input_activations.num_bits == 8, scheme
-    with torch.no_grad():
-        model(input_ids=torch.load(sys.argv[2]), use_cache=False)  # what is packed is unpacked at the first call
-        for dtype in (torch.bfloat16, torch.float32):
-            logits = model.eval().to(dtype)(input_ids=torch.load(sys.argv[2]), use_cache=False).logits
-            torch.save(logits, f"{sys.argv[3]}/{dtype}.pt")
+    path, place = sys.argv[1:]
+    ids = torch.load(f"{place}/ids.pt")
+    for dtype in (torch.bfloat16, torch.float32):
+        model, told = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype=dtype)
+        assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"], told
+        scheme = model.model.layers[0].mlp.down_proj.quantization_scheme
+        assert scheme.input_activations.dynamic and scheme.input_activations.num_bits == 8, scheme
+        with torch.no_grad():
+            torch.save(model.eval()(input_ids=ids, use_cache=False).logits, f"{place}/{dtype}.pt")
     assert "memfit" not in sys.modules
 """)
 
@@ -79,12 +79,13 @@ def found(model: Path, allowed: memfit.Allowed) -> Calibrated:
 
 @pytest.fixture(scope="module")
 def written(model: Path, tmp_path_factory: Any) -> dict[bool, Path]:
-    """By whether it was smoothed: the fitted model."""
+    """By whether it was smoothed: the fitted model. The smoothed one's table stays as it is, so it runs in float32."""
     source, paths = open_source(model), {}
     for smooth in (True, False):
-        calibrated = found(model, replace(ALLOWED, smooth=smooth))
+        allowed = replace(ALLOWED, smooth=smooth, keep=("embeddings",) if smooth else ())
+        calibrated = found(model, allowed)
         assert bool(calibrated.smoothing.alphas) == smooth
-        plan = uniform_plan(Study(source, TASK, ALLOWED), 10**9)
+        plan = uniform_plan(Study(source, TASK, allowed), 10**9)
         paths[smooth] = tmp_path_factory.mktemp("fitted")
         read = calibrated.smoothing.of_source(source)
         compress(read, plan, calibrated.statistics, paths[smooth], watch=Unwatched())
@@ -102,7 +103,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def test_files_run_on_integers_and_smoothing_brings_them_nearer(model: Path, written: dict[bool, Path]) -> None:
-    stores = {name: module.store for name, module in packed_modules(memfit.load(written[True])).items()}
+    stores = {name: module.store for name, module in packed_modules(memfit.load(written[False])).items()}
     linear = {name for name, store in stores.items() if isinstance(store, IntegerWeight)}
     assert linear == {name for name in stores if ".layers." in name} and len(linear) == 14
     assert stores["lm_head"] is stores["model.embed_tokens"] and stores["lm_head"].scheme == ROW
@@ -113,27 +114,30 @@ def test_files_run_on_integers_and_smoothing_brings_them_nearer(model: Path, wri
 
 def test_stock_transformers_gives_the_same_logits(written: dict[bool, Path], tmp_path: Path) -> None:
     config = json.loads((written[True] / "config.json").read_text())["quantization_config"]
-    (group,) = (group for group in config["config_groups"].values() if group["input_activations"])
+    (group,) = config["config_groups"].values()
     assert group["format"] == "int-quantized" and group["weights"]["strategy"] == "channel"
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     assert activations.items() <= group["input_activations"].items()
     torch.save(IDS, tmp_path / "ids.pt")
-    words = [sys.executable, "-c", STOCK, str(written[True]), str(tmp_path / "ids.pt"), str(tmp_path)]
+    words = [sys.executable, "-c", STOCK, str(written[True]), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     stock = {dtype: torch.load(tmp_path / f"{dtype}.pt").double() for dtype in (torch.bfloat16, torch.float32)}
-    # The same function: without bf16's rounding between layers, the same integers from the first layer to the last.
-    assert distance(logits(written[True], torch.float32), stock[torch.float32]) < 1e-3
-    # With it, a last bit that falls otherwise moves what is near a half to another integer: no nearer than to float32.
-    apart = distance(logits(written[True]), stock[torch.bfloat16])
-    assert apart < 1.5 * distance(stock[torch.bfloat16], stock[torch.float32])
+    # The same function: without bf16's rounding between layers nearly every token has the same integers throughout.
+    mine = logits(written[True], torch.float32)
+    apart = (mine - stock[torch.float32]).norm(dim=-1) / stock[torch.float32].norm(dim=-1)
+    assert apart.median() < 1e-4 and distance(mine, stock[torch.float32]) < 2e-2
+    # With it, a last bit that falls otherwise moves what is near a half to another integer: about as far as each of
+    # the two is from float32.
+    rounded = stock[torch.bfloat16]
+    assert distance(logits(written[True]), rounded) < 1.5 * distance(rounded, stock[torch.float32]) < 0.1
 
 
 def test_the_account_of_the_files_is_exact(model: Path, written: dict[bool, Path]) -> None:
-    predicted = memfit.account(written[True], TASK)
+    predicted = memfit.account(written[False], TASK)
     meter = Meter()
     with meter.phase("load"):
-        loaded = memfit.load(written[True])
+        loaded = memfit.load(written[False])
     TASK.run(loaded, meter)
     measured = {phase.name: phase.peak_nbytes for phase in meter.account().phases}
     assert {phase.name: phase.peak_nbytes for phase in predicted.phases} == measured
@@ -193,7 +197,8 @@ def test_a_plan_says_what_is_in_8_bits_and_old_plans_are_read(model: Path) -> No
 
 def test_the_search_takes_it_where_it_is_allowed(model: Path) -> None:
     allowed = memfit.Allowed(bits=(8, 4), groups={8: (None,), 4: (64,)}, kv_bits=(16,), activations=8)
-    made = memfit.plan(model, "70%", task=TASK, allowed=allowed)
+    source = open_source(model)
+    made = make_plan(Study(source, TASK, allowed), account_of(source, TASK).peak_nbytes * 7 // 10)
     schemes = set(made.schemes().values())
     assert A8 in schemes and not any(s.bits == 8 and ".layers." in n and s != A8 for n, s in made.schemes().items())
     assert made.predicted is not None and made.predicted["peak_nbytes"] <= made.budget_nbytes
@@ -219,9 +224,9 @@ def test_what_cannot_be_is_refused_with_the_next_move(written: dict[bool, Path],
         memfit.Allowed(bits=(8,), groups={8: (128,)}, activations=8)
     with pytest.raises(memfit.UsageError, match="16 or 8 bits, got 4"):
         memfit.Allowed(activations=4)
-    config = json.loads((written[True] / "config.json").read_text())
+    config = json.loads((written[False] / "config.json").read_text())
     told = config["quantization_config"]["config_groups"]["group_1"]["input_activations"]
-    save_file(load_file(next(written[True].glob("*.safetensors"))), tmp_path / "model.safetensors")
+    save_file(load_file(next(written[False].glob("*.safetensors"))), tmp_path / "model.safetensors")
     for key, value in (("dynamic", False), ("num_bits", 4), ("strategy", "tensor"), ("symmetric", False)):
         old, told[key] = told[key], value
         (tmp_path / "config.json").write_text(json.dumps(config))
