@@ -1,6 +1,7 @@
 """W8A8 beside W8A16 and bf16: what activations in 8 bits cost, with smoothing and without, and what they save.
 
-    python bench/w8a8.py --text FILE [--only demo] [--rounds 7] [--threads 1] [--output bench/results/w8a8.json]
+    python bench/w8a8.py --text FILE [--rounds 7] [--threads 1] [--output bench/results/w8a8.json]
+    python bench/w8a8.py --only demo      # what was found of the other model stays in the file
 
 The demo model on its own text, and Gemma 3 270M on FILE: calibrated on its first half, KL divergence on its second.
 Every linear layer and table in 8 bits, one scale a row, scales searched; the tables' activations stay in 16 bits.
@@ -9,6 +10,7 @@ Medians, and ratios of medians. Bytes are predicted, and measured in a process o
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 
 import memfit
-from _common import verdict, write_result
+from _common import RESULTS, verdict, write_result
 from memfit import demo
 from memfit.account.watch import Unwatched
 from memfit.calibrate.collect import collect
@@ -130,6 +132,9 @@ def main() -> None:
     models: dict[str, tuple[Path, memfit.Text]] = {}
     task = memfit.Infer(prompt=512, new_tokens=32)
     results: dict[str, Any] = {}
+    output = options.output or RESULTS / "w8a8.json"
+    if options.only and output.exists():
+        results = json.loads(output.read_text(encoding="utf-8"))["models"]
     with tempfile.TemporaryDirectory(prefix="memfit-bench-") as directory:
         work = Path(directory)
         if options.only in (None, "demo"):
@@ -159,7 +164,7 @@ def main() -> None:
             told = f"{ratio:.2f} of the faster of bf16 and W8A16"
             criteria.append(verdict(f"{name}: {what} faster than both", ratio > 1, told))
     result = {"threads": options.threads, "task": task.to_json(), "criteria": criteria, "models": results}
-    print(write_result("w8a8", result, output=options.output))
+    print(write_result("w8a8", result, output=output))
 
 
 if __name__ == "__main__":

@@ -190,9 +190,8 @@ def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Infinity or NaN among a token's entries is in its scale, and so in all of its outputs.
     """
-    scale = x.abs().amax(-1, keepdim=True).div_(127.5)
-    eps = torch.finfo(x.dtype).eps
-    scale.masked_fill_(scale == 0, eps)
+    # A token of zeros has any scale, but 0.
+    scale = x.abs().amax(-1, keepdim=True).div_(127.5).clamp_min_(torch.finfo(x.dtype).tiny)
     quotient = (x / scale).clamp_(-128, 127).round_()
     q = quotient.to(torch.int8)
     del quotient

@@ -78,7 +78,7 @@ def find_feeds(model: nn.Module, run: Callable[[], Any]) -> tuple[Feed, ...]:
         and users[id(module.weight)] == 1
     }
     readers = _Readers({name: named[name] for name in norms}, linears)
-    with readers.hooked(), readers:  # type: ignore[no-untyped-call]
+    with readers.hooked(), readers:
         out = run()
         readers.leaves(tree_leaves(out))
     return tuple(
