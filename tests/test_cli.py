@@ -46,7 +46,8 @@ def memfit(monkeypatch, capsys, tmp_path):
     ("command", "options"),
     [
         ("account", ["--batch", "--prompt", "--new-tokens", "--kv-bits", "--device", "--routing", "--json"]),
-        ("plan", ["--budget", "--text", "--bits", "--groups", "--kv-bits", "--keep", "--asymmetric", "--output"]),
+        ("plan", ["--budget", "--text", "--bits", "--groups", "--kv-bits", "--keep", "--asymmetric", "--output",
+                  "--activations", "--smooth"]),
         ("fit", ["--budget", "--out", "--plan", "--enforce", "--max-kl", "--overwrite", "--dry-run", "--quiet"]),
         ("eval", ["--reference", "--text", "--threads", "--json", "--quiet"]),
         ("report", ["--json"]),
@@ -62,6 +63,28 @@ def test_help_tells_commands_sizes_and_exit_codes(memfit):
     code, out, _ = memfit("--help")
     assert code == 0
     assert all(word in out for word in ("account", "plan", "fit", "eval", "report", "400MiB", "50%", "75"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--bits", "4", "--activations", "8"), "allowed is 4 bits. Allow 8 bits (--bits 8)"),
+        (("--bits", "8", "--group", "128", "--activations", "8"), "groups of 128. Leave --group out"),
+        (("--bits", "8", "--no-smooth"), "add --activations 8"),
+        (("--bits", "8", "--activations", "7"), "16 or 8 bits, got 7"),
+    ],
+)
+def test_activations_go_with_8_bits_alone(memfit, model, words, told):
+    code, out, err = memfit("fit", model, "--technique", "quantize", *words, *SMALL, "--dry-run", "-q")
+    assert code == 2 and not out and told in err
+
+
+def test_a_plain_setting_with_activations_is_planned(memfit, model):
+    words = ("--technique", "quantize", "--bits", "8", "--activations", "8", "--dry-run", "--json", "-q")
+    code, out, _ = memfit("fit", model, *words, *SMALL)
+    schemes = {choice["name"]: choice["scheme"] for choice in json.loads(out)["choices"]}
+    assert code == 0 and schemes["model.layers.0.mlp.down_proj"]["activations"] == 8
+    assert "activations" not in schemes["model.embed_tokens"]
 
 
 def test_account_prints_one_object(memfit, model):

@@ -4,7 +4,7 @@ Neither holds more of the model than a block, or a weight as packed and some row
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from memfit.plan.plan import Plan, PricedBy
 from memfit.plan.price import Prices, importance_of, prices
 from memfit.source.source import Source
 from memfit.technique.quantize import Quantized, quantize
+from memfit.technique.smoothing import Smoothing, find_smoothing
 
 KV_WINDOWS: Final = 2
 """Windows that a KV cache is priced on: every position of them is compared, none is sampled."""
@@ -45,6 +46,8 @@ class Calibrated:
     """Of every scheme for every group, nats a token."""
     kv_prices: dict[int, float]
     """By bits of the KV cache, nats a token; empty without a text or a cache."""
+    smoothing: Smoothing = field(default_factory=Smoothing)
+    """Of the model that `statistics` and `prices` are of, and that is to be compressed."""
 
 
 def calibrate(
@@ -66,6 +69,13 @@ def calibrate(
             narrow = [bits for bits in allowed.kv_bits if bits != 16]
             kv_prices = cache_losses(source, windows_WT[:KV_WINDOWS], narrow)
     schemes = {group.name: allowed.schemes(group) for group in groups}
+    smoothing = Smoothing()
+    if statistics is not None and allowed.smooth:
+        integers = {group for group in groups if any(scheme.activations == 8 for scheme in schemes[group.name])}
+        members = frozenset(member for group in integers for member in group.members)
+        if members:
+            smoothing = find_smoothing(source, statistics, members, watch=watch)
+            source, statistics = smoothing.of_source(source), smoothing.of_statistics(statistics)
     # One of each kind is enough to know what pricing takes.
     priced = {group.shapes: group for group in groups}.values() if dry else groups
     pairs = _complete(groups, statistics)
@@ -79,7 +89,7 @@ def calibrate(
                 lambda name: source.read_parameter(name, dtype=torch.bfloat16),
                 pairs,
             )
-    return Calibrated(statistics=statistics, prices=found, kv_prices=kv_prices)
+    return Calibrated(statistics=statistics, prices=found, kv_prices=kv_prices, smoothing=smoothing)
 
 
 def priced_by(source: Source, statistics: Statistics | None) -> PricedBy:

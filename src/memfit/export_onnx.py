@@ -181,13 +181,19 @@ def _written(
     return export
 
 
-def require_widths(allowed: Allowed, given: Plan | None) -> None:
+def require_widths(allowed: Allowed | None, given: Plan | None) -> None:
     """Raise UsageError where something may be chosen, or was, that a file cannot hold."""
+    allowed = allowed or Allowed(bits=ONNX_BITS, kv_bits=(16,))
     if others := [bits for bits in allowed.bits if bits < 16 and bits not in ONNX_BITS]:
         known = ",".join(map(str, ONNX_BITS))
         raise UsageError(
             f"weights of {others[0]} bits cannot be in an ONNX file: ONNX Runtime multiplies integers of {known} bits. "
             f"Choose among these (--bits {known})."
+        )
+    if allowed.activations != 16:
+        raise UsageError(
+            f"activations of {allowed.activations} bits cannot be in an ONNX file: its products are of floats. Leave out "
+            "--activations."
         )
     narrow = [bits for bits in (*allowed.kv_bits, *([given.kv_bits] if given else [])) if bits != 16]
     if narrow:

@@ -152,7 +152,7 @@ def plan_to_run(
     source = open_source(model)
     check(source)
     if given is not None:
-        study = Study(source, _task_of(given), allowed or Allowed(), device=device)
+        study = Study(source, _task_of(given), allowed or _allowed_by(given), device=device)
         return _adopted(study, given)
     share = isinstance(budget, str) and budget.strip().endswith("%")
     whole = account_of(source, task, device=device).peak_nbytes if share else None
@@ -223,7 +223,7 @@ def fit(
     with _threads(threads):
         original = account_of(source, task)
         nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
-        study = Study(source, task, allowed or Allowed())
+        study = Study(source, task, allowed or _allowed_by(given))
         if given is not None:
             given = _adopted(study, given)
         elif uniform:
@@ -245,7 +245,7 @@ def fit(
             chosen = _planned(study, nbytes, calibrated)
         else:
             chosen = study.adopt(given, _prices(calibrated), _kv_prices(calibrated))
-            chosen = replace(chosen, predicted=given.predicted)
+            chosen = replace(chosen, predicted=given.predicted, smoothed=_smoothed(calibrated))
         predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
         predicted_fit = predict_fit(source, chosen, job, algorithm=algorithm)
@@ -416,13 +416,25 @@ def _prices(answer: dict[str, Any]) -> Prices:
 def _planned(study: Study, nbytes: int, answer: dict[str, Any]) -> Plan:
     """The plan by what calibration answered; without an answer, by shapes alone."""
     prices = _prices(answer)
-    return make_plan(
+    made = make_plan(
         study,
         nbytes,
         prices=prices or None,
         kv_prices=_kv_prices(answer),
         priced_by=answer.get("priced_by", "weights"),
     )
+    return replace(made, smoothed=_smoothed(answer))
+
+
+def _smoothed(answer: dict[str, Any]) -> tuple[str, ...]:
+    """The norms that calibration found better smoothed."""
+    return tuple(norm for norm, alpha in answer.get("smoothed", {}).items() if alpha > 0)
+
+
+def _allowed_by(given: Plan | None) -> Allowed:
+    """What a given plan takes for granted."""
+    rounded = given is not None and any(scheme.activations == 8 for scheme in given.schemes().values())
+    return Allowed(activations=8, smooth=bool(given.smoothed)) if given and rounded else Allowed()
 
 
 __all__ = ["Text", "account", "evaluate", "fit", "load", "measure", "plan"]

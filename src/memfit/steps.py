@@ -87,6 +87,7 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
             None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
         )
         found = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
+        source = found.smoothing.of_source(source)
         integers = None
         if algorithm == "gptq" and ids is not None:
             integers = Integers(None)

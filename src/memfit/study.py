@@ -169,10 +169,10 @@ class Study:
         }
 
         def read(name: str, start: int | None = None, stop: int | None = None) -> Tensor:
-            spec = specs[name]
+            spec = specs[name] if name in specs else specs[name.replace(".weight_packed", ".weight")]
             rows = spec.shape[0] if start is None or stop is None else stop - start
-            if table and name.endswith("weight_packed"):
-                values = spec.shape[-1] * 32 // scheme.bits
+            if name.endswith("weight_packed") and (table or scheme.activations == 8):
+                values = spec.shape[-1] * 32 // scheme.bits if table else spec.shape[-1]
                 return pack_values(torch.empty((rows, values), dtype=torch.int8), scheme.bits)
             return torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype)
 

@@ -32,6 +32,8 @@ QUIET: Final = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _ANSWER = "memfit-answer:"
+SMOOTHING: Final = "smoothing.safetensors"
+"""In the work directory: how the model's norms were smoothed."""
 RUNTIME_NBYTES: Final = 48 << 20
 """What the runtime may take beside the allocator under a hard limit: buffers of threads, holes in the heap."""
 KERNEL_NBYTES: Final = 1 << 20
@@ -211,11 +213,13 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     account = _account(meter)
     if found.statistics is not None:
         found.statistics.save(Path(job["work"]) / "statistics.safetensors")
+        found.smoothing.save(Path(job["work"]) / SMOOTHING)
     answer: dict[str, Any] = {
         "account": account,
         "prices": [[name, scheme.to_json(), price] for (name, scheme), price in found.prices.items()],
         "kv_prices": list(found.kv_prices.items()),
         "priced_by": priced_by(source, found.statistics),
+        "smoothed": found.smoothing.told(),
     }
     del found
     return answer | (_reference(job) if job["reference"] else {})
@@ -252,6 +256,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     integers, meter = Integers(Path(job["integers"])), Meter()
     reset_resident_peak()
     with meter.phase("compensate"):
+        source = _smoothed(source, work)
         statistics = Statistics.read(work / "statistics.safetensors")
         windows = _windows(job)["calibration"]
     choose_integers(source, plan, statistics, windows, integers, batch=job["batch"], watch=meter)
@@ -334,6 +339,7 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
     reset_resident_peak()
     statistics = None
     with meter.phase("compress"):
+        source = _smoothed(source, work)
         if file.exists():
             statistics = Statistics.read(file)
     integers = Integers(Path(job["integers"])) if job.get("integers") else None
@@ -386,6 +392,14 @@ def _kernel_nbytes(job: dict[str, Any]) -> dict[str, Any]:
             before = resident_nbytes()["now"]
         torch.mm(left[:rows], right)
     return {"nbytes": max(0, resident_nbytes()["now"] - before) // shapes}
+
+
+def _smoothed(source: Any, work: Path) -> Any:
+    """The source as calibration has smoothed it: what there is of statistics is of that."""
+    from memfit.technique.smoothing import Smoothing
+
+    file = work / SMOOTHING
+    return Smoothing.read(file).of_source(source) if file.exists() else source
 
 
 def _windows(job: dict[str, Any]) -> Any:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.packed.qlinear import prepack, qlinear
+
 from .meter import allocations
 
 _MOST_PRODUCTS: Final = 1 << 32
@@ -218,6 +220,23 @@ def _ask_product(shape: _Product) -> int:
         left = matrix(shape.rows, shape.inner, shape.by_columns[0])
         right = matrix(shape.inner, shape.columns, shape.by_columns[1])
     return ask(lambda: torch.matmul(left, right))
+
+
+def ask_integer_product(left: Tensor, out: Tensor) -> int:
+    """Scratch of unsigned activations [M, K] times a weight in oneDNN's order, [M, N]; asked of fewer outputs.
+
+    M matters to the last row. It is small: activations are rounded some MiB at a time.
+    """
+    inner, columns = _remainder_kept(left.shape[1], 4096), _remainder_kept(out.shape[1], 1024)
+    return _ask_integer_product(left.shape[0], inner, columns, out.dtype, torch.get_num_threads())
+
+
+@cache
+def _ask_integer_product(rows: int, inner: int, columns: int, dtype: torch.dtype, threads: int) -> int:
+    with _disable_current_modes():
+        u = torch.empty((rows, inner), dtype=torch.uint8)
+        packed, scale = prepack(torch.empty((columns, inner), dtype=torch.int8)), torch.ones(columns)
+    return ask(lambda: qlinear(u, packed, scale, (columns, inner), dtype))
 
 
 def ask_attention(args: tuple[Any, ...]) -> int:

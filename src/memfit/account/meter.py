@@ -3,7 +3,8 @@
 import ctypes
 import gc
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +56,20 @@ class Meter:
         self._note(name)
 
     def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
         dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_mkldnn:  # opaque: it has bytes, and no storage that could be asked for them
+            own = weakref.ref(tensor)
+            address, nbytes = torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
+            self._held[address] = _Held(kind, module, dtype, nbytes, lambda: own() is None)
+            return
+        storage = tensor.untyped_storage()
         weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self._held[storage.data_ptr()] = _Held(
-            kind=kind, module=module, dtype=dtype, nbytes=storage.nbytes(), storage=weak
-        )
+        self._held[storage.data_ptr()] = _Held(kind, module, dtype, storage.nbytes(), weak.expired)
 
     def _note(self, phase: str) -> None:
         """Write down what of the named storages is still there at a phase's end."""
         for address, held in list(self._held.items()):
-            if held.storage.expired():  # type: ignore[no-untyped-call]
+            if held.expired():
                 del self._held[address]
         alive: dict[str, int] = {}
         now: dict[tuple[Kind, str, str], int] = {}
@@ -94,7 +98,7 @@ class Meter:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Held:
     """A storage that someone said the purpose of."""
 
@@ -102,7 +106,7 @@ class _Held:
     module: str
     dtype: str
     nbytes: int
-    storage: StorageWeakRef
+    expired: Callable[[], bool]
 
 
 def _with_rest(held: dict[str, int], peak: int) -> dict[str, int]:

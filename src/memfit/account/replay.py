@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from memfit.packed.fake import repeating
+from memfit.packed.integer import IntegerWeight
 from memfit.packed.store import PackedWeight
 
 from .fakes import make_fake, view_fake
@@ -144,35 +145,47 @@ class Blocks:
 
             return times
 
+        times_tokens = IntegerWeight._times_tokens
+
+        def integers(store: IntegerWeight, x: Tensor) -> Any:
+            weight = ("integers", store.scheme, store.kernel, store.shape)
+            described = self._describe((weight, self.follow.device), None, (x,), {})
+            return self._once(self._products, described, self.follow.path[-1], partial(times_tokens, store, x))
+
         for name in plain:
             setattr(PackedWeight, name, replayed(name))
+        IntegerWeight._times_tokens = integers  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             for name, method in plain.items():
                 setattr(PackedWeight, name, method)
+            IntegerWeight._times_tokens = times_tokens  # type: ignore[method-assign]
 
     @contextmanager
     def on_loading(self) -> Iterator[None]:
         """Packed weights of one scheme and shape are loaded, or packed, alike: the first is traced, the others
         replayed."""
-        plain = PackedWeight.load_from
+        kinds = (PackedWeight, IntegerWeight)
+        plain: dict[type, Any] = {kind: kind.load_from for kind in kinds}
 
-        def load_from(store: PackedWeight, read: Any, prefix: str, **options: Any) -> None:
+        def load_from(store: PackedWeight | IntegerWeight, read: Any, prefix: str, **options: Any) -> None:
             key = ("load", store.scheme, store.shape, store.kernel, prefix.rpartition(".")[2])
 
             def call() -> dict[str, Any]:
-                plain(store, read, prefix, **options)
+                plain[type(store)](store, read, prefix, **options)
                 return dict(store._buffers)
 
             store._buffers.update(self._once(self._known, (key, {}, []), prefix, call))
 
-        PackedWeight.load_from = load_from  # type: ignore[method-assign, assignment]
+        for kind in kinds:
+            kind.load_from = load_from  # type: ignore[method-assign, assignment]
         try:
             with repeating(self._repeat):
                 yield
         finally:
-            PackedWeight.load_from = plain  # type: ignore[method-assign]
+            for kind in kinds:
+                kind.load_from = plain[kind]  # type: ignore[method-assign]
 
     def _wrap(self, name: str, block: nn.Module, structure: Any, forward: Any) -> Any:
         own_layer = layer_number(block)

@@ -20,6 +20,7 @@ from .ask import (
     ask_attention_backward,
     ask_call,
     ask_eigenvectors,
+    ask_integer_product,
     ask_product,
     ask_recurrent,
     ask_recurrent_unwritten,
@@ -29,6 +30,7 @@ _HALVES: Final = (torch.bfloat16, torch.float16)
 Scratch = tuple[list[int], list[int]]
 NONE: Final[Scratch] = ([], [])
 aten = torch.ops.aten
+_INTEGERS: Final = torch.ops.onednn.qlinear_pointwise
 _PRODUCTS: Final = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm})
 
 
@@ -52,6 +54,8 @@ def kernel_of(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if right.dim() == 3:
             return ("grouped", left.shape[0], left.shape[1], right.shape[2], right.shape[0])
         return ("grouped, weights", left.shape[1], left.shape[0], right.shape[1], offsets.numel())
+    if packet is _INTEGERS:
+        return (2, *args[0].shape, args[3].shape[1], f"integers to {args[9]}")
     if packet not in _PRODUCTS:
         return None
     left, right = args[1:3] if packet in (aten.addmm, aten.baddbmm) else args[:2]
@@ -134,6 +138,11 @@ def _product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     return [], [*copies, ask_product(left, right)]
 
 
+def _integer_product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """quantized/cpu/qlinear.cpp: oneDNN's scratchpad, and the activations' scale and zero point as tensors."""
+    return [], [ask_integer_product(args[0], out)]
+
+
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or tensor.transpose(-1, -2).is_contiguous()
 
@@ -211,6 +220,7 @@ _RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
     aten.bmm: _product,
     aten.baddbmm: _product,
     aten._grouped_mm: _grouped_product,
+    _INTEGERS: _integer_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten._safe_softmax: _safe_softmax,

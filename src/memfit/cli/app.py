@@ -102,6 +102,16 @@ Asymmetric = Annotated[
     bool,
     typer.Option("--asymmetric", help="Use zero points (8 bits a value on disk for stock transformers)."),
 ]
+Activations = Annotated[
+    int,
+    typer.Option(help="8: linear layers of 8 bits are multiplied in integers, activations rounded token by token."),
+]
+Smooth = Annotated[
+    bool,
+    typer.Option(
+        "--smooth/--no-smooth", help="With --activations 8 and a text: even out the channels of activations before."
+    ),
+]
 
 
 class Task(StrEnum):

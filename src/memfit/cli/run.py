@@ -9,6 +9,7 @@ import typer
 from memfit.errors import OverBudget, QualityMissed, UsageError
 
 from .app import (
+    Activations,
     AdaptersOnly,
     Asymmetric,
     Batch,
@@ -29,6 +30,7 @@ from .app import (
     Routing,
     Sequence,
     Slowdown,
+    Smooth,
     Task,
     TaskOption,
     Technique,
@@ -114,6 +116,8 @@ def plan(
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
+    activations: Activations = 16,
+    smooth: Smooth = True,
     device: Device = Device.cpu,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan's JSON here.")] = None,
     as_json: Json = False,
@@ -140,7 +144,7 @@ def plan(
         budget,
         task=memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens),
         text=text,
-        allowed=_allowed(bits, groups, kv_bits, keep, asymmetric),
+        allowed=_allowed(context, bits, groups, kv_bits, keep, asymmetric, activations, smooth),
         device=device.value,
         progress=progress_to(quiet),
     )
@@ -172,6 +176,8 @@ def fit(
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
+    activations: Activations = 16,
+    smooth: Smooth = True,
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="Carry out this plan: its budget, task and schemes; the rest is computed anew."),
@@ -242,7 +248,8 @@ def fit(
     if form == ONNX:
         # What ONNX Runtime has; another width that is asked for is refused by name.
         bits, kv_bits = bits if said(context, "bits") else "8,4,2", kv_bits if said(context, "kv_bits") else "16"
-    allowed = _allowed(bits, groups, kv_bits, keep, asymmetric, uniform=uniform)
+    settings = (bits, groups, kv_bits, keep, asymmetric, activations, smooth)
+    allowed = _allowed(context, *settings, uniform=uniform) if given is None else None
     if form == ONNX:
         require_widths(allowed, given)
     if dry_run:
@@ -372,6 +379,7 @@ def report(
 
 _IN_THE_PLAN = (
     "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric", "technique",
+    "activations", "smooth",
 )  # fmt: skip
 """What a plan says itself."""
 _OF_A_PLAN = (
@@ -380,7 +388,10 @@ _OF_A_PLAN = (
 """What a file for another program has no use for."""
 
 
-_OF_RUNNING = ("prompt", "new_tokens", "text", "bits", "groups", "kv_bits", "keep", "asymmetric", "routing")
+_OF_RUNNING = (
+    "prompt", "new_tokens", "text", "bits", "groups", "kv_bits", "keep", "asymmetric", "routing",
+    "activations", "smooth",
+)  # fmt: skip
 _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
 
 
@@ -403,10 +414,13 @@ def _require_one_setting(bits: str, groups: str | None, kv_bits: str) -> None:
 
 
 def _allowed(
-    bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool, *, uniform: bool = False
-) -> Any:
+    context: typer.Context, bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool,
+    activations: int, smooth: bool, *, uniform: bool = False,
+) -> Any:  # fmt: skip
     import memfit
 
+    if said(context, "smooth") and activations == 16:
+        raise UsageError("--smooth and --no-smooth say something of activations of 8 bits: add --activations 8.")
     widths = _numbers(bits, "--bits", (16, 8, 6, 5, 4, 3, 2))
     sizes = None
     if groups is not None:
@@ -417,6 +431,8 @@ def _allowed(
         groups=sizes,
         symmetric=not asymmetric,
         kv_bits=_numbers(kv_bits, "--kv-bits", (16, 8, 4, 2)),
+        activations=activations,
+        smooth=smooth,
         keep=tuple(keep or ()),
     )
 

@@ -47,7 +47,7 @@ def quantization_config(
                 "group_size": scheme.group,
                 "dynamic": False,
             },
-            "input_activations": None,
+            "input_activations": _input_activations(scheme),
             "output_activations": None,
             "format": form,
         }
@@ -63,9 +63,19 @@ def quantization_config(
     }
 
 
-def _widest_first(scheme: Scheme, form: str) -> tuple[int, int, bool, str]:
+def _widest_first(scheme: Scheme, form: str) -> tuple[int, int, bool, int, str]:
     # The None of a row-wise group does not compare with a number.
-    return -scheme.bits, scheme.group or 0, scheme.symmetric, form
+    return -scheme.bits, scheme.group or 0, scheme.symmetric, -scheme.activations, form
+
+
+def _input_activations(scheme: Scheme) -> dict[str, Any] | None:
+    """Symmetric integers with one scale for each token, found as it comes; None: activations stay as they are."""
+    if scheme.activations == 16:
+        return None
+    return {
+        "num_bits": scheme.activations, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+        "group_size": None,
+    }  # fmt: skip
 
 
 def model_config(

@@ -20,10 +20,10 @@ def stored_as(scheme: Scheme, *, embedding: bool) -> str:
     `pack-quantized` where it works. transformers 5.23 with compressed-tensors 0.20 fails on it for embeddings
     (`PreTrainedModel._init_weights` goes for their `weight`, which is not there), and for zero points (made
     [N, G] on the meta device, packed in the file). These are `int-quantized`: one int8 a value, whatever its
-    bits. An embedding so stored can also be tied, and one table of int8 is no larger than an untied pair of
-    4 bits.
+    bits. So are weights that are multiplied with activations of 8 bits, as vLLM expects it. An embedding so stored can
+    also be tied, and one table of int8 is no larger than an untied pair of 4 bits.
     """
-    return INT if embedding or not scheme.symmetric else PACKED
+    return INT if embedding or not scheme.symmetric or scheme.activations == 8 else PACKED
 
 
 def packed_specs(

@@ -4,13 +4,16 @@ import math
 from typing import Final, Literal
 
 from memfit.packed import nibbles
+from memfit.packed.qlinear import integer_kernel, prepacked_nbytes
 from memfit.packed.scheme import Scheme
 
-Kernel = Literal["int8", "nibbles", "planes"]
+Kernel = Literal["int8", "nibbles", "planes", "onednn", "int_mm"]
 KERNEL_NAMES: Final[dict[Kernel, str]] = {
     "int8": "torch._weight_int8pack_mm",
     "nibbles": "aten._weight_int4pack_mm_for_cpu",
     "planes": "unpack and multiply",
+    "onednn": "onednn.qlinear_pointwise",
+    "int_mm": "torch._int_mm",
 }
 
 
@@ -19,6 +22,8 @@ def choose_kernel(scheme: Scheme, shape: tuple[int, ...], *, aligned: int | None
 
     `aligned`: rows of each part that is used on its own, as one expert of many; [E, N, K] has parts of N.
     """
+    if scheme.activations == 8:
+        return integer_kernel()
     if scheme.bits == 8 and scheme.group is None and scheme.symmetric:
         return "int8"
     rows = math.prod(shape[:-1])
@@ -36,10 +41,13 @@ def runtime_nbytes(scheme: Scheme, shape: tuple[int, ...], *, kernel: Kernel | N
     """Bytes of the buffers of a weight [..., N, K], on `kernel` or the one that would be chosen.
 
     As `scheme.nbytes`, but a zero point takes a byte, and rows are padded to a multiple of 64 for the int4
-    kernel.
+    kernel. For products of integers oneDNN says what its order takes, and a scale is float32.
     """
     rows, inputs = math.prod(shape[:-1]), shape[-1]
-    if (kernel or choose_kernel(scheme, shape)) == "nibbles":
+    kernel = kernel or choose_kernel(scheme, shape)
+    if scheme.activations == 8:
+        return (prepacked_nbytes((rows, inputs)) if kernel == "onednn" else rows * inputs) + 4 * rows
+    if kernel == "nibbles":
         rows += -rows % nibbles.ROWS
     groups = scheme.groups(inputs)
     return rows * inputs * scheme.bits // 8 + rows * groups * (2 if scheme.symmetric else 3)

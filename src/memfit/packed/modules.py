@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from memfit.errors import UsageError
+from memfit.packed.blocks import Read
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.experts import PackedExperts
+from memfit.packed.integer import IntegerWeight
 from memfit.packed.scheme import Scheme
-from memfit.packed.store import PackedWeight, Read
+from memfit.packed.store import PackedWeight
 
 _READ_DIRECTLY = ("dt_proj",)
 """Linear layers whose model reads `.weight` itself instead of calling them (Mamba's)."""
@@ -28,12 +30,12 @@ class PackedLinear(nn.Module):
         *,
         scheme: Scheme,
         bias: bool = False,
-        store: PackedWeight | None = None,
+        store: PackedWeight | IntegerWeight | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.tied = store is not None
-        self.store = store if store is not None else PackedWeight((out_features, in_features), scheme)
+        self.store: PackedWeight | IntegerWeight = store or store_of((out_features, in_features), scheme)
         if self.store.shape != (out_features, in_features):
             raise UsageError(
                 f"a head of {out_features} x {in_features} cannot share a weight of {self.store.shape}"
@@ -112,6 +114,11 @@ class PackedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
 
 
+def store_of(shape: tuple[int, int], scheme: Scheme) -> PackedWeight | IntegerWeight:
+    """What holds a weight of a linear layer in `scheme`, without storage yet."""
+    return IntegerWeight(shape, scheme) if scheme.activations == 8 else PackedWeight(shape, scheme)
+
+
 def why_not_packed(module: nn.Module, name: str, scheme: Scheme) -> str | None:
     """Why `module` cannot run from weights packed as `scheme`; None if it can. It names name and shape."""
     kind = type(module)
@@ -123,6 +130,8 @@ def why_not_packed(module: nn.Module, name: str, scheme: Scheme) -> str | None:
             reason = f"{kind.__name__} computes something else with its weight"
         else:
             reason = scheme.why_not(shape)
+        if reason is None and isinstance(module, nn.Embedding) and scheme.activations != 16:
+            reason = "a table is looked up, and has no activations to round"
         return None if reason is None else f"{name} {list(shape)}: {reason}"
     if is_experts(module):
         for weight in EXPERTS_WEIGHTS:
@@ -188,7 +197,7 @@ def pack_module_skeleton(
             _replace(model, name, _packed(model.get_submodule(name), scheme, down, None))
     for name, owner in ties.items():
         store = model.get_submodule(owner).store
-        assert isinstance(store, PackedWeight)
+        assert isinstance(store, PackedWeight | IntegerWeight)
         _replace(model, name, _packed(model.get_submodule(name), store.scheme, store.scheme, store))
 
 
@@ -238,12 +247,15 @@ def _find_ties(model: nn.Module, wanted: Mapping[str, object]) -> dict[str, str]
     return ties
 
 
-def _packed(module: nn.Module, scheme: Scheme, down: Scheme, store: PackedWeight | None) -> nn.Module:
+def _packed(
+    module: nn.Module, scheme: Scheme, down: Scheme, store: PackedWeight | IntegerWeight | None
+) -> nn.Module:
     if isinstance(module, nn.Linear):
         linear = PackedLinear(module.in_features, module.out_features, scheme=scheme, store=store)
         linear.bias = module.bias
         return linear.train(module.training)
     if isinstance(module, nn.Embedding):
+        assert not isinstance(store, IntegerWeight), "a table cannot have a scheme with activations"
         return PackedEmbedding(
             module.num_embeddings,
             module.embedding_dim,

@@ -4,25 +4,25 @@ N rows (outputs), K inputs, G groups of g inputs, M rows of activations.
 Every transient is bounded: a dense copy is made of a few rows at a time and dropped before the next.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memfit.errors import BrokenInput, UsageError
+from memfit.errors import UsageError
 from memfit.packed import nibbles
 from memfit.packed.bits import PLANES, join_planes, split_planes, unpack_unsigned, unpack_zeros
+from memfit.packed.blocks import Read
+from memfit.packed.blocks import blocks_of as _blocks
+from memfit.packed.blocks import checked as _check
+from memfit.packed.blocks import takes_rows as _takes_rows
 from memfit.packed.fake import blocks_to_run
 from memfit.packed.gradient import product
 from memfit.packed.kernel import KERNEL_NAMES, Kernel, choose_kernel
 from memfit.packed.scheme import Scheme
-
-Read = Callable[..., Tensor]
-"""`read(name) -> Tensor`, or `read(name, start, stop)` for rows start to stop of it."""
 
 WORKSPACE_NBYTES: Final = 4 * 2**20
 """The largest dense bf16 block of a weight that is ever made, and the largest transient of a load."""
@@ -416,32 +416,7 @@ class PackedWeight(nn.Module):
         return dense
 
 
-def _blocks(rows: int, most: int, multiple: int) -> Iterator[tuple[int, int]]:
-    """Cut `rows` into blocks of at most `most` rows, but no less than `multiple`, and multiples of it."""
-    step = max(most // multiple, 1) * multiple
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
 def _columns(plane: Tensor, length: int, low: int, high: int) -> Tensor:
     """A plane [n, m·L, ...] with inputs low to high of each segment alone: [n, m · (high − low), ...], a plane too."""
     by_segment = plane.view(plane.shape[0], -1, length, *plane.shape[2:])
     return by_segment[:, :, low:high].flatten(1, 2)
-
-
-def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """`tensor` as [N, ...]; experts' [E, N/E, ...] is the same bytes."""
-    if tensor.dtype != dtype:
-        raise BrokenInput(f"{name}: {tensor.dtype} where {dtype} was expected")
-    if tensor.ndim == 3:
-        tensor = tensor.flatten(0, 1)
-    if tuple(tensor.shape) != shape:
-        raise BrokenInput(f"{name}: shape {list(tensor.shape)} where {list(shape)} was expected")
-    return tensor
-
-
-def _takes_rows(read: Callable[..., Any]) -> bool:
-    try:
-        return {"start", "stop"} <= set(inspect.signature(read).parameters)
-    except (TypeError, ValueError):
-        return False

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from memfit.errors import UsageError
 from memfit.packed.scheme import BITS, Scheme
 
 from .groups import Group, candidates
@@ -21,8 +22,29 @@ class Allowed:
     """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS`."""
     symmetric: bool = True
     kv_bits: tuple[int, ...] = (16, 8, 4)
+    activations: int = 16
+    """8: linear layers of 8 bits have activations of 8 bits, too, and are multiplied in integers."""
+    smooth: bool = True
+    """Where activations are of 8 bits and there is a text: even out their channels before, in the norms' weights."""
     keep: tuple[str, ...] = ()
     """Groups that stay in 16 bits: a part of their names is enough; `embeddings` means all tables and what is tied."""
+
+    def __post_init__(self) -> None:
+        if self.activations not in (16, 8):
+            raise UsageError(f"activations have 16 or 8 bits, got {self.activations}.")
+        sizes = (None,) if self.groups is None else self.groups.get(8, (None,))
+        if self.activations == 8 and None not in sizes:
+            raise UsageError(
+                f"activations of 8 bits go with weights of one scale a row, and what is allowed is groups of "
+                f"{sizes[0]}. Leave --group out, or --activations 8."
+            )
+        if self.activations == 8 and (8 not in self.bits or not self.symmetric):
+            what = "symmetric weights of 8 bits"
+            given = f"{', '.join(map(str, self.bits)) or 'no'} bits" + ("" if self.symmetric else ", asymmetric")
+            raise UsageError(
+                f"activations of 8 bits go with {what}, and what is allowed is {given}. Allow 8 bits (--bits 8), "
+                "or leave --activations 8 out."
+            )
 
     def schemes(self, group: Group) -> tuple[Scheme, ...]:
         """Schemes for one group; none if it is kept."""
@@ -30,7 +52,7 @@ class Allowed:
             return ()
         options: dict[str, Any] = {} if self.groups is None else {"groups": self.groups}
         bits = tuple(b for b in self.bits if b < 16)
-        return candidates(group, bits=bits, symmetric=self.symmetric, **options)
+        return candidates(group, bits=bits, symmetric=self.symmetric, activations=self.activations, **options)
 
     @staticmethod
     def keeps(part: str, group: Group) -> bool:
@@ -48,5 +70,7 @@ class Allowed:
             groups=None if groups is None else {int(bits): tuple(sizes) for bits, sizes in groups.items()},
             symmetric=data["symmetric"],
             kv_bits=tuple(data["kv_bits"]),
+            activations=data["activations"],
+            smooth=data["smooth"],
             keep=tuple(data["keep"]),
         )

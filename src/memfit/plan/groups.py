@@ -101,13 +101,21 @@ def candidates(
     bits: tuple[int, ...] = BITS,
     groups: Mapping[int, tuple[int | None, ...]] = GROUPS_OF_BITS,
     symmetric: bool = True,
+    activations: int = 16,
 ) -> tuple[Scheme, ...]:
     """The schemes worth trying for `group`, most bits first; none if it is blocked.
+
+    With `activations` of 8, a linear layer of 8 bits is multiplied in integers. Tables, heads tied to them and fused
+    experts are not.
 
     Where the inputs are no multiple of any of a width's group sizes, the largest group that fits stands in.
     """
     found: list[Scheme] = []
     for b in bits:
+        integers = Scheme(bits=8, group=None, activations=8)
+        if b == 8 and activations == 8 and group.kind == "linear" and group.why_not(integers) is None:
+            found.append(integers)
+            continue
         sizes = groups.get(b, (128,))
         wanted = [Scheme(bits=b, group=size, symmetric=symmetric) for size in sizes]
         fitting = [scheme for scheme in wanted if group.why_not(scheme) is None]

@@ -60,6 +60,9 @@ class Plan:
     """The account of the fitted model running the task, as JSON."""
     predicted_fit: dict[str, Any] | None = None
     """The account of making it, as JSON."""
+    smoothed: tuple[str, ...] = ()
+    """Norms in which the channels of activations are evened out. Carried out, it is done anew for its text, if any are
+    named here."""
     version: int = VERSION
 
     @property
@@ -85,12 +88,16 @@ class Plan:
         """One object; `average_bits` is there for readers and follows from the choices."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         data["choices"] = [choice.to_json() for choice in self.choices]
+        smoothed = list(data.pop("smoothed"))
+        data |= {"smoothed": smoothed} if smoothed else {}
         return data | {"average_bits": self.average_bits}
 
     @classmethod
     def from_json(cls, data: Any, *, file: str | Path = "plan.json") -> "Plan":
         """The plan of `to_json`'s object; BrokenInput names `file` and the field that is off."""
         check = _Check(str(file))
+        if isinstance(data, Mapping):  # plans that smooth nothing do not say so
+            data = {"smoothed": []} | dict(data)
         check.keys(data, {field.name for field in fields(cls)} | {"average_bits"}, "the plan")
         version = check.integer(data, "version")
         if version != VERSION:
@@ -102,8 +109,11 @@ class Plan:
             raise check.broken("priced_by", f"is {priced_by!r}; known: {', '.join(get_args(PricedBy))}")
         if data["kv_bits"] not in KV_BITS:
             raise check.broken("kv_bits", f"is {data['kv_bits']!r}; known: {', '.join(map(str, KV_BITS))}")
+        if not isinstance(data["smoothed"], list) or not all(isinstance(name, str) for name in data["smoothed"]):
+            raise check.broken("smoothed", "must be a list of module names")
         plan = cls(
             version=version,
+            smoothed=tuple(data["smoothed"]),
             model=check.text(data, "model"),
             task=check.mapping(data, "task"),
             budget_nbytes=check.integer(data, "budget_nbytes"),
@@ -181,6 +191,8 @@ def _choice(check: "_Check", n: int, data: Any) -> GroupChoice:
 
 
 def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
+    if isinstance(data, Mapping):  # plans of earlier versions do not say what may be left out
+        data = {"activations": 16} | dict(data)
     check.keys(data, {field.name for field in fields(Scheme)}, where)
     group = None if data["group"] is None else check.integer(data, "group", where)
     if not isinstance(data["symmetric"], bool):
@@ -189,7 +201,8 @@ def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
     if bits not in BITS:
         raise check.broken(f"{where}.bits", f"is {bits}; {', '.join(map(str, BITS))} are known, null keeps 16")
     try:
-        return Scheme(bits=bits, group=group, symmetric=data["symmetric"])
+        activations = check.integer(data, "activations", where)
+        return Scheme(bits=bits, group=group, symmetric=data["symmetric"], activations=activations)
     except ValueError as error:
         raise check.broken(where, str(error)) from error
 

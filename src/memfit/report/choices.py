@@ -93,6 +93,15 @@ def _joined(names: list[str]) -> str:
     return ", ".join(parts)
 
 
+def smoothed_line(norms: Iterable[str]) -> str:
+    """`Smoothed: input_layernorm (0-17), pre_feedforward_layernorm (0-3, 5-17)`, layers in brackets."""
+    layers: dict[str, list[int]] = {}
+    for name in norms:
+        _, layer, what = locate([name])
+        layers.setdefault(what, []).extend([] if layer is None else [layer])
+    return "Smoothed: " + ", ".join(f"{what} ({ranges(n)})" if n else what for what, n in layers.items())
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """`0-3, 7, 9-17`."""
     parts: list[list[int]] = []

@@ -147,14 +147,10 @@ def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str]
         if form not in ("pack-quantized", "int-quantized"):
             raise _refuse(
                 file,
-                f"config group {name!r} has the format {form!r}; memfit runs 'pack-quantized' and, of "
-                "weights alone, 'int-quantized'",
+                f"config group {name!r} has the format {form!r}; memfit runs 'pack-quantized' and 'int-quantized'",
             )
-        for key in ("input_activations", "output_activations"):
-            if group.get(key) is not None:
-                raise _refuse(
-                    file, f"config group {name!r} quantizes {key}; memfit runs quantized weights only"
-                )
+        if group.get("output_activations") is not None:
+            raise _refuse(file, f"config group {name!r} quantizes output_activations, which memfit does not run")
         checked.append(
             (_strings(group.get("targets"), f"targets of {name!r}", file), _scheme(group, name, file))
         )
@@ -182,9 +178,25 @@ def _scheme(group: Mapping[str, Any], name: str, file: Path) -> Scheme:
     if strategy == "group" and type(size) is not int:
         raise _refuse(file, f"config group {name!r} has the group_size {size!r}")
     try:
-        return Scheme(bits=bits, group=size, symmetric=bool(weights.get("symmetric", True)))
+        return Scheme(
+            bits=bits, group=size, symmetric=bool(weights.get("symmetric", True)),
+            activations=_activations(group.get("input_activations"), name, file),
+        )  # fmt: skip
     except ValueError as error:
         raise _refuse(file, f"config group {name!r}: {error}") from error
+
+
+def _activations(told: Any, name: str, file: Path) -> int:
+    """Bits of the activations that a group is multiplied with: 16, or 8 if they are rounded by token as they come."""
+    if told is None:
+        return 16
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    found = {key: told.get(key) for key in wanted} if isinstance(told, dict) else told
+    if found != wanted:
+        raise _refuse(
+            file, f"config group {name!r} has the input_activations {found}; memfit runs none, or {wanted}"
+        )
+    return 8
 
 
 def _strings(value: Any, what: str, file: Path) -> list[str]:

@@ -279,6 +279,7 @@ def _pack(
         module, packed = plain.pop(name), packed_modules(model.get_submodule(name))[""]
         stores: dict[str, PackedWeight]
         if isinstance(packed, PackedLinear):
+            assert isinstance(packed.store, PackedWeight), "a base rounds no activations"
             stores = {} if packed.tied else {"weight": packed.store}
         else:
             stores = {part: getattr(packed, part) for part in EXPERTS}
