@@ -192,8 +192,8 @@ def require_widths(allowed: Allowed | None, given: Plan | None) -> None:
         )
     if allowed.activations != 16:
         raise UsageError(
-            f"activations of {allowed.activations} bits cannot be in an ONNX file: its products are of floats. Leave out "
-            "--activations."
+            f"activations of {allowed.activations} bits cannot be in an ONNX file: its products are of floats. "
+            "Leave --activations out."
         )
     narrow = [bits for bits in (*allowed.kv_bits, *([given.kv_bits] if given else [])) if bits != 16]
     if narrow:
