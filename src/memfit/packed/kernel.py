@@ -19,6 +19,8 @@ def choose_kernel(scheme: Scheme, shape: tuple[int, ...], *, aligned: int | None
 
     `aligned`: rows of each part that is used on its own, as one expert of many; [E, N, K] has parts of N.
     """
+    if scheme.values != "int":
+        return "planes"
     if scheme.bits == 8 and scheme.group is None and scheme.symmetric:
         return "int8"
     rows = math.prod(shape[:-1])
@@ -35,9 +37,11 @@ def choose_kernel(scheme: Scheme, shape: tuple[int, ...], *, aligned: int | None
 def runtime_nbytes(scheme: Scheme, shape: tuple[int, ...], *, kernel: Kernel | None = None) -> int:
     """Bytes of the buffers of a weight [..., N, K], on `kernel` or the one that would be chosen.
 
-    As `scheme.nbytes`, but a zero point takes a byte, and rows are padded to a multiple of 64 for the int4
-    kernel.
+    As `scheme.nbytes`, but a zero point takes a byte, rows are padded to a multiple of 64 for the int4
+    kernel, and levels are there whether a file holds them or not.
     """
+    if scheme.values != "int":
+        return scheme.nbytes(shape) + (0 if scheme.values == "codebook" else 2 << scheme.bits)
     rows, inputs = math.prod(shape[:-1]), shape[-1]
     if (kernel or choose_kernel(scheme, shape)) == "nibbles":
         rows += -rows % nibbles.ROWS
