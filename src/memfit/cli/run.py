@@ -34,6 +34,7 @@ from .app import (
     Technique,
     TextFile,
     Threads,
+    ValuesOption,
     app,
     print_json,
     progress_to,
@@ -43,6 +44,7 @@ from .app import (
     show,
     write,
 )
+from .choosing import allowed_by, bits_of, require_one_setting
 from .training import show_training_plan, training_task
 
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -110,6 +112,7 @@ def plan(
     text: TextFile = None,
     bits: Bits = "8,6,5,4,3,2",
     groups: GroupSizes = None,
+    values: ValuesOption = "int",
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
@@ -139,7 +142,7 @@ def plan(
         budget,
         task=memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens),
         text=text,
-        allowed=_allowed(bits, groups, kv_bits, keep, asymmetric),
+        allowed=allowed_by(bits, groups, kv_bits, keep, asymmetric, values),
         device=device.value,
         progress=progress_to(quiet),
     )
@@ -168,6 +171,7 @@ def fit(
     text: TextFile = None,
     bits: Bits = "8,6,5,4,3,2",
     groups: GroupSizes = None,
+    values: ValuesOption = "int",
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
@@ -234,8 +238,9 @@ def fit(
     if uniform:
         budget = budget if said(context, "budget") else "100%"
         kv_bits = kv_bits if said(context, "kv_bits") else "16"
-        _require_one_setting(bits if said(context, "bits") else "", groups, kv_bits)
-    allowed = _allowed(bits, groups, kv_bits, keep, asymmetric, uniform=uniform)
+        bits = bits_of(values, bits if said(context, "bits") else "")
+        require_one_setting(bits, groups, kv_bits, values)
+    allowed = allowed_by(bits, groups, kv_bits, keep, asymmetric, values, uniform=uniform)
     if dry_run:
         progress = progress_to(quiet)
         made = memfit.plan(
@@ -363,7 +368,7 @@ def report(
 
 
 _IN_THE_PLAN = (
-    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric", "technique",
+    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "technique",
 )  # fmt: skip
 """What a plan says itself."""
 _OF_A_PLAN = (
@@ -372,7 +377,7 @@ _OF_A_PLAN = (
 """What a file for another program has no use for."""
 
 
-_OF_RUNNING = ("prompt", "new_tokens", "text", "bits", "groups", "kv_bits", "keep", "asymmetric", "routing")
+_OF_RUNNING = ("prompt", "new_tokens", "text", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "routing")
 _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
 
 
@@ -385,42 +390,6 @@ def _refuse_of_the_other_task(context: typer.Context, task: Task) -> None:
                 f"--{name.replace('_', '-')} says something of --task {other}, and this is --task {task.value}. Leave "
                 "one of them out."
             )
-
-
-def _require_one_setting(bits: str, groups: str | None, kv_bits: str) -> None:
-    """A technique for everything has one width, one group size and one cache."""
-    for option, given in (("--bits", bits), ("--group", groups or "one"), ("--kv-bits", kv_bits)):
-        if not given or "," in given:
-            raise UsageError(f"--technique quantize has one setting: give one {option}, got {given or 'none'}.")
-
-
-def _allowed(
-    bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool, *, uniform: bool = False
-) -> Any:
-    import memfit
-
-    widths = _numbers(bits, "--bits", (16, 8, 6, 5, 4, 3, 2))
-    sizes = None
-    if groups is not None:
-        chosen = _numbers(groups, "--groups", (128, 64, 32))
-        sizes = {width: (None,) if width == 8 and not uniform else chosen for width in widths if width != 16}
-    return memfit.Allowed(
-        bits=tuple(width for width in widths if width != 16),
-        groups=sizes,
-        symmetric=not asymmetric,
-        kv_bits=_numbers(kv_bits, "--kv-bits", (16, 8, 4, 2)),
-        keep=tuple(keep or ()),
-    )
-
-
-def _numbers(text: str, option: str, known: tuple[int, ...]) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r}: write numbers with commas between, as 8,4.") from error
-    if unknown := [number for number in found if number not in known]:
-        raise UsageError(f"{option}: {unknown[0]} is none of {', '.join(map(str, known))}.")
-    return found
 
 
 def _plan_json(made: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from memfit.packed.bits import pack_values
+from memfit.packed.bits import pack_values, pack_zeros
 from memfit.packed.fake import is_fake
 from memfit.packed.scheme import Scheme
 
@@ -100,6 +100,23 @@ def words_of(stored: Tensor, scheme: Scheme) -> Tensor:
     return pack_values(stored, scheme.bits)
 
 
-def scale_of(stored: Tensor, scheme: Scheme) -> Tensor:
-    """Scales as `Quantized` and `PackedWeight` hold them: for MXFP4 E8M0's bytes, else as stored."""
-    return exponents(stored) if scheme.values == "mxfp4" and stored.dtype != torch.uint8 else stored
+def part_of(part: str, stored: Tensor, scheme: Scheme) -> Tensor:
+    """A stored part of a packed weight as `PackedWeight.load_from` takes it: `weight_packed` as `words_of`, MXFP4's
+    `weight_scale` as E8M0's bytes, zero points packed along the rows.
+
+    Raises:
+        ValueError: what MXFP4 has no code for.
+    """
+    if part == "weight_packed":
+        return words_of(stored, scheme)
+    if part == "weight_zero_point" and stored.dtype == torch.int8:
+        return pack_zeros(stored, scheme.bits)
+    if part != "weight_scale" or scheme.values != "mxfp4":
+        return stored
+    scale = stored if stored.dtype == torch.uint8 else exponents(stored)
+    if not is_fake(scale):
+        if int(scale.max()) == NO_EXPONENT:
+            raise ValueError("a scale is E8M0's NaN")
+        if scale is not stored and not torch.equal(scale_values(scale), stored):
+            raise ValueError("a scale is no power of two")
+    return scale

@@ -1,4 +1,4 @@
-"""How one weight is stored: the bits, what they stand for, the group that shares a scale, whether there are zero points."""
+"""How one weight is stored: its bits, what they stand for, the group that shares a scale, and the zero points."""
 
 import math
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ Values = Literal["int", "nf4", "fp8", "mxfp4", "codebook"]
 """What a code of `bits` bits stands for: an integer, one of the fixed levels of a format, one that was learned."""
 BITS_OF: Final[dict[str, int]] = {"nf4": 4, "fp8": 8, "mxfp4": 4}
 """Bits of the formats that have but one width."""
+OWN_VALUES: Final = ("nf4", "codebook")
+"""What no format of compressed-tensors holds, and memfit alone reads."""
 MX_GROUP: Final = 32
 """Inputs that share a scale in the formats of the OCP Microscaling specification."""
 
@@ -44,7 +46,8 @@ class Scheme:
         if not self.symmetric:
             raise ValueError(f"{self.values} has no zero points; only integers can be asymmetric")
         if self.values == "mxfp4" and self.group != MX_GROUP:
-            raise ValueError(f"mxfp4 has groups of {MX_GROUP}, got {self.group or 'one a row'}: give {MX_GROUP}, or nf4")
+            group = "a whole row" if self.group is None else self.group
+            raise ValueError(f"mxfp4 has groups of {MX_GROUP}, got {group}: give {MX_GROUP}, or take nf4")
 
     @property
     def name(self) -> str:

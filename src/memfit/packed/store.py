@@ -4,22 +4,22 @@ N rows (outputs), K inputs, G groups of g inputs, M rows of activations.
 Every transient is bounded: a dense copy is made of a few rows at a time and dropped before the next.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memfit.errors import BrokenInput, UsageError
+from memfit.errors import UsageError
 from memfit.packed import nibbles
 from memfit.packed.bits import PLANES, join_planes, split_planes, unpack_unsigned, unpack_zeros
 from memfit.packed.fake import blocks_to_run
 from memfit.packed.gradient import product
 from memfit.packed.kernel import KERNEL_NAMES, Kernel, choose_kernel
 from memfit.packed.levels import level_table, look_up
+from memfit.packed.parts import blocks_of_rows, check_part, columns, dequantize, takes_rows
 from memfit.packed.scheme import Scheme
 
 Read = Callable[..., Tensor]
@@ -138,35 +138,35 @@ class PackedWeight(nn.Module):
         rows, bits = self.shape[0], self.scheme.bits
         words_shape = (rows, self.shape[1] * bits // 32)
         name = f"{prefix}.weight_packed"
-        by_rows = _takes_rows(read)
-        whole = None if by_rows else _check(read(name), name, torch.int32, words_shape)
+        by_rows = takes_rows(read)
+        whole = None if by_rows else check_part(read(name), name, torch.int32, words_shape)
         for start, stop in blocks_to_run(self._load_blocks()):
             if whole is not None:
                 words = whole[start:stop]
             else:
-                words = _check(read(name, start, stop), name, torch.int32, (stop - start, words_shape[1]))
+                words = check_part(read(name, start, stop), name, torch.int32, (stop - start, words_shape[1]))
             self._put(unpack_unsigned(words, bits, self.shape[1]), start, stop)
             del words
         del whole
         name = f"{prefix}.weight_scale"
-        scale = _check(read(name), name, self._scale_dtype, (rows, self.groups))
+        scale = check_part(read(name), name, self._scale_dtype, (rows, self.groups))
         zero = None
         if not self.scheme.symmetric:
             name = f"{prefix}.weight_zero_point"
             zero = unpack_zeros(
-                _check(read(name), name, torch.int32, (-(-rows * bits // 32), self.groups)), bits, rows
+                check_part(read(name), name, torch.int32, (-(-rows * bits // 32), self.groups)), bits, rows
             )
         self._put_scales(scale, zero)
         if self.scheme.values == "codebook":
             name = f"{prefix}.weight_codebook"
-            self._put_table(_check(read(name), name, torch.bfloat16, (1 << bits,)))
+            self._put_table(check_part(read(name), name, torch.bfloat16, (1 << bits,)))
         else:
             self._put_table(None)
 
     def fill(self, q: Tensor, scale: Tensor, zero: Tensor | None = None, table: Tensor | None = None) -> None:
         """Fill from int8 q [N, K], scale [N, G], if asymmetric int8 zero points [N, G], and a codebook [2^b]."""
         name = f"weight {list(self.shape)} {self.scheme.name}"
-        _check(q, name, torch.int8, self.shape)
+        check_part(q, name, torch.int8, self.shape)
         if (zero is None) != self.scheme.symmetric:
             raise UsageError(f"{name}: zero points come with an asymmetric scheme, and only with one")
         if (table is None) != (self.scheme.values != "codebook"):
@@ -176,8 +176,8 @@ class PackedWeight(nn.Module):
             self._put(q[start:stop].view(torch.uint8) + (1 << (self.scheme.bits - 1)), start, stop)
         shape = (self.shape[0], self.groups)
         self._put_scales(
-            _check(scale, name, self._scale_dtype, shape),
-            None if zero is None else _check(zero, name, torch.int8, shape),
+            check_part(scale, name, self._scale_dtype, shape),
+            None if zero is None else check_part(zero, name, torch.int8, shape),
         )
         self._put_table(table)
 
@@ -194,7 +194,7 @@ class PackedWeight(nn.Module):
     def _load_blocks(self) -> Iterator[tuple[int, int]]:
         # A row's transients: the words, u, its planes before and after they are laid out: 5 bytes an input at
         # most.
-        return _blocks(self.shape[0], WORKSPACE_NBYTES // (5 * self.shape[1]), self._multiple)
+        return blocks_of_rows(self.shape[0], WORKSPACE_NBYTES // (5 * self.shape[1]), self._multiple)
 
     def _put(self, u: Tensor, start: int, stop: int) -> None:
         """Lay out rows start to stop, uint8 u = q + 2^(b−1) [n, K]; `u` is used up."""
@@ -245,7 +245,7 @@ class PackedWeight(nn.Module):
             q = q.view(-1, self.shape[1])[start - first * nibbles.ROWS : stop - first * nibbles.ROWS]
             scale = self.scale[:, start:stop].t()
             zero = None if self.zero is None else self.zero[:, start:stop].t()
-            return self._dequantize(q, scale, zero, dtype)
+            return dequantize(q, scale, zero, dtype)
         zero = None if self.zero is None else self.zero[start:stop]
         return self._unpack([plane[start:stop] for plane in self.planes], self.scale[start:stop], zero, dtype)
 
@@ -255,7 +255,7 @@ class PackedWeight(nn.Module):
         if self.kernel == "nibbles":
             q = nibbles.gather_rows(self.planes, self.scheme.bits, flat)
             scale, zero = self.scale[:, flat].t(), None if self.zero is None else self.zero[:, flat].t()
-            dense = self._dequantize(q, scale, zero, dtype)
+            dense = dequantize(q, scale, zero, dtype)
         else:
             zero = None if self.zero is None else self.zero[flat]
             dense = self._unpack([plane[flat] for plane in self.planes], self.scale[flat], zero, dtype)
@@ -318,12 +318,12 @@ class PackedWeight(nn.Module):
         segments, length = self._segments
         most = WORKSPACE_NBYTES // (self._unpacked_nbytes * segments * rows)
         if self.groups == 1:
-            return _blocks(length, most, _FEWEST_INPUTS)
+            return blocks_of_rows(length, most, _FEWEST_INPUTS)
         # No block may cut a run of inputs that have one scale but where another block begins as well.
         unit = math.gcd(length, self.group)
         while most < unit and unit % 2 == 0 and unit > _FEWEST_INPUTS:
             unit //= 2
-        return _blocks(length, most, unit)
+        return blocks_of_rows(length, most, unit)
 
     def _times_back(self, g: Tensor, start: int, stop: int, low: int, high: int) -> Tensor:
         """g [M, stop − start] times inputs low to high of every segment: [M, S · (high − low)]."""
@@ -338,7 +338,7 @@ class PackedWeight(nn.Module):
         group = first.add(run).floor_divide_(self.group).view(-1)
         if self.groups == 1:
             group = group[:1]
-        planes = [_columns(plane[rows], length, low, high) for plane in self.planes]
+        planes = [columns(plane[rows], length, low, high) for plane in self.planes]
         whole = slice(start, rows.stop * step)
         if nibbled:
             scale, zero = self.scale[group, whole], None if self.zero is None else self.zero[group, whole]
@@ -351,7 +351,7 @@ class PackedWeight(nn.Module):
         if self.kernel == "int8":
             return torch._weight_int8pack_mm(x, self.planes[0][start:stop], self.scale[start:stop, 0])
         out = x.new_empty(x.shape[0], stop - start)
-        for a, b in blocks_to_run(_blocks(stop - start, SPREAD_NBYTES // self.shape[1], 1)):
+        for a, b in blocks_to_run(blocks_of_rows(stop - start, SPREAD_NBYTES // self.shape[1], 1)):
             q = self._join([plane[start + a : start + b] for plane in self.planes])
             out[:, a:b].copy_(torch._weight_int8pack_mm(x, q, self.scale[start + a : start + b, 0]))
             del q
@@ -364,7 +364,7 @@ class PackedWeight(nn.Module):
         spread = any(term.widths != (4,) for term in nibbles.TERMS[bits])
         row_nbytes = inputs // 2 if spread else self.groups * 4
         whole = stop + -stop % step
-        blocks = blocks_to_run(_blocks(whole - start, SPREAD_NBYTES // row_nbytes, step))
+        blocks = blocks_to_run(blocks_of_rows(whole - start, SPREAD_NBYTES // row_nbytes, step))
         if len(blocks) == 1 and whole == stop:
             return self._times_nibbles(x, start, stop)
         out = x.new_empty(x.shape[0], stop - start)
@@ -394,7 +394,7 @@ class PackedWeight(nn.Module):
         """Any number of rows [M, K]: rows of the weight are unpacked, used and dropped, block by block."""
         inputs = self.shape[1]
         rows = WORKSPACE_NBYTES // (self._unpacked_nbytes * inputs)
-        blocks = blocks_to_run(_blocks(stop - start, rows, self._multiple))
+        blocks = blocks_to_run(blocks_of_rows(stop - start, rows, self._multiple))
         if len(blocks) == 1:
             return self._times_block(x, start, stop)
         out = x.new_empty(x.shape[0], stop - start)
@@ -434,7 +434,7 @@ class PackedWeight(nn.Module):
     def _unpack(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
         """ŵ [n, k] in `dtype` of the same rows of every plane; scale and zero [n, c]."""
         if self.table is None:
-            return self._dequantize(self._join(planes), scale, zero, dtype)
+            return dequantize(self._join(planes), scale, zero, dtype)
         return look_up(join_planes(planes, self.widths), scale, self.table, dtype=dtype)
 
     def _join(self, planes: list[Tensor]) -> Tensor:
@@ -442,44 +442,3 @@ class PackedWeight(nn.Module):
         if self.kernel == "int8":
             return planes[0]
         return join_planes(planes, self.widths).sub_(1 << (self.scheme.bits - 1)).view(torch.int8)
-
-    def _dequantize(self, q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """(q − z) · s, in `dtype`, as compressed-tensors' `_dequantize`. q [n, k], scale and zero [n, c]."""
-        dense = torch.empty(q.shape, dtype=dtype, device=q.device)
-        dense.copy_(q)  # every integer of at most 8 bits, and every difference of two, is exact in bf16
-        by_group = dense.view(q.shape[0], scale.shape[1], q.shape[1] // scale.shape[1])
-        if zero is not None:
-            by_group.sub_(zero.to(dtype)[..., None])
-        by_group.mul_(scale.to(dtype)[..., None])
-        return dense
-
-
-def _blocks(rows: int, most: int, multiple: int) -> Iterator[tuple[int, int]]:
-    """Cut `rows` into blocks of at most `most` rows, but no less than `multiple`, and multiples of it."""
-    step = max(most // multiple, 1) * multiple
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def _columns(plane: Tensor, length: int, low: int, high: int) -> Tensor:
-    """A plane [n, m·L, ...] with inputs low to high of each segment alone: [n, m · (high − low), ...], a plane too."""
-    by_segment = plane.view(plane.shape[0], -1, length, *plane.shape[2:])
-    return by_segment[:, :, low:high].flatten(1, 2)
-
-
-def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """`tensor` as [N, ...]; experts' [E, N/E, ...] is the same bytes."""
-    if tensor.dtype != dtype:
-        raise BrokenInput(f"{name}: {tensor.dtype} where {dtype} was expected")
-    if tensor.ndim == 3:
-        tensor = tensor.flatten(0, 1)
-    if tuple(tensor.shape) != shape:
-        raise BrokenInput(f"{name}: shape {list(tensor.shape)} where {list(shape)} was expected")
-    return tensor
-
-
-def _takes_rows(read: Callable[..., Any]) -> bool:
-    try:
-        return {"start", "stop"} <= set(inspect.signature(read).parameters)
-    except (TypeError, ValueError):
-        return False

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from memfit.packed.scheme import BITS, Scheme
+from memfit.packed.scheme import BITS, Scheme, Values
 
 from .groups import Group, candidates
 
@@ -18,8 +18,10 @@ class Allowed:
 
     bits: tuple[int, ...] = BITS
     groups: Mapping[int, tuple[int | None, ...]] | None = None
-    """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS`."""
+    """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS` and `GROUPS_OF_VALUES`."""
     symmetric: bool = True
+    values: tuple[Values, ...] = ("int",)
+    """What codes may stand for. `bits` are those of integers and codebooks."""
     kv_bits: tuple[int, ...] = (16, 8, 4)
     keep: tuple[str, ...] = ()
     """Groups that stay in 16 bits: a part of their names is enough; `embeddings` means all tables and what is tied."""
@@ -28,9 +30,8 @@ class Allowed:
         """Schemes for one group; none if it is kept."""
         if any(self.keeps(part, group) for part in self.keep):
             return ()
-        options: dict[str, Any] = {} if self.groups is None else {"groups": self.groups}
         bits = tuple(b for b in self.bits if b < 16)
-        return candidates(group, bits=bits, symmetric=self.symmetric, **options)
+        return candidates(group, bits=bits, groups=self.groups, symmetric=self.symmetric, values=self.values)
 
     @staticmethod
     def keeps(part: str, group: Group) -> bool:
@@ -47,6 +48,7 @@ class Allowed:
             bits=tuple(data["bits"]),
             groups=None if groups is None else {int(bits): tuple(sizes) for bits, sizes in groups.items()},
             symmetric=data["symmetric"],
+            values=tuple(data["values"]),
             kv_bits=tuple(data["kv_bits"]),
             keep=tuple(data["keep"]),
         )

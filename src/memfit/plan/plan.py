@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from memfit.errors import BrokenInput
-from memfit.packed.scheme import BITS, Scheme
+from memfit.packed.scheme import BITS, Scheme, Values
 
 VERSION: Final = 1
 PricedBy = Literal["text", "weights"]
@@ -181,7 +181,11 @@ def _choice(check: "_Check", n: int, data: Any) -> GroupChoice:
 
 
 def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
+    if isinstance(data, Mapping):
+        data = {"values": "int"} | dict(data)  # plans of integers do not say so
     check.keys(data, {field.name for field in fields(Scheme)}, where)
+    if data["values"] not in get_args(Values):
+        raise check.broken(f"{where}.values", f"is {data['values']!r}; known: {', '.join(get_args(Values))}")
     group = None if data["group"] is None else check.integer(data, "group", where)
     if not isinstance(data["symmetric"], bool):
         raise check.broken(f"{where}.symmetric", f"is {data['symmetric']!r}, not true or false")
@@ -189,7 +193,7 @@ def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
     if bits not in BITS:
         raise check.broken(f"{where}.bits", f"is {bits}; {', '.join(map(str, BITS))} are known, null keeps 16")
     try:
-        return Scheme(bits=bits, group=group, symmetric=data["symmetric"])
+        return Scheme(bits=bits, group=group, symmetric=data["symmetric"], values=data["values"])
     except ValueError as error:
         raise check.broken(where, str(error)) from error
 
