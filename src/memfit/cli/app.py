@@ -97,7 +97,7 @@ ValuesOption = Annotated[
     str,
     typer.Option(
         "--values",
-        help="What codes may stand for: int, nf4, fp8 (E4M3), mxfp4, codebook (levels learned for each tensor). What has "
+        help="What codes may stand for: int, nf4, fp8 (E4M3), mxfp4, codebook (levels learned for a tensor). What has "
         "nf4 or codebooks is written for memfit alone.",
     ),
 ]
