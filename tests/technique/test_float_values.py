@@ -1,4 +1,4 @@
-"""NF4, FP8 and MXFP4: the nearest level of the format, scales that never err more than the plain one; trouble is told."""
+"""NF4, FP8 and MXFP4: the nearest level of the format, scales that never err more than the plain; trouble is told."""
 
 import pytest
 import torch
@@ -114,8 +114,8 @@ def test_mxfp4_rounds_as_compressed_tensors_does_but_for_ties() -> None:
 def test_degenerate_rows_give_what_is_nearest(scheme: Scheme, what: str) -> None:
     weight = {
         "zeros": torch.zeros(3, 64), "constant": torch.full((3, 64), 0.37),
-        "one outlier": torch.full((3, 64), 1e-3).index_fill_(1, torch.tensor(5), 100.0), "tiny": torch.ones(3, 64) * 1e-25,
-        "subnormal": torch.ones(3, 64) * 1e-40,
+        "one outlier": torch.full((3, 64), 1e-3).index_fill_(1, torch.tensor(5), 100.0),
+        "tiny": torch.ones(3, 64) * 1e-25, "subnormal": torch.ones(3, 64) * 1e-40,
     }[what]  # fmt: skip
     read = dequantize(quantize(weight, scheme)).float()
     assert bool(read.isfinite().all())
