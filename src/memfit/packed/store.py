@@ -193,8 +193,9 @@ class PackedWeight(nn.Module):
 
     def _load_blocks(self) -> Iterator[tuple[int, int]]:
         # A row's transients: the words, u, its planes before and after they are laid out: 5 bytes an input at
-        # most.
-        return blocks_of_rows(self.shape[0], WORKSPACE_NBYTES // (5 * self.shape[1]), self._multiple)
+        # most; of MXFP4 stored as FP8 the codes that are looked up, too.
+        nbytes = 12 if self.scheme.values == "mxfp4" else 5
+        return blocks_of_rows(self.shape[0], WORKSPACE_NBYTES // (nbytes * self.shape[1]), self._multiple)
 
     def _put(self, u: Tensor, start: int, stop: int) -> None:
         """Lay out rows start to stop, uint8 u = q + 2^(b−1) [n, K]; `u` is used up."""

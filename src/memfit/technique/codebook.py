@@ -4,8 +4,8 @@
 
 Groups are divided by their root mean square, which makes rows of different size alike. What is left, u = w / s, counts
 a·s². All of it is gathered into one bin for each bf16 number, a pass over blocks of rows: k-means on the bins
-(Lloyd 1982, from the best start on coarser ones) then costs the same for any tensor, and its means are exact. Scales are searched for afterwards, with the
-levels fixed (`float_values`).
+(Lloyd 1982, from the best start on coarser ones) then costs the same for any tensor, and its means are exact. Scales
+are searched for afterwards, with the levels fixed (`float_values`).
 
 Legend of shapes: N outputs (rows), K inputs, G groups of a row, g inputs of a group, V bins, L levels.
 """
@@ -25,7 +25,8 @@ _BINS: Final = 1 << 16
 _ROUNDS: Final = 100
 """Most rounds of Lloyd's."""
 _FEW: Final = 16
-"""Up to so many levels the best start is looked for: Lloyd's rests in the first dip, which of many levels is as good."""
+"""Up to so many levels the best start is looked for: Lloyd's stays in the first dip, which of many levels is as good.
+"""
 _CELLS: Final = 512
 
 
