@@ -1,5 +1,7 @@
 """NF4, FP8 and MXFP4: the nearest level of the format, scales that never err more than the plain; trouble is told."""
 
+import itertools
+
 import pytest
 import torch
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from memfit.packed.levels import E2M1, NF4, level_table, scale_values
 from memfit.packed.scheme import Scheme
@@ -199,6 +202,18 @@ def test_blocks_of_rows_give_what_the_whole_gives_and_fakes_go_the_same_way(
             assert mine is None
         else:
             assert mine is not None and (mine.shape, mine.dtype) == (real.shape, real.dtype)
+
+
+@pytest.mark.parametrize("scheme", [NF, MX, CODEBOOK, FP8], ids=lambda scheme: scheme.name)
+def test_temporaries_stay_within_the_workspace(scheme: Scheme) -> None:
+    weight = torch.zeros(2048, 512, dtype=torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        found = quantize(weight, scheme, importance=torch.ones(512))
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    results = sum(t.nbytes for t in (found.q, found.scale, found.table) if t is not None)
+    learning = 3 * 2**20 if scheme is CODEBOOK else 0  # 2^16 bins in float64, and 512 x 512 gains
+    assert max(alive) - results <= float_values.WORKSPACE_NBYTES + learning
 
 
 def test_levels_are_the_formats_own() -> None:
