@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from memfit.packed.blocks import Read
 from memfit.packed.routing import tokens_by_expert
 from memfit.packed.scheme import Scheme
-from memfit.packed.store import PackedWeight, Read
+from memfit.packed.store import PackedWeight
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 """The parameters of the experts modules of transformers: [E, 2I, D] and [E, D, I]."""

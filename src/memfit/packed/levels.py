@@ -1,4 +1,4 @@
-"""What codes stand for that are no integers: the levels of NF4, E2M1 and E4M3, and of codebooks.
+"""What codes stand for, integers and others: the levels of NF4, E2M1 and E4M3, and of codebooks.
 
 Codes are u in [0, 2^b); tensors of values hold q = u − 2^(b−1), int8, as for integers, so that both are packed alike.
 
@@ -63,6 +63,17 @@ def look_up(u: Tensor, scale: Tensor, table: Tensor, *, dtype: torch.dtype = tor
     """
     dense = table.to(dtype).index_select(0, u.view(-1).to(torch.int32)).view(u.shape)
     dense.view(u.shape[0], scale.shape[1], -1).mul_(scale_values(scale).to(dtype)[..., None])
+    return dense
+
+
+def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(q − z) · s, in `dtype`, as compressed-tensors' `_dequantize`. q [n, k], scale and zero [n, c]."""
+    dense = torch.empty(q.shape, dtype=dtype, device=q.device)
+    dense.copy_(q)  # every integer of at most 8 bits, and every difference of two, is exact in bf16
+    by_group = dense.view(q.shape[0], scale.shape[1], q.shape[1] // scale.shape[1])
+    if zero is not None:
+        by_group.sub_(zero.to(dtype)[..., None])
+    by_group.mul_(scale.to(dtype)[..., None])
     return dense
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from memfit.errors import UsageError
+from memfit.packed.blocks import Read
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.experts import PackedExperts
 from memfit.packed.scheme import Scheme
-from memfit.packed.store import PackedWeight, Read
+from memfit.packed.store import PackedWeight
 
 _READ_DIRECTLY = ("dt_proj",)
 """Linear layers whose model reads `.weight` itself instead of calling them (Mamba's)."""

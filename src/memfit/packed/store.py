@@ -5,7 +5,7 @@ Every transient is bounded: a dense copy is made of a few rows at a time and dro
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from memfit.errors import UsageError
 from memfit.packed import nibbles
 from memfit.packed.bits import PLANES, join_planes, split_planes, unpack_unsigned, unpack_zeros
+from memfit.packed.blocks import Read
+from memfit.packed.blocks import blocks_of as _blocks
+from memfit.packed.blocks import checked as _check
+from memfit.packed.blocks import takes_rows as _takes_rows
 from memfit.packed.fake import blocks_to_run
 from memfit.packed.gradient import product
 from memfit.packed.kernel import KERNEL_NAMES, Kernel, choose_kernel
-from memfit.packed.levels import level_table, look_up
-from memfit.packed.parts import blocks_of_rows, check_part, columns, dequantize, takes_rows
+from memfit.packed.levels import dequantize, level_table, look_up
 from memfit.packed.scheme import Scheme
-
-Read = Callable[..., Tensor]
-"""`read(name) -> Tensor`, or `read(name, start, stop)` for rows start to stop of it."""
 
 WORKSPACE_NBYTES: Final = 4 * 2**20
 """The largest dense block of a weight that is ever made, and the largest transient of a load."""
@@ -72,6 +72,7 @@ class PackedWeight(nn.Module):
         self.shape, self.scheme = shape, scheme
         self.groups = scheme.groups(shape[1])
         self.group = shape[1] // self.groups
+        self._scale_dtype = torch.uint8 if scheme.values == "mxfp4" else torch.bfloat16
         self.kernel: Kernel = kernel or choose_kernel(scheme, shape, aligned=aligned)
         self.rows_stored = shape[0] + (-shape[0] % nibbles.ROWS if self.kernel == "nibbles" else 0)
         self._make_buffers(torch.device(device))
@@ -115,10 +116,6 @@ class PackedWeight(nn.Module):
             "table", None if levels is None else torch.empty(levels, dtype=torch.bfloat16, device=device)
         )
 
-    @property
-    def _scale_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.scheme.values == "mxfp4" else torch.bfloat16
-
     def extra_repr(self) -> str:
         return f"{self.shape[0]}, {self.shape[1]}, {self.scheme.name}, kernel={self.kernel}"
 
@@ -138,35 +135,35 @@ class PackedWeight(nn.Module):
         rows, bits = self.shape[0], self.scheme.bits
         words_shape = (rows, self.shape[1] * bits // 32)
         name = f"{prefix}.weight_packed"
-        by_rows = takes_rows(read)
-        whole = None if by_rows else check_part(read(name), name, torch.int32, words_shape)
+        by_rows = _takes_rows(read)
+        whole = None if by_rows else _check(read(name), name, torch.int32, words_shape)
         for start, stop in blocks_to_run(self._load_blocks()):
             if whole is not None:
                 words = whole[start:stop]
             else:
-                words = check_part(read(name, start, stop), name, torch.int32, (stop - start, words_shape[1]))
+                words = _check(read(name, start, stop), name, torch.int32, (stop - start, words_shape[1]))
             self._put(unpack_unsigned(words, bits, self.shape[1]), start, stop)
             del words
         del whole
         name = f"{prefix}.weight_scale"
-        scale = check_part(read(name), name, self._scale_dtype, (rows, self.groups))
+        scale = _check(read(name), name, self._scale_dtype, (rows, self.groups))
         zero = None
         if not self.scheme.symmetric:
             name = f"{prefix}.weight_zero_point"
             zero = unpack_zeros(
-                check_part(read(name), name, torch.int32, (-(-rows * bits // 32), self.groups)), bits, rows
+                _check(read(name), name, torch.int32, (-(-rows * bits // 32), self.groups)), bits, rows
             )
         self._put_scales(scale, zero)
         if self.scheme.values == "codebook":
             name = f"{prefix}.weight_codebook"
-            self._put_table(check_part(read(name), name, torch.bfloat16, (1 << bits,)))
+            self._put_table(_check(read(name), name, torch.bfloat16, (1 << bits,)))
         else:
             self._put_table(None)
 
     def fill(self, q: Tensor, scale: Tensor, zero: Tensor | None = None, table: Tensor | None = None) -> None:
         """Fill from int8 q [N, K], scale [N, G], if asymmetric int8 zero points [N, G], and a codebook [2^b]."""
         name = f"weight {list(self.shape)} {self.scheme.name}"
-        check_part(q, name, torch.int8, self.shape)
+        _check(q, name, torch.int8, self.shape)
         if (zero is None) != self.scheme.symmetric:
             raise UsageError(f"{name}: zero points come with an asymmetric scheme, and only with one")
         if (table is None) != (self.scheme.values != "codebook"):
@@ -176,8 +173,8 @@ class PackedWeight(nn.Module):
             self._put(q[start:stop].view(torch.uint8) + (1 << (self.scheme.bits - 1)), start, stop)
         shape = (self.shape[0], self.groups)
         self._put_scales(
-            check_part(scale, name, self._scale_dtype, shape),
-            None if zero is None else check_part(zero, name, torch.int8, shape),
+            _check(scale, name, self._scale_dtype, shape),
+            None if zero is None else _check(zero, name, torch.int8, shape),
         )
         self._put_table(table)
 
@@ -195,7 +192,7 @@ class PackedWeight(nn.Module):
         # A row's transients: the words, u, its planes before and after they are laid out: 5 bytes an input at
         # most; of MXFP4 stored as FP8 the codes that are looked up, too.
         nbytes = 12 if self.scheme.values == "mxfp4" else 5
-        return blocks_of_rows(self.shape[0], WORKSPACE_NBYTES // (nbytes * self.shape[1]), self._multiple)
+        return _blocks(self.shape[0], WORKSPACE_NBYTES // (nbytes * self.shape[1]), self._multiple)
 
     def _put(self, u: Tensor, start: int, stop: int) -> None:
         """Lay out rows start to stop, uint8 u = q + 2^(b−1) [n, K]; `u` is used up."""
@@ -319,12 +316,12 @@ class PackedWeight(nn.Module):
         segments, length = self._segments
         most = WORKSPACE_NBYTES // (self._unpacked_nbytes * segments * rows)
         if self.groups == 1:
-            return blocks_of_rows(length, most, _FEWEST_INPUTS)
+            return _blocks(length, most, _FEWEST_INPUTS)
         # No block may cut a run of inputs that have one scale but where another block begins as well.
         unit = math.gcd(length, self.group)
         while most < unit and unit % 2 == 0 and unit > _FEWEST_INPUTS:
             unit //= 2
-        return blocks_of_rows(length, most, unit)
+        return _blocks(length, most, unit)
 
     def _times_back(self, g: Tensor, start: int, stop: int, low: int, high: int) -> Tensor:
         """g [M, stop − start] times inputs low to high of every segment: [M, S · (high − low)]."""
@@ -339,7 +336,7 @@ class PackedWeight(nn.Module):
         group = first.add(run).floor_divide_(self.group).view(-1)
         if self.groups == 1:
             group = group[:1]
-        planes = [columns(plane[rows], length, low, high) for plane in self.planes]
+        planes = [_columns(plane[rows], length, low, high) for plane in self.planes]
         whole = slice(start, rows.stop * step)
         if nibbled:
             scale, zero = self.scale[group, whole], None if self.zero is None else self.zero[group, whole]
@@ -352,7 +349,7 @@ class PackedWeight(nn.Module):
         if self.kernel == "int8":
             return torch._weight_int8pack_mm(x, self.planes[0][start:stop], self.scale[start:stop, 0])
         out = x.new_empty(x.shape[0], stop - start)
-        for a, b in blocks_to_run(blocks_of_rows(stop - start, SPREAD_NBYTES // self.shape[1], 1)):
+        for a, b in blocks_to_run(_blocks(stop - start, SPREAD_NBYTES // self.shape[1], 1)):
             q = self._join([plane[start + a : start + b] for plane in self.planes])
             out[:, a:b].copy_(torch._weight_int8pack_mm(x, q, self.scale[start + a : start + b, 0]))
             del q
@@ -365,7 +362,7 @@ class PackedWeight(nn.Module):
         spread = any(term.widths != (4,) for term in nibbles.TERMS[bits])
         row_nbytes = inputs // 2 if spread else self.groups * 4
         whole = stop + -stop % step
-        blocks = blocks_to_run(blocks_of_rows(whole - start, SPREAD_NBYTES // row_nbytes, step))
+        blocks = blocks_to_run(_blocks(whole - start, SPREAD_NBYTES // row_nbytes, step))
         if len(blocks) == 1 and whole == stop:
             return self._times_nibbles(x, start, stop)
         out = x.new_empty(x.shape[0], stop - start)
@@ -395,7 +392,7 @@ class PackedWeight(nn.Module):
         """Any number of rows [M, K]: rows of the weight are unpacked, used and dropped, block by block."""
         inputs = self.shape[1]
         rows = WORKSPACE_NBYTES // (self._unpacked_nbytes * inputs)
-        blocks = blocks_to_run(blocks_of_rows(stop - start, rows, self._multiple))
+        blocks = blocks_to_run(_blocks(stop - start, rows, self._multiple))
         if len(blocks) == 1:
             return self._times_block(x, start, stop)
         out = x.new_empty(x.shape[0], stop - start)
@@ -443,3 +440,9 @@ class PackedWeight(nn.Module):
         if self.kernel == "int8":
             return planes[0]
         return join_planes(planes, self.widths).sub_(1 << (self.scheme.bits - 1)).view(torch.int8)
+
+
+def _columns(plane: Tensor, length: int, low: int, high: int) -> Tensor:
+    """A plane [n, m·L, ...] with inputs low to high of each segment alone: [n, m · (high − low), ...], a plane too."""
+    by_segment = plane.view(plane.shape[0], -1, length, *plane.shape[2:])
+    return by_segment[:, :, low:high].flatten(1, 2)
