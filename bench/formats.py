@@ -1,6 +1,7 @@
 """How near to the original are the number formats, at what bits a weight? Decoder layers only.
 
-    python bench/formats.py [--model DIR_OR_GGUF] [--text FILE] [--windows 16] [--gptq] [--output FILE]
+    python bench/formats.py [--model DIR_OR_GGUF] [--text FILE] [--windows 16] [--ways nearest search gptq]
+                            [--only NAMES ...] [--output FILE]
 
 Each format in three ways: to the nearest with the format's own scale, with searched scales (weighted by E[x²] of the
 calibration text), and by GPTQ, each block for the inputs that those before it give. Default: the demo model and text.
@@ -38,6 +39,8 @@ SCHEMES = (
     Scheme(bits=2, group=64), Scheme(bits=2, group=None, values="codebook"),
 )  # fmt: skip
 
+WAYS = ("nearest", "search", "gptq")
+
 
 def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers of the blocks."""
@@ -65,7 +68,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(demo.model_directory()))
     parser.add_argument("--text", type=Path)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--gptq", action="store_true")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--only", nargs="+", help="formats, as 'int4 g128'; default: all")
     parser.add_argument("--name", default="formats")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
@@ -85,9 +89,11 @@ def main() -> None:
         logits = Path(work) / "logits"
         record_logits(model, evaluation, logits)
         for scheme in SCHEMES:
+            if asked.only and scheme.name not in asked.only:
+                continue
             nbytes = sum(scheme.nbytes(tuple(weight.shape)) for weight in original.values())
             row: dict[str, Any] = {"scheme": scheme.name, "bits_a_weight": 8 * nbytes / count}
-            for way in ("nearest", "search", *(("gptq",) if asked.gptq else ())):
+            for way in asked.ways:
                 started = time.process_time()
                 chosen = Integers(Path(work) / scheme.name)
                 if way == "gptq":

@@ -71,11 +71,11 @@ class Grid:
         """The index of the level nearest to each of x, int32; of two as near, the lower."""
         return torch.bucketize(x, self.middles, out_int32=True)
 
-    def round(self, t: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(q int8, ŵ bf16) of t: the level that t / scale is nearest to."""
-        index = self.nearest(t / scale).view(-1)
-        level = self.levels.index_select(0, index).view(t.shape)
-        return self.codes.index_select(0, index).view(t.shape), level.mul_(scale).to(torch.bfloat16)
+    def round(self, t: Tensor, scale: Tensor, q: Tensor, read: Tensor) -> None:
+        """Write q of the level that t / scale is nearest to, and level · scale, which is ŵ when rounded; all [R]."""
+        index = self.nearest(torch.div(t, scale, out=read))
+        q.copy_(self.codes.index_select(0, index))
+        torch.index_select(self.levels, 0, index, out=read).mul_(scale)
 
     def by_pattern(self) -> Tensor:
         """The level nearest to every bf16 number [65536], by its bits: what is told apart in a search by one look."""
