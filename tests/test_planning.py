@@ -89,11 +89,12 @@ def test_the_traced_peak_of_every_plan_is_within_its_budget_and_the_one_it_tells
 
 
 def test_the_search_chooses_among_kinds_of_values(source, whole_nbytes):
-    allowed = Allowed(bits=(4, 3), values=("int", "nf4", "fp8", "codebook"), kv_bits=(16,))
+    allowed = Allowed(bits=(4, 3), symmetric=False, values=("int", "nf4", "fp8", "codebook"), kv_bits=(16,))
     study = Study(source, TASK, allowed)
     plan = make_plan(study, whole_nbytes * 85 // 100)
     assert predict(source, plan, TASK).peak_nbytes == plan.predicted["peak_nbytes"] <= plan.budget_nbytes
-    known = {"int4 g128", "int4 g64", "int3 g128", "int3 g64", "nf4 g64", "fp8 row", "codebook4 row", "codebook3 row"}
+    integers = {f"int{bits} g{group} asym" for bits in (4, 3) for group in (128, 64)}
+    known = integers | {"nf4 g64", "fp8 row", "codebook4 row", "codebook3 row"}
     assert {scheme.name for found in study.schemes.values() for scheme in found} == known
     assert {scheme.values for scheme in plan.schemes().values()} - {"int"}
     assert loads(dumps(plan)).schemes() == plan.schemes()
