@@ -142,6 +142,10 @@ def test_progress_goes_to_stderr(memfit, model, monkeypatch):
         ("fit", "{model}", "--format", "gguf:q4_k_m", "--dry-run"),
         ("fit", "{model}", "--technique", "quantize", "--bits", "8,4"),
         ("fit", "{model}", "--technique", "prune", "--bits", "4"),
+        ("fit", "{model}", "--technique", "quantize", "--values", "nf4,fp8"),
+        ("fit", "{model}", "--technique", "quantize", "--values", "codebook"),
+        ("plan", "{model}", "--values", "nf5"),
+        ("plan", "{model}", "--values", "nf4", "--asymmetric"),
         ("report", "{model}"),
         ("report", "no-such-directory"),
         ("plan", "{model}", "--task", "train", "--bits", "4"),
@@ -156,6 +160,25 @@ def test_a_call_that_is_off_exits_with_2_and_a_message(memfit, model, words, tmp
     code, out, err = memfit(*(word.format(model=model) for word in words))
     assert code == 2 and not out and err.strip()
     assert "Traceback" not in err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (("--values", "nf4", "--bits", "3"), "--bits 3: nf4 has 4 bits. Leave --bits out"),
+    (("--values", "mxfp4", "--group", "64"), "--group 64: mxfp4 has groups of 32. Leave --group out"),
+])  # fmt: skip
+def test_what_values_cannot_hold_is_told_with_the_next_move(memfit, model, words, told):
+    code, out, err = memfit("fit", model, "--technique", "quantize", *words)
+    assert code == 2 and not out and told in " ".join(err.split())
+
+
+def test_one_kind_of_values_for_everything(memfit, model):
+    words = ("--technique", "quantize", "--values", "codebook", "--bits", "3", "--dry-run", "--json", "-q")
+    code, out, err = memfit("fit", model, *SMALL, *words)
+    assert code == 0, err
+    schemes = [choice["scheme"] for choice in json.loads(out)["choices"] if choice["scheme"]]
+    assert schemes and all(
+        scheme == {"bits": 3, "group": None, "symmetric": True, "values": "codebook"} for scheme in schemes
+    )
 
 
 def test_broken_input_exits_with_4(memfit, tmp_path):

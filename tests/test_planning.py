@@ -88,6 +88,18 @@ def test_the_traced_peak_of_every_plan_is_within_its_budget_and_the_one_it_tells
         assert traced == plan.predicted["peak_nbytes"] <= plan.budget_nbytes
 
 
+def test_the_search_chooses_among_kinds_of_values(source, whole_nbytes):
+    allowed = Allowed(bits=(4, 3), symmetric=False, values=("int", "nf4", "fp8", "codebook"), kv_bits=(16,))
+    study = Study(source, TASK, allowed)
+    plan = make_plan(study, whole_nbytes * 85 // 100)
+    assert predict(source, plan, TASK).peak_nbytes == plan.predicted["peak_nbytes"] <= plan.budget_nbytes
+    integers = {f"int{bits} g{group} asym" for bits in (4, 3) for group in (128, 64)}
+    known = integers | {"nf4 g64", "fp8 row", "codebook4 row", "codebook3 row"}
+    assert {scheme.name for found in study.schemes.values() for scheme in found} == known
+    assert {scheme.values for scheme in plan.schemes().values()} - {"int"}
+    assert loads(dumps(plan)).schemes() == plan.schemes()
+
+
 def test_a_plan_read_back_is_equal_and_predicts_the_same_bytes(source, plans):
     again = loads(dumps(plans[0]))
     assert again == loads(dumps(again)) and dumps(again) == dumps(plans[0])

@@ -136,13 +136,13 @@ def _choose(
 def _rounded(name: str, weight: Tensor, made: Factor, scheme: Scheme) -> Quantized:
     """What `gptq` makes of a weight; a dry run tells it from an equal one."""
 
-    def call() -> tuple[Tensor, Tensor, Tensor | None]:
+    def call() -> tuple[Tensor | None, ...]:
         found = gptq(weight, made, scheme).quantized
-        return found.q, found.scale, found.zero
+        return found.q, found.scale, found.zero, found.table
 
     given = lambda: (weight, made.order, made.coupling, made.weights, made.importance, made.dead)  # noqa: E731
-    q, scale, zero = repeated(("gptq", scheme), None, name, given, call)
-    return Quantized(scheme=scheme, q=q, scale=scale, zero=zero)
+    q, scale, zero, table = repeated(("gptq", scheme), None, name, given, call)
+    return Quantized(scheme=scheme, q=q, scale=scale, zero=zero, table=table)
 
 
 def _stages(layers: Mapping[str, nn.Linear], run: "_Run") -> list[list[str]]:

@@ -19,9 +19,8 @@ from memfit.calibrate.stream import row_shape, rows_of
 from memfit.compensate import compensate
 from memfit.format.integers import Integers
 from memfit.format.output import Stored, stored_tensors, weights_of
-from memfit.format.packed import PACKED, stored_as
+from memfit.format.packed import stored_as, stored_scale, stored_values
 from memfit.format.safetensors import Writer
-from memfit.packed.bits import pack_values
 from memfit.packed.fake import is_fake
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
@@ -29,7 +28,7 @@ from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import Plan, PricedBy
 from memfit.plan.price import Prices, importance_of, prices
 from memfit.source.source import Source
-from memfit.technique.quantize import Quantized, quantize
+from memfit.technique.quantize import Quantized, learned, quantize
 from memfit.technique.smoothing import Smoothing, find_smoothing
 
 KV_WINDOWS: Final = 2
@@ -163,7 +162,8 @@ def compress(
     groups = {member: group for group in find_groups(model) for member in group.members}
     pairs = _complete(tuple(dict.fromkeys(groups.values())), statistics)
     seen: set[Any] = set()
-    with Writer(directory, stored.specs, dry=dry) as writer:
+    stem = "memfit" if stored.own else "model"
+    with Writer(directory, stored.specs, dry=dry, stem=stem) as writer:
         for name in stored.plain_and_packed():
             if dry:
                 # Nothing outlives its own turn, so equal weights need to be run once.
@@ -206,9 +206,14 @@ def _write_plain(writer: Writer, source: Source, model: torch.nn.Module, name: s
 def _rounded(
     source: Source, parameter: str, scheme: Scheme, importance: Tensor | None, *, search: bool
 ) -> Iterator[tuple[int, Quantized]]:
-    """(first row, integers of some rows) of a parameter [N, K], from its first row to its last."""
+    """(first row, integers of some rows) of a parameter [N, K], from its first row to its last.
+
+    What all rows share, a codebook, is learned first, in a pass of its own.
+    """
+    everything = (block for _, block in rows_of(source, parameter, dtype=torch.bfloat16))
+    table = learned(scheme, everything, importance)
     for start, block in rows_of(source, parameter, dtype=torch.bfloat16):
-        yield start, quantize(block, scheme, importance=importance, search=search)
+        yield start, quantize(block, scheme, importance=importance, search=search, table=table)
         del block
 
 
@@ -222,19 +227,21 @@ def _write_packed(
 ) -> None:
     """Pack the integers of one weight [N, K] by blocks of rows, then write its parts."""
     rows, width = shape
-    groups = scheme.groups(width)
-    table = name in stored.embeddings
-    packed = stored_as(scheme, embedding=table) == PACKED
-    columns = width * scheme.bits // 32 if packed else width
-    values = torch.empty((rows, columns), dtype=torch.int32 if packed else torch.int8)
-    scale = torch.empty((rows, groups), dtype=torch.bfloat16)
-    zero = None if scheme.symmetric else torch.empty((rows, groups), dtype=torch.int8)
+    form = stored_as(scheme, embedding=name in stored.embeddings)
+    due = {spec.name.rpartition(".")[2]: spec for spec in stored.specs if spec.name in stored.packed[name]}
+    values, scale = (
+        torch.empty(spec.shape, dtype=spec.dtype)
+        for spec in (due.get("weight_packed") or due["weight"], due["weight_scale"])
+    )
+    zero = None if scheme.symmetric else torch.empty(scale.shape, dtype=torch.int8)
+    table = None
     for start, made in rounded:
         part = slice(start, start + made.q.shape[0])
-        values[part] = pack_values(made.q, scheme.bits) if packed else made.q
-        scale[part] = made.scale
+        values[part] = stored_values(made, form)
+        scale[part] = stored_scale(made, form)
         if zero is not None and made.zero is not None:
             zero[part] = made.zero
+        table = made.table
         del made
     for part_name in stored.packed[name]:
         kind = part_name.rpartition(".")[2]
@@ -245,5 +252,8 @@ def _write_packed(
         elif kind == "weight_zero_point":
             assert zero is not None
             writer.write(part_name, zero)
+        elif kind == "weight_codebook":
+            assert table is not None
+            writer.write(part_name, table)
         else:
             writer.write(part_name, values)

@@ -184,11 +184,15 @@ def _written(
 def require_widths(allowed: Allowed | None, given: Plan | None) -> None:
     """Raise UsageError where something may be chosen, or was, that a file cannot hold."""
     allowed = allowed or Allowed(bits=ONNX_BITS, kv_bits=(16,))
-    if others := [bits for bits in allowed.bits if bits < 16 and bits not in ONNX_BITS]:
+    if wide := [bits for bits in allowed.bits if bits < 16 and bits not in ONNX_BITS]:
         known = ",".join(map(str, ONNX_BITS))
         raise UsageError(
-            f"weights of {others[0]} bits cannot be in an ONNX file: ONNX Runtime multiplies integers of {known} bits. "
+            f"weights of {wide[0]} bits cannot be in an ONNX file: ONNX Runtime multiplies integers of {known} bits. "
             f"Choose among these (--bits {known})."
+        )
+    if others := [kind for kind in allowed.values if kind != "int"]:
+        raise UsageError(
+            f"values of {others[0]} cannot be in an ONNX file: ONNX Runtime multiplies integers. Leave --values out."
         )
     if allowed.activations != 16:
         raise UsageError(

@@ -25,8 +25,8 @@ from memfit.format.output import weights_of
 from memfit.format.packed import packed_specs
 from memfit.models import load_model
 from memfit.moments import fake_weights, kind_of, moments
-from memfit.packed.bits import pack_values
 from memfit.packed.kernel import runtime_nbytes
+from memfit.packed.levels import part_of
 from memfit.packed.modules import pack_module_skeleton
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
@@ -164,17 +164,15 @@ class Study:
             spec.name: spec
             for name, weight in weights_of(self.skeleton, member).items()
             for spec in packed_specs(
-                name, (weight.shape.numel() // weight.shape[-1], weight.shape[-1]), scheme
+                name, (weight.shape.numel() // weight.shape[-1], weight.shape[-1]), scheme, embedding=table
             )
         }
 
         def read(name: str, start: int | None = None, stop: int | None = None) -> Tensor:
-            spec = specs[name] if name in specs else specs[name.replace(".weight_packed", ".weight")]
+            spec = specs.get(name) or specs[name.removesuffix("_packed")]
             rows = spec.shape[0] if start is None or stop is None else stop - start
-            if name.endswith("weight_packed") and (table or scheme.activations == 8):
-                values = spec.shape[-1] * 32 // scheme.bits if table else spec.shape[-1]
-                return pack_values(torch.empty((rows, values), dtype=torch.int8), scheme.bits)
-            return torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype)
+            stored = torch.empty((rows, *spec.shape[1:]), dtype=spec.dtype)
+            return part_of(name.rpartition(".")[2], stored, scheme)
 
         follow = Follow()
         mode = FakeTensorMode(allow_non_fake_inputs=True)

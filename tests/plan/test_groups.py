@@ -73,6 +73,16 @@ def test_what_a_group_says_can_be_stored_can_be_packed(name: str) -> None:
         assert packed_modules(model).keys() == schemes.keys()
 
 
+def test_values_have_widths_and_groups_of_their_own() -> None:
+    group = next(iter(find_groups(skeleton("llama"))))
+    names = lambda **more: [scheme.name for scheme in candidates(group, **more)]  # noqa: E731
+    assert names(bits=(8, 3), values=("nf4", "fp8", "mxfp4")) == ["nf4 g64", "fp8 row", "mxfp4 g32"]
+    assert names(bits=(4, 2), values=("int", "codebook")) == [
+        "int4 g128", "int4 g64", "int2 g64", "int2 g32", "codebook4 row", "codebook2 row",
+    ]  # fmt: skip
+    assert names(bits=(4,), values=("nf4", "codebook"), groups={4: (32,)}) == ["nf4 g32", "codebook4 g32"]
+
+
 def test_what_runs_fused_is_one_group() -> None:
     found = by_name(skeleton("llama"))
     assert list(found) == [

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -212,6 +213,16 @@ def test_the_card_names_its_base_only_where_the_hub_knows_it() -> None:
     local = model_card(report(), base_model="/home/someone/model", license="no")
     assert "base_model" not in local.split("---")[1] and 'license: "no"' in local
     assert is_hub_id("a/b") and not is_hub_id("../b") and not is_hub_id("/a/b") and not is_hub_id("a")
+
+
+def test_the_card_of_what_memfit_alone_reads_says_so() -> None:
+    made = report()
+    assert made.plan is not None
+    nf4 = {"bits": 4, "group": 64, "symmetric": True, "values": "nf4"}
+    choices = [dict(choice) | {"scheme": nf4} for choice in made.choices]
+    card = model_card(replace(made, plan=dict(made.plan) | {"choices": choices}))
+    assert "library_name: memfit\ntags:\n- memfit\n---" in card
+    assert "nf4 g64" in card and "With memfit alone" in card and "from_pretrained" not in card
 
 
 def test_the_machine_and_versions_are_json() -> None:

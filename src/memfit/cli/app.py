@@ -93,6 +93,14 @@ GroupSizes = Annotated[
     str | None,
     typer.Option("--groups", "--group", help="Group sizes that may be chosen, of 128, 64, 32. Default: by width."),
 ]
+ValuesOption = Annotated[
+    str,
+    typer.Option(
+        "--values",
+        help="What codes may stand for: int, nf4, fp8 (E4M3), mxfp4, codebook (levels learned for a tensor). What has "
+        "nf4 or codebooks is written for memfit alone.",
+    ),
+]
 KvBits = Annotated[str, typer.Option(help="KV-cache widths that may be chosen, of 16, 8, 4, 2.")]
 Keep = Annotated[
     list[str] | None,

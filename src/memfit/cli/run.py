@@ -36,6 +36,7 @@ from .app import (
     Technique,
     TextFile,
     Threads,
+    ValuesOption,
     app,
     print_json,
     progress_to,
@@ -45,6 +46,7 @@ from .app import (
     show,
     write,
 )
+from .choosing import allowed_by, bits_of, require_one_setting
 from .training import show_training_plan, training_task
 
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -113,6 +115,7 @@ def plan(
     text: TextFile = None,
     bits: Bits = "8,6,5,4,3,2",
     groups: GroupSizes = None,
+    values: ValuesOption = "int",
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
@@ -144,7 +147,7 @@ def plan(
         budget,
         task=memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens),
         text=text,
-        allowed=_allowed(context, bits, groups, kv_bits, keep, asymmetric, activations, smooth),
+        allowed=allowed_by(context, bits, groups, kv_bits, keep, asymmetric, values, activations, smooth),
         device=device.value,
         progress=progress_to(quiet),
     )
@@ -173,6 +176,7 @@ def fit(
     text: TextFile = None,
     bits: Bits = "8,6,5,4,3,2",
     groups: GroupSizes = None,
+    values: ValuesOption = "int",
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
@@ -244,12 +248,13 @@ def fit(
     if uniform:
         budget = budget if said(context, "budget") else "100%"
         kv_bits = kv_bits if said(context, "kv_bits") else "16"
-        _require_one_setting(bits if said(context, "bits") else "", groups, kv_bits)
+        bits = bits_of(values, bits if said(context, "bits") else "")
+        require_one_setting(bits, groups, kv_bits, values)
     if form == ONNX:
         # What ONNX Runtime has; another width that is asked for is refused by name.
         bits, kv_bits = bits if said(context, "bits") else "8,4,2", kv_bits if said(context, "kv_bits") else "16"
-    settings = (bits, groups, kv_bits, keep, asymmetric, activations, smooth)
-    allowed = _allowed(context, *settings, uniform=uniform) if given is None else None
+    settings = (bits, groups, kv_bits, keep, asymmetric, values, activations, smooth)
+    allowed = allowed_by(context, *settings, uniform=uniform) if given is None else None
     if form == ONNX:
         require_widths(allowed, given)
     if dry_run:
@@ -378,7 +383,7 @@ def report(
 
 
 _IN_THE_PLAN = (
-    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "kv_bits", "keep", "asymmetric", "technique",
+    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "technique",
     "activations", "smooth",
 )  # fmt: skip
 """What a plan says itself."""
@@ -389,7 +394,7 @@ _OF_A_PLAN = (
 
 
 _OF_RUNNING = (
-    "prompt", "new_tokens", "text", "bits", "groups", "kv_bits", "keep", "asymmetric", "routing",
+    "prompt", "new_tokens", "text", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "routing",
     "activations", "smooth",
 )  # fmt: skip
 _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
@@ -404,47 +409,6 @@ def _refuse_of_the_other_task(context: typer.Context, task: Task) -> None:
                 f"--{name.replace('_', '-')} says something of --task {other}, and this is --task {task.value}. Leave "
                 "one of them out."
             )
-
-
-def _require_one_setting(bits: str, groups: str | None, kv_bits: str) -> None:
-    """A technique for everything has one width, one group size and one cache."""
-    for option, given in (("--bits", bits), ("--group", groups or "one"), ("--kv-bits", kv_bits)):
-        if not given or "," in given:
-            raise UsageError(f"--technique quantize has one setting: give one {option}, got {given or 'none'}.")
-
-
-def _allowed(
-    context: typer.Context, bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool,
-    activations: int, smooth: bool, *, uniform: bool = False,
-) -> Any:  # fmt: skip
-    import memfit
-
-    if said(context, "smooth") and activations == 16:
-        raise UsageError("--smooth and --no-smooth say something of activations of 8 bits: add --activations 8.")
-    widths = _numbers(bits, "--bits", (16, 8, 6, 5, 4, 3, 2))
-    sizes = None
-    if groups is not None:
-        chosen = _numbers(groups, "--groups", (128, 64, 32))
-        sizes = {width: (None,) if width == 8 and not uniform else chosen for width in widths if width != 16}
-    return memfit.Allowed(
-        bits=tuple(width for width in widths if width != 16),
-        groups=sizes,
-        symmetric=not asymmetric,
-        kv_bits=_numbers(kv_bits, "--kv-bits", (16, 8, 4, 2)),
-        activations=activations,
-        smooth=smooth,
-        keep=tuple(keep or ()),
-    )
-
-
-def _numbers(text: str, option: str, known: tuple[int, ...]) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r}: write numbers with commas between, as 8,4.") from error
-    if unknown := [number for number in found if number not in known]:
-        raise UsageError(f"{option}: {unknown[0]} is none of {', '.join(map(str, known))}.")
-    return found
 
 
 def _plan_json(made: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from memfit.format.packed import stored_as
+from memfit.format.packed import FLOAT, MXFP4, OWN, stored_as
 from memfit.packed.scheme import Scheme
 
 Path = tuple[str, ...]
@@ -21,6 +21,7 @@ def quantization_config(
     """The `quantization_config` of compressed-tensors: a config group for each scheme and format.
 
     The targets are anchored regular expressions that match the modules of `schemes` and no others.
+    If one of them is of no format of compressed-tensors, the `quant_method` is memfit's own.
     `ignore`: the linear modules left in bf16, by name; vLLM refuses a linear module that is neither a target
     nor ignored. `embeddings`: the modules of `schemes` that are tables, and the heads tied to them.
 
@@ -39,21 +40,14 @@ def quantization_config(
     for scheme, form in sorted(modules_of, key=lambda key: _widest_first(*key)):
         groups[f"group_{len(groups)}"] = {
             "targets": module_patterns(modules_of[scheme, form]),
-            "weights": {
-                "num_bits": scheme.bits,
-                "type": "int",
-                "symmetric": scheme.symmetric,
-                "strategy": "channel" if scheme.group is None else "group",
-                "group_size": scheme.group,
-                "dynamic": False,
-            },
+            "weights": _weights(scheme, form),
             "input_activations": _input_activations(scheme),
             "output_activations": None,
             "format": form,
         }
     formats = sorted({form for _, form in modules_of})
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": OWN if OWN in formats else "compressed-tensors",
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
@@ -63,9 +57,23 @@ def quantization_config(
     }
 
 
-def _widest_first(scheme: Scheme, form: str) -> tuple[int, int, bool, int, str]:
+def _weights(scheme: Scheme, form: str) -> dict[str, Any]:
+    """What a config group says of its weights: the arguments of compressed-tensors."""
+    kinds = {FLOAT: "float", MXFP4: "float", OWN: scheme.values}
+    told: dict[str, Any] = {
+        "num_bits": 8 if form == FLOAT else scheme.bits,
+        "type": kinds.get(form, "int"),
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group is None else "group",
+        "group_size": scheme.group,
+        "dynamic": False,
+    }
+    return told | ({"scale_dtype": "torch.uint8"} if form == MXFP4 else {})
+
+
+def _widest_first(scheme: Scheme, form: str) -> tuple[int, int, bool, str, int, str]:
     # The None of a row-wise group does not compare with a number.
-    return -scheme.bits, scheme.group or 0, scheme.symmetric, -scheme.activations, form
+    return -scheme.bits, scheme.group or 0, scheme.symmetric, scheme.values, -scheme.activations, form
 
 
 def _input_activations(scheme: Scheme) -> dict[str, Any] | None:
@@ -95,6 +103,7 @@ def model_config(
     `{"lm_head": "model.embed_tokens"}`, both in `embeddings`: the table is in the file once, and stock
     transformers ties it as it ties the original's; only the scales are there for both.
     """
+    embeddings = tuple(embeddings)
     # The library's own text, so that special floats and nested configurations come out as it writes them.
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     data.pop("quantization_config", None)
@@ -107,6 +116,9 @@ def model_config(
     if schemes:
         data["quantization_config"] = quantization_config(schemes, ignore=ignore, embeddings=embeddings)
     data["memfit"] = {"version": version, "tied": dict(tied or {}), "kv_bits": kv_bits}
+    # Stored as FP8 in groups of 32, and no config group can say that they are more than that.
+    if mx := [name for name in embeddings if name in schemes and schemes[name].values == "mxfp4"]:
+        data["memfit"]["mxfp4"] = module_patterns(mx)
     return data
 
 

@@ -69,7 +69,8 @@ class Integers:
         file = self._files[module]
         zero = None if scheme.symmetric else file.read_rows(f"{module}.zero", start, stop)
         q, scale = (file.read_rows(f"{module}.{part}", start, stop) for part in ("q", "scale"))
-        return Quantized(scheme=scheme, q=q, scale=scale, zero=zero)
+        table = file.read(f"{module}.table") if scheme.values == "codebook" else None
+        return Quantized(scheme=scheme, q=q, scale=scale, zero=zero, table=table)
 
     def write(self, block: str, found: Mapping[str, Quantized], damping: Mapping[str, float]) -> None:
         """Keep what was chosen for the modules of a block."""
@@ -102,3 +103,5 @@ def _parts(module: str, quantized: Quantized) -> Iterator[tuple[str, Tensor]]:
     yield f"{module}.scale", quantized.scale
     if quantized.zero is not None:
         yield f"{module}.zero", quantized.zero
+    if quantized.table is not None:
+        yield f"{module}.table", quantized.table

@@ -66,6 +66,11 @@ def block_of(scheme: Scheme, inputs: int) -> int:
 
 def require_onnx_scheme(scheme: Scheme, name: str) -> None:
     """Raise UsageError where ONNX Runtime has no form for the scheme of module `name`."""
+    if scheme.values != "int" or scheme.activations != 16:
+        raise UsageError(
+            f"{name}: {scheme.name} cannot be in an ONNX file: ONNX Runtime multiplies floats with weights that are "
+            "integers. Choose integers (--values int), and leave --activations out."
+        )
     if scheme.bits not in ONNX_BITS:
         known = ", ".join(map(str, ONNX_BITS))
         raise UsageError(

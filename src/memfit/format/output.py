@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from memfit.format.packed import packed_buffers, packed_specs
+from memfit.format.packed import OWN, packed_buffers, packed_specs, stored_as
 from memfit.format.safetensors import TensorSpec
 from memfit.packed.experts import WEIGHTS
 from memfit.packed.modules import is_experts
@@ -33,6 +33,9 @@ class Stored:
     """Linear layers left in 16 bits."""
     module_of: Mapping[str, str]
     """Key of `packed` to the quantized module that it is of."""
+    own: bool
+    """Whether something is stored as memfit alone reads it: the files then have names that no other program looks for.
+    """
 
     def shape_of(self, name: str) -> tuple[tuple[int, ...], ...]:
         """Shapes of what is written under a name of `plain_and_packed`."""
@@ -98,6 +101,7 @@ def stored_tensors(model: nn.Module, schemes: Mapping[str, Scheme]) -> Stored:
         tied=tied,
         ignore=tuple(sorted(linears - schemes.keys())),
         module_of=module_of,
+        own=any(stored_as(scheme, embedding=name in embeddings) == OWN for name, scheme in schemes.items()),
     )
 
 

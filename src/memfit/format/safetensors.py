@@ -26,7 +26,7 @@ from memfit.source.checkpoint import bytes_of
 from memfit.units import format_size
 
 SHARD_NBYTES: Final = 4 * 2**30
-INDEX: Final = "model.safetensors.index.json"
+INDEX: Final = ".safetensors.index.json"
 # One write call takes at most 2^31 − 4096 bytes on Linux; smaller pieces also let a signal through.
 _PIECE_NBYTES: Final = 64 * 2**20
 
@@ -82,7 +82,7 @@ class Writer:
 
     No tensor is copied on its way: the bytes go from its memory to the file. On fake tensors all is checked
     and nothing is written, so that a dry run runs the same lines. After the block `shards` says what was
-    written.
+    written. Files are named after `stem`, as `model.safetensors` or `model-00001-of-00002.safetensors`.
 
     Raises:
         ValueError: a tensor that is not the next one announced, in name, dtype or shape, or is not
@@ -98,11 +98,13 @@ class Writer:
         *,
         shard_nbytes: int = SHARD_NBYTES,
         dry: bool = False,
+        stem: str = "model",
     ) -> None:
         self.directory = directory
         self.specs = tuple(specs)
         self.shards: tuple[Shard, ...] = ()
         self._dry = dry
+        self._stem = stem
         self._parts = _split(self.specs, shard_nbytes)
         self._next = 0
         self._file: int | None = None
@@ -211,7 +213,7 @@ class Writer:
 
     def _name(self, shard: int) -> str:
         many = len(self._parts)
-        return "model.safetensors" if many == 1 else f"model-{shard + 1:05d}-of-{many:05d}.safetensors"
+        return f"{self._stem}{'' if many == 1 else f'-{shard + 1:05d}-of-{many:05d}'}.safetensors"
 
     def _open(self, shard: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
@@ -238,7 +240,7 @@ class Writer:
     def _write_index(self) -> None:
         where = {spec.name: self._name(shard) for shard, part in enumerate(self._parts) for spec in part}
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": where}
-        (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (self.directory / f"{self._stem}{INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self

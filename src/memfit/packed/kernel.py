@@ -24,6 +24,8 @@ def choose_kernel(scheme: Scheme, shape: tuple[int, ...], *, aligned: int | None
     """
     if scheme.activations == 8:
         return integer_kernel()
+    if scheme.values != "int":
+        return "planes"
     if scheme.bits == 8 and scheme.group is None and scheme.symmetric:
         return "int8"
     rows = math.prod(shape[:-1])
@@ -40,9 +42,12 @@ def choose_kernel(scheme: Scheme, shape: tuple[int, ...], *, aligned: int | None
 def runtime_nbytes(scheme: Scheme, shape: tuple[int, ...], *, kernel: Kernel | None = None) -> int:
     """Bytes of the buffers of a weight [..., N, K], on `kernel` or the one that would be chosen.
 
-    As `scheme.nbytes`, but a zero point takes a byte, and rows are padded to a multiple of 64 for the int4
-    kernel. For products of integers oneDNN says what its order takes, and a scale is float32.
+    As `scheme.nbytes`, but a zero point takes a byte, rows are padded to a multiple of 64 for the int4
+    kernel, and levels are there whether a file holds them or not. For products of integers oneDNN says what its order
+    takes, and a scale is float32.
     """
+    if scheme.values != "int":
+        return scheme.nbytes(shape) + (0 if scheme.values == "codebook" else 2 << scheme.bits)
     rows, inputs = math.prod(shape[:-1]), shape[-1]
     kernel = kernel or choose_kernel(scheme, shape)
     if scheme.activations == 8:

@@ -1,13 +1,21 @@
-"""How one weight is stored: the bits, the group that shares a scale, and whether there are zero points."""
+"""How one weight is stored: its bits, what they stand for, the group that shares a scale, and the zero points."""
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 BITS: Final = (8, 6, 5, 4, 3, 2)
 GROUPS: Final = (128, 64, 32)
 INTEGER_INPUTS: Final = 65_793
 """255 · 128 times so many is below 2³¹."""
+Values = Literal["int", "nf4", "fp8", "mxfp4", "codebook"]
+"""What a code of `bits` bits stands for: an integer, one of the fixed levels of a format, one that was learned."""
+BITS_OF: Final[dict[str, int]] = {"nf4": 4, "fp8": 8, "mxfp4": 4}
+"""Bits of the formats that have but one width."""
+OWN_VALUES: Final = ("nf4", "codebook")
+"""What no format of compressed-tensors holds, and memfit alone reads."""
+MX_GROUP: Final = 32
+"""Inputs that share a scale in the formats of the OCP Microscaling specification."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -16,6 +24,9 @@ class Scheme:
 
     A weight [N, K] is stored as q in [−2^(b−1), 2^(b−1) − 1] with ŵ = (q − z) · s; z = 0 if symmetric.
     Scales may be negative: the one level more on the negative side then serves positive weights.
+
+    Other `values` are levels: ŵ = level[u] · s, u = q + 2^(b−1) (see `packed/levels.py`). MXFP4 has a power of two for
+    a scale, in a byte; a codebook its 2^b levels, in bf16, beside the scales.
     """
 
     bits: int
@@ -24,27 +35,37 @@ class Scheme:
     symmetric: bool = True
     activations: int = 16
     """8: what the weight is multiplied with is rounded too, to 8 bits with one scale for each token, as it comes."""
+    values: Values = "int"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {self.bits}")
         if self.group is not None and (self.group < 32 or self.group % 32):
             raise ValueError(f"group must be a multiple of 32, or None for one scale a row; got {self.group}")
-
         if self.activations not in (16, 8):
             raise ValueError(f"activations must be 16 or 8, got {self.activations}")
-        if self.activations == 8 and (self.bits, self.group, self.symmetric) != (8, None, True):
+        if self.activations == 8 and (self.bits, self.group, self.symmetric, self.values) != (8, None, True, "int"):
             raise ValueError(
                 f"activations of 8 bits go with symmetric weights of 8 bits and one scale a row, not with {self.name}"
             )
+        if self.values == "int":
+            return
+        due = BITS_OF.get(self.values, self.bits)
+        if self.bits != due:
+            raise ValueError(f"{self.values} has {due} bits, got {self.bits}: leave the bits out, or give {due}")
+        if not self.symmetric:
+            raise ValueError(f"{self.values} has no zero points; only integers can be asymmetric")
+        if self.values == "mxfp4" and self.group != MX_GROUP:
+            group = "a whole row" if self.group is None else self.group
+            raise ValueError(f"mxfp4 has groups of {MX_GROUP}, got {group}: give {MX_GROUP}, or take nf4")
 
     @property
     def name(self) -> str:
-        """As in plans and tables: `int4 g128`, `int8 row`, `int3 g64 asym`, `int8 row a8`."""
+        """As in plans and tables: `int4 g128`, `int3 g64 asym`, `int8 row a8`, `nf4 g64`, `codebook4 row`."""
         group = "row" if self.group is None else f"g{self.group}"
-        return f"int{self.bits} {group}" + ("" if self.symmetric else " asym") + (
-            "" if self.activations == 16 else f" a{self.activations}"
-        )
+        kind = self.values if self.values in BITS_OF else f"{self.values}{self.bits}"
+        zeros, inputs = "" if self.symmetric else " asym", "" if self.activations == 16 else f" a{self.activations}"
+        return f"{kind} {group}{zeros}{inputs}"
 
     def groups(self, in_features: int) -> int:
         """Scales for each row of a weight with `in_features` inputs."""
@@ -64,13 +85,17 @@ class Scheme:
         return None
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of packed values, scales (bf16) and zero points of a weight [..., N, K]."""
+        """Bytes of packed values, scales, zero points and a codebook of a weight [..., N, K]."""
         rows, in_features = math.prod(shape[:-1]), shape[-1]
         groups = self.groups(in_features)
         zeros = 0 if self.symmetric else math.ceil(rows * self.bits / 32) * 4 * groups
-        return rows * in_features * self.bits // 8 + rows * groups * 2 + zeros
+        scales = rows * groups * (1 if self.values == "mxfp4" else 2)
+        levels = 2 << self.bits if self.values == "codebook" else 0
+        return rows * in_features * self.bits // 8 + scales + zeros + levels
 
     def to_json(self) -> dict[str, Any]:
         """What `Scheme(**data)` takes; fields that earlier versions did not know are there where they say something."""
         data: dict[str, Any] = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
-        return data if self.activations == 16 else data | {"activations": self.activations}
+        if self.activations != 16:
+            data["activations"] = self.activations
+        return data if self.values == "int" else data | {"values": self.values}

@@ -22,10 +22,11 @@ from memfit.packed.blocks import takes_rows as _takes_rows
 from memfit.packed.fake import blocks_to_run
 from memfit.packed.gradient import product
 from memfit.packed.kernel import KERNEL_NAMES, Kernel, choose_kernel
+from memfit.packed.levels import dequantize, level_table, look_up
 from memfit.packed.scheme import Scheme
 
 WORKSPACE_NBYTES: Final = 4 * 2**20
-"""The largest dense bf16 block of a weight that is ever made, and the largest transient of a load."""
+"""The largest dense block of a weight that is ever made, and the largest transient of a load."""
 SPREAD_NBYTES: Final = 4 * 2**20
 """Bytes made at a time for the int4 and int8 kernels of weights that these cannot read as they lie.
 
@@ -46,13 +47,15 @@ _FEWEST_INPUTS: Final = 8
 class PackedWeight(nn.Module):
     """A weight [N, K] in the layout of its kernel. Born without storage; `load_from` or `fill` fill it.
 
-    Buffers: `plane0`, `plane1`, ... (the packed values), `scale` bf16 and, if asymmetric, `zero` int8.
+    Buffers: `plane0`, `plane1`, ... (the packed values), `scale` bf16 (MXFP4: its exponent, uint8), if asymmetric
+    `zero` int8, and if its values are no integers `table` bf16 [2^b], what they stand for.
     """
 
     holds_weights = True
     """Its buffers are a model's weights, and are accounted for as such."""
     scale: Tensor
     zero: Tensor | None
+    table: Tensor | None
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class PackedWeight(nn.Module):
         self.shape, self.scheme = shape, scheme
         self.groups = scheme.groups(shape[1])
         self.group = shape[1] // self.groups
+        self._scale_dtype = torch.uint8 if scheme.values == "mxfp4" else torch.bfloat16
         self.kernel: Kernel = kernel or choose_kernel(scheme, shape, aligned=aligned)
         self.rows_stored = shape[0] + (-shape[0] % nibbles.ROWS if self.kernel == "nibbles" else 0)
         self._make_buffers(torch.device(device))
@@ -103,9 +107,13 @@ class PackedWeight(nn.Module):
             self.register_buffer(f"plane{i}", torch.empty(shape, dtype=dtype, device=device))
         # The int4 kernel wants the scales of a group side by side; unpacking wants those of a row.
         shape = (self.groups, rows) if by_group else (rows, self.groups)
-        self.register_buffer("scale", torch.empty(shape, dtype=torch.bfloat16, device=device))
+        self.register_buffer("scale", torch.empty(shape, dtype=self._scale_dtype, device=device))
         self.register_buffer(
             "zero", None if self.scheme.symmetric else torch.empty(shape, dtype=torch.int8, device=device)
+        )
+        levels = None if self.scheme.values == "int" else 1 << self.scheme.bits
+        self.register_buffer(
+            "table", None if levels is None else torch.empty(levels, dtype=torch.bfloat16, device=device)
         )
 
     def extra_repr(self) -> str:
@@ -114,7 +122,8 @@ class PackedWeight(nn.Module):
     # -- filling it ----------------------------------------------------------------------------------
 
     def load_from(self, read: Read, prefix: str, *, device: str | torch.device = "cpu") -> None:
-        """Fill from `prefix.weight_packed`, `.weight_scale` and, if asymmetric, `.weight_zero_point`.
+        """Fill from `prefix.weight_packed`, `.weight_scale`, if asymmetric `.weight_zero_point`, and of a codebook
+        `.weight_codebook`.
 
         `read(name)` gives a whole tensor, [N, ...] or [E, N/E, ...]; if it also takes `start` and `stop`, the
         packed values are read some rows at a time, and the file's tensor is never whole in memory.
@@ -137,7 +146,7 @@ class PackedWeight(nn.Module):
             del words
         del whole
         name = f"{prefix}.weight_scale"
-        scale = _check(read(name), name, torch.bfloat16, (rows, self.groups))
+        scale = _check(read(name), name, self._scale_dtype, (rows, self.groups))
         zero = None
         if not self.scheme.symmetric:
             name = f"{prefix}.weight_zero_point"
@@ -145,35 +154,45 @@ class PackedWeight(nn.Module):
                 _check(read(name), name, torch.int32, (-(-rows * bits // 32), self.groups)), bits, rows
             )
         self._put_scales(scale, zero)
+        if self.scheme.values == "codebook":
+            name = f"{prefix}.weight_codebook"
+            self._put_table(_check(read(name), name, torch.bfloat16, (1 << bits,)))
+        else:
+            self._put_table(None)
 
-    def fill(self, q: Tensor, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Fill from int8 q [N, K], bf16 scale [N, G] and, if asymmetric, int8 zero points [N, G]."""
+    def fill(self, q: Tensor, scale: Tensor, zero: Tensor | None = None, table: Tensor | None = None) -> None:
+        """Fill from int8 q [N, K], scale [N, G], if asymmetric int8 zero points [N, G], and a codebook [2^b]."""
         name = f"weight {list(self.shape)} {self.scheme.name}"
         _check(q, name, torch.int8, self.shape)
         if (zero is None) != self.scheme.symmetric:
             raise UsageError(f"{name}: zero points come with an asymmetric scheme, and only with one")
+        if (table is None) != (self.scheme.values != "codebook"):
+            raise UsageError(f"{name}: a table of levels comes with a codebook, and only with one")
         self._make_buffers(q.device)
         for start, stop in blocks_to_run(self._load_blocks()):
             self._put(q[start:stop].view(torch.uint8) + (1 << (self.scheme.bits - 1)), start, stop)
         shape = (self.shape[0], self.groups)
         self._put_scales(
-            _check(scale, name, torch.bfloat16, shape),
+            _check(scale, name, self._scale_dtype, shape),
             None if zero is None else _check(zero, name, torch.int8, shape),
         )
+        self._put_table(table)
 
     @classmethod
     def from_quantized(
-        cls, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, *, kernel: Kernel | None = None
-    ) -> "PackedWeight":
-        """The store of int8 q [N, K], bf16 scale [N, G] and int8 zero points [N, G] or None."""
+        cls, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, *, kernel: Kernel | None = None,
+        table: Tensor | None = None,
+    ) -> "PackedWeight":  # fmt: skip
+        """The store of int8 q [N, K], scale [N, G], int8 zero points [N, G] or None, and a codebook's table [2^b]."""
         store = cls((q.shape[0], q.shape[1]), scheme, kernel=kernel)
-        store.fill(q, scale, zero)
+        store.fill(q, scale, zero, table)
         return store
 
     def _load_blocks(self) -> Iterator[tuple[int, int]]:
         # A row's transients: the words, u, its planes before and after they are laid out: 5 bytes an input at
-        # most.
-        return _blocks(self.shape[0], WORKSPACE_NBYTES // (5 * self.shape[1]), self._multiple)
+        # most; of MXFP4 stored as FP8 the codes that are looked up, too.
+        nbytes = 12 if self.scheme.values == "mxfp4" else 5
+        return _blocks(self.shape[0], WORKSPACE_NBYTES // (nbytes * self.shape[1]), self._multiple)
 
     def _put(self, u: Tensor, start: int, stop: int) -> None:
         """Lay out rows start to stop, uint8 u = q + 2^(b−1) [n, K]; `u` is used up."""
@@ -198,6 +217,10 @@ class PackedWeight(nn.Module):
                 (buffer.t() if turned else buffer)[:rows].copy_(values)
                 (buffer.t() if turned else buffer)[rows:].zero_()
 
+    def _put_table(self, table: Tensor | None) -> None:
+        if self.table is not None:
+            self.table.copy_(level_table(self.scheme) if table is None else table)
+
     @property
     def _multiple(self) -> int:
         """Rows that are laid out together."""
@@ -220,10 +243,9 @@ class PackedWeight(nn.Module):
             q = q.view(-1, self.shape[1])[start - first * nibbles.ROWS : stop - first * nibbles.ROWS]
             scale = self.scale[:, start:stop].t()
             zero = None if self.zero is None else self.zero[:, start:stop].t()
-        else:
-            q = self._join([plane[start:stop] for plane in self.planes])
-            scale, zero = self.scale[start:stop], None if self.zero is None else self.zero[start:stop]
-        return self._dequantize(q, scale, zero, dtype)
+            return dequantize(q, scale, zero, dtype)
+        zero = None if self.zero is None else self.zero[start:stop]
+        return self._unpack([plane[start:stop] for plane in self.planes], self.scale[start:stop], zero, dtype)
 
     def rows(self, index: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The rows in `index` [...], dense: [..., K]. Only they are unpacked."""
@@ -231,10 +253,11 @@ class PackedWeight(nn.Module):
         if self.kernel == "nibbles":
             q = nibbles.gather_rows(self.planes, self.scheme.bits, flat)
             scale, zero = self.scale[:, flat].t(), None if self.zero is None else self.zero[:, flat].t()
+            dense = dequantize(q, scale, zero, dtype)
         else:
-            q = self._join([plane[flat] for plane in self.planes])
-            scale, zero = self.scale[flat], None if self.zero is None else self.zero[flat]
-        return self._dequantize(q, scale, zero, dtype).view(*index.shape, self.shape[1])
+            zero = None if self.zero is None else self.zero[flat]
+            dense = self._unpack([plane[flat] for plane in self.planes], self.scale[flat], zero, dtype)
+        return dense.view(*index.shape, self.shape[1])
 
     def matmul(self, x: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         """x [..., K] times rows start to stop of the weight, transposed: [..., stop − start].
@@ -256,7 +279,8 @@ class PackedWeight(nn.Module):
 
     def product(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [M, K] times rows start to stop, transposed, without a gradient: [M, stop − start]."""
-        by_row = self.groups == 1 and self.zero is None and x.dtype == torch.bfloat16
+        integers = self.zero is None and self.table is None
+        by_row = self.groups == 1 and integers and x.dtype == torch.bfloat16
         if x.shape[0] > FEW_ROWS or not (self.kernel == "nibbles" or by_row):
             return self._matmul_dense(x, start, stop)
         if self.kernel == "nibbles":
@@ -290,7 +314,7 @@ class PackedWeight(nn.Module):
     def _column_blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         """Cut the inputs of each segment into blocks of which S · `rows` values are at most the workspace."""
         segments, length = self._segments
-        most = WORKSPACE_NBYTES // (2 * segments * rows)
+        most = WORKSPACE_NBYTES // (self._unpacked_nbytes * segments * rows)
         if self.groups == 1:
             return _blocks(length, most, _FEWEST_INPUTS)
         # No block may cut a run of inputs that have one scale but where another block begins as well.
@@ -318,7 +342,7 @@ class PackedWeight(nn.Module):
             scale, zero = self.scale[group, whole], None if self.zero is None else self.zero[group, whole]
             return F.linear(g, self._turn(planes, scale, zero)[:, : stop - start])
         scale, zero = self.scale[whole, group], None if self.zero is None else self.zero[whole, group]
-        return g @ self._dequantize(self._join(planes), scale, zero, g.dtype)
+        return g @ self._unpack(planes, scale, zero, g.dtype)
 
     def _matmul_int8(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Few rows [M, K] on the int8 kernel; narrower values with one scale a row are widened for it."""
@@ -367,7 +391,8 @@ class PackedWeight(nn.Module):
     def _matmul_dense(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Any number of rows [M, K]: rows of the weight are unpacked, used and dropped, block by block."""
         inputs = self.shape[1]
-        blocks = blocks_to_run(_blocks(stop - start, WORKSPACE_NBYTES // (2 * inputs), self._multiple))
+        rows = WORKSPACE_NBYTES // (self._unpacked_nbytes * inputs)
+        blocks = blocks_to_run(_blocks(stop - start, rows, self._multiple))
         if len(blocks) == 1:
             return self._times_block(x, start, stop)
         out = x.new_empty(x.shape[0], stop - start)
@@ -399,21 +424,22 @@ class PackedWeight(nn.Module):
         by_group.mul_(scale[:, None])
         return dense.view(inputs, -1)
 
+    @property
+    def _unpacked_nbytes(self) -> int:
+        """Bytes made of a value as it is unpacked: in bf16, and the index of its level where it is no integer."""
+        return 2 if self.table is None else 6
+
+    def _unpack(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """ŵ [n, k] in `dtype` of the same rows of every plane; scale and zero [n, c]."""
+        if self.table is None:
+            return dequantize(self._join(planes), scale, zero, dtype)
+        return look_up(join_planes(planes, self.widths), scale, self.table, dtype=dtype)
+
     def _join(self, planes: list[Tensor]) -> Tensor:
         """int8 q [n, K] of the same rows of every plane."""
         if self.kernel == "int8":
             return planes[0]
         return join_planes(planes, self.widths).sub_(1 << (self.scheme.bits - 1)).view(torch.int8)
-
-    def _dequantize(self, q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """(q − z) · s, in `dtype`, as compressed-tensors' `_dequantize`. q [n, k], scale and zero [n, c]."""
-        dense = torch.empty(q.shape, dtype=dtype, device=q.device)
-        dense.copy_(q)  # every integer of at most 8 bits, and every difference of two, is exact in bf16
-        by_group = dense.view(q.shape[0], scale.shape[1], q.shape[1] // scale.shape[1])
-        if zero is not None:
-            by_group.sub_(zero.to(dtype)[..., None])
-        by_group.mul_(scale.to(dtype)[..., None])
-        return dense
 
 
 def _columns(plane: Tensor, length: int, low: int, high: int) -> Tensor:

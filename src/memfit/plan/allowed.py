@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from memfit.errors import UsageError
-from memfit.packed.scheme import BITS, Scheme
+from memfit.packed.scheme import BITS, Scheme, Values
 
 from .groups import Group, candidates
 
@@ -19,8 +19,10 @@ class Allowed:
 
     bits: tuple[int, ...] = BITS
     groups: Mapping[int, tuple[int | None, ...]] | None = None
-    """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS`."""
+    """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS` and `GROUPS_OF_VALUES`."""
     symmetric: bool = True
+    values: tuple[Values, ...] = ("int",)
+    """What codes may stand for. `bits` are those of integers and codebooks."""
     kv_bits: tuple[int, ...] = (16, 8, 4)
     activations: int = 16
     """8: linear layers of 8 bits have activations of 8 bits, too, and are multiplied in integers."""
@@ -50,9 +52,11 @@ class Allowed:
         """Schemes for one group; none if it is kept."""
         if any(self.keeps(part, group) for part in self.keep):
             return ()
-        options: dict[str, Any] = {} if self.groups is None else {"groups": self.groups}
         bits = tuple(b for b in self.bits if b < 16)
-        return candidates(group, bits=bits, symmetric=self.symmetric, activations=self.activations, **options)
+        return candidates(
+            group, bits=bits, groups=self.groups, symmetric=self.symmetric, values=self.values,
+            activations=self.activations,
+        )  # fmt: skip
 
     @staticmethod
     def keeps(part: str, group: Group) -> bool:
@@ -69,6 +73,7 @@ class Allowed:
             bits=tuple(data["bits"]),
             groups=None if groups is None else {int(bits): tuple(sizes) for bits, sizes in groups.items()},
             symmetric=data["symmetric"],
+            values=tuple(data["values"]),
             kv_bits=tuple(data["kv_bits"]),
             activations=data["activations"],
             smooth=data["smooth"],

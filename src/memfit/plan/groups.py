@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal
 
 from torch import nn
 
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.modules import is_experts, why_not_packed
-from memfit.packed.scheme import BITS, GROUPS, Scheme
+from memfit.packed.scheme import BITS, BITS_OF, GROUPS, MX_GROUP, Scheme, Values
 
 FUSED: Final = (
     ("q_proj", "k_proj", "v_proj"),
@@ -39,6 +40,11 @@ GROUPS_OF_BITS: Final[dict[int, tuple[int | None, ...]]] = {
     2: (64, 32),
 }
 """Group sizes worth asking about, by bits: the fewer bits, the more scales pay."""
+
+GROUPS_OF_VALUES: Final[dict[str, tuple[int | None, ...]]] = {
+    "nf4": (64,), "fp8": (None,), "mxfp4": (MX_GROUP,), "codebook": (None,),
+}  # fmt: skip
+"""The same of values that are no integers, whatever their bits."""
 
 Kind = Literal["linear", "embedding", "experts"]
 _EXPERT: Final = re.compile(r"(?<=experts\.)\d+(?=\.)")
@@ -99,30 +105,33 @@ def candidates(
     group: Group,
     *,
     bits: tuple[int, ...] = BITS,
-    groups: Mapping[int, tuple[int | None, ...]] = GROUPS_OF_BITS,
+    groups: Mapping[int, tuple[int | None, ...]] | None = None,
     symmetric: bool = True,
+    values: tuple[Values, ...] = ("int",),
     activations: int = 16,
 ) -> tuple[Scheme, ...]:
-    """The schemes worth trying for `group`, most bits first; none if it is blocked.
+    """The schemes worth trying for `group`, most bits first of each kind of values; none if it is blocked.
 
-    With `activations` of 8, a linear layer of 8 bits is multiplied in integers. Tables, heads tied to them and fused
-    experts are not.
-
-    Where the inputs are no multiple of any of a width's group sizes, the largest group that fits stands in.
+    `bits` are those of integers and codebooks; the other values have their own. `groups`: sizes by bits, default:
+    `GROUPS_OF_BITS`, of values that are no integers `GROUPS_OF_VALUES`. Where the inputs are no multiple of any of a
+    width's group sizes, the largest group that fits stands in. With `activations` of 8, a linear layer of integers of 8
+    bits is multiplied in integers. Tables, heads tied to them and fused experts are not.
     """
     found: list[Scheme] = []
-    for b in bits:
-        integers = Scheme(bits=8, group=None, activations=8)
-        if b == 8 and activations == 8 and group.kind == "linear" and group.why_not(integers) is None:
-            found.append(integers)
-            continue
-        sizes = groups.get(b, (128,))
-        wanted = [Scheme(bits=b, group=size, symmetric=symmetric) for size in sizes]
-        fitting = [scheme for scheme in wanted if group.why_not(scheme) is None]
-        if not fitting:
-            smaller = (Scheme(bits=b, group=size, symmetric=symmetric) for size in GROUPS)
-            fitting = [scheme for scheme in smaller if group.why_not(scheme) is None][:1]
-        found += fitting
+    integers = Scheme(bits=8, group=None, activations=8)
+    multiplied = activations == 8 and group.kind == "linear" and group.why_not(integers) is None
+    for kind in values:
+        for b in (BITS_OF[kind],) if kind in BITS_OF else bits:
+            if multiplied and (kind, b) == ("int", 8):
+                found.append(integers)
+                continue
+            usual = GROUPS_OF_VALUES.get(kind) or GROUPS_OF_BITS.get(b, (128,))
+            sizes = usual if groups is None else groups.get(b, usual)
+            made = partial(Scheme, bits=b, symmetric=symmetric or kind != "int", values=kind)
+            fitting = [scheme for size in sizes if group.why_not(scheme := made(group=size)) is None]
+            if not fitting and kind != "mxfp4":
+                fitting = [scheme for size in GROUPS if group.why_not(scheme := made(group=size)) is None][:1]
+            found += fitting
     return tuple(found)
 
 

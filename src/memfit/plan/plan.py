@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from memfit.errors import BrokenInput
-from memfit.packed.scheme import BITS, Scheme
+from memfit.packed.scheme import BITS, Scheme, Values
 
 VERSION: Final = 1
 PricedBy = Literal["text", "weights"]
@@ -192,8 +192,10 @@ def _choice(check: "_Check", n: int, data: Any) -> GroupChoice:
 
 def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
     if isinstance(data, Mapping):  # plans of earlier versions do not say what may be left out
-        data = {"activations": 16} | dict(data)
+        data = {"activations": 16, "values": "int"} | dict(data)
     check.keys(data, {field.name for field in fields(Scheme)}, where)
+    if data["values"] not in get_args(Values):
+        raise check.broken(f"{where}.values", f"is {data['values']!r}; known: {', '.join(get_args(Values))}")
     group = None if data["group"] is None else check.integer(data, "group", where)
     if not isinstance(data["symmetric"], bool):
         raise check.broken(f"{where}.symmetric", f"is {data['symmetric']!r}, not true or false")
@@ -202,7 +204,9 @@ def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
         raise check.broken(f"{where}.bits", f"is {bits}; {', '.join(map(str, BITS))} are known, null keeps 16")
     try:
         activations = check.integer(data, "activations", where)
-        return Scheme(bits=bits, group=group, symmetric=data["symmetric"], activations=activations)
+        return Scheme(
+            bits=bits, group=group, symmetric=data["symmetric"], activations=activations, values=data["values"]
+        )
     except ValueError as error:
         raise check.broken(where, str(error)) from error
 

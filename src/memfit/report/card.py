@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any, Final
 
+from memfit.packed.scheme import OWN_VALUES
 from memfit.report.choices import rows
 from memfit.report.report import Report
 from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
@@ -28,10 +29,10 @@ def model_card(
     """
     name = base_model or report.model
     parts = [
-        _front_matter(base_model, license, pipeline_tag),
+        _front_matter(base_model, license, pipeline_tag, own=_own(report)),
         f"# {name}, made to fit by memfit",
         _summary(report, name),
-        _how_to_load(auto_class),
+        _OWN_USE if _own(report) else _how_to_load(auto_class),
         _plan(report),
         _comparison(report),
         _figures(report),
@@ -45,18 +46,24 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def _front_matter(base_model: str | None, license: str | None, pipeline_tag: str | None) -> str:
+def _own(report: Report) -> bool:
+    """Whether memfit alone reads the weights."""
+    return any((choice.get("scheme") or {}).get("values") in OWN_VALUES for choice in report.choices)
+
+
+def _front_matter(base_model: str | None, license: str | None, pipeline_tag: str | None, *, own: bool) -> str:
     # A JSON string is a YAML string, whatever it contains.
     fields: list[tuple[str, Any]] = []
     if base_model is not None and is_hub_id(base_model):
         fields += [("base_model", base_model), ("base_model_relation", "quantized")]
-    fields.append(("library_name", "transformers"))
+    fields.append(("library_name", "memfit" if own else "transformers"))
     if license is not None:
         fields.append(("license", license))
     if pipeline_tag is not None:
         fields.append(("pipeline_tag", pipeline_tag))
     lines = [f"{key}: {_yaml(value)}" for key, value in fields]
-    return "\n".join(["---", *lines, "tags:", "- memfit", "- compressed-tensors", "---"])
+    tags = ["- memfit"] if own else ["- memfit", "- compressed-tensors"]
+    return "\n".join(["---", *lines, "tags:", *tags, "---"])
 
 
 def _yaml(text: str) -> str:
@@ -103,6 +110,17 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 
 With memfit, which runs it from its packed weights, within the bytes given here:
+
+```python
+import memfit
+
+model = memfit.load("DIRECTORY")
+```"""
+
+
+_OWN_USE: Final = """## Use
+
+With memfit alone: no format that transformers or vLLM read holds NF4 values or codebooks.
 
 ```python
 import memfit

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from memfit.errors import BrokenInput
-from memfit.packed.scheme import Scheme
+from memfit.packed.scheme import OWN_VALUES, Scheme
 from memfit.source.checkpoint import SafetensorsCheckpoint, TensorInfo
 from memfit.source.layout import check_pieces
 from memfit.source.live import active_fake_mode
@@ -82,15 +82,24 @@ def _check_packed(source: Source, prefix: str, scheme: Scheme, shape: tuple[int,
             f"{source.name}: {prefix!r} {shape} cannot be {scheme.name}: {reason}. Correct config.json."
         )
     groups = scheme.groups(columns)
+    tied = prefix in source.tied
+    if tied and scheme.values in OWN_VALUES:
+        return
     wanted: dict[str, tuple[int, int, torch.dtype | None]] = {"weight_scale": (rows, groups, None)}
-    if source.stores_int8(prefix):
-        wanted["weight"] = (rows, columns, torch.int8)
+    by_value = source.stored_by_value(prefix)
+    zeros = (math.ceil(rows * scheme.bits / 32), groups, torch.int32)
+    if scheme.values == "fp8" or (by_value is not None and scheme.values in ("int", "mxfp4")):
+        wanted["weight"] = (rows, columns, torch.int8 if scheme.values == "int" else torch.float8_e4m3fn)
         zeros = (rows, groups, torch.int8)
+    elif scheme.values == "mxfp4":
+        wanted["weight_packed"] = (rows, columns // 2, torch.uint8)
+        wanted["weight_scale"] = (rows, groups, torch.uint8)
     else:
         wanted["weight_packed"] = (rows, columns * scheme.bits // 32, torch.int32)
-        zeros = (math.ceil(rows * scheme.bits / 32), groups, torch.int32)
-    if prefix in source.tied:
+    if tied:
         wanted = {part: due for part, due in wanted.items() if part == "weight_scale"}
+    elif scheme.values == "codebook":
+        wanted["weight_codebook"] = (1, 1 << scheme.bits, torch.bfloat16)
     if not scheme.symmetric:
         wanted["weight_zero_point"] = zeros
     for part, (count, width, dtype) in wanted.items():

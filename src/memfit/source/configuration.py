@@ -8,7 +8,7 @@ from typing import Any, Final
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from memfit.errors import BrokenInput
-from memfit.packed.scheme import Scheme
+from memfit.packed.scheme import MX_GROUP, OWN_VALUES, Scheme, Values
 from memfit.source.safetensors import check_within, read_json
 
 LAYERS_MAX: Final = 4096
@@ -98,6 +98,8 @@ def parse_schemes(
         return {}
     groups, ignore = _checked_groups(quantization, file)
     classes = modules if isinstance(modules, Mapping) else dict.fromkeys(modules, "Linear")
+    own = raw.get("memfit")
+    mx = _strings((own.get("mxfp4") if isinstance(own, dict) else None) or [], "memfit.mxfp4", file)
     schemes: dict[str, Scheme] = {}
     for module, kind in classes.items():
         if min((_rank(target, module, kind) for target in ignore), default=_NEVER) < _NEVER:
@@ -105,11 +107,23 @@ def parse_schemes(
         ranked = [(_rank(target, module, kind), scheme) for targets, scheme in groups for target in targets]
         rank, scheme = min(ranked, key=lambda one: one[0], default=(_NEVER, None))
         if scheme is not None and rank < _NEVER:
+            # A table of MXFP4 is stored as FP8, whose levels include all of its.
+            if scheme == _FP8_AS_MX and any(_rank(target, module, kind) < _NEVER for target in mx):
+                scheme = Scheme(bits=4, group=MX_GROUP, values="mxfp4")
             schemes[module] = scheme
     return schemes
 
 
 _NEVER: Final = 3
+_FP8_AS_MX: Final = Scheme(bits=8, group=MX_GROUP, values="fp8")
+_FORMATS: Final[dict[str, tuple[str, ...]]] = {
+    "pack-quantized": ("int",),
+    "int-quantized": ("int",),
+    "float-quantized": ("float",),
+    "mxfp4-pack-quantized": ("float",),
+    "memfit": OWN_VALUES,
+}
+"""Formats of weights that memfit runs, and the types of their values."""
 
 
 def _rank(target: str, module: str, kind: str) -> int:
@@ -126,7 +140,7 @@ def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str]
     if not isinstance(quantization, dict):
         raise _refuse(file, "quantization_config is no object")
     method = quantization.get("quant_method")
-    if method != "compressed-tensors":
+    if method not in ("compressed-tensors", "memfit"):
         raise _refuse(
             file,
             f"the quant_method {method!r} is not known to memfit, which runs 'compressed-tensors' and reads "
@@ -144,27 +158,30 @@ def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str]
         if not isinstance(group, dict):
             raise _refuse(file, f"config group {name!r} is no object")
         form = group.get("format") or quantization.get("format")
-        if form not in ("pack-quantized", "int-quantized"):
+        if form not in _FORMATS or (form == "memfit") > (method == "memfit"):
             raise _refuse(
                 file,
-                f"config group {name!r} has the format {form!r}; memfit runs 'pack-quantized' and 'int-quantized'",
+                f"config group {name!r} has the format {form!r}; memfit runs 'pack-quantized', 'int-quantized', "
+                "'float-quantized' and 'mxfp4-pack-quantized'",
             )
         if group.get("output_activations") is not None:
             raise _refuse(file, f"config group {name!r} quantizes output_activations, which memfit does not run")
         checked.append(
-            (_strings(group.get("targets"), f"targets of {name!r}", file), _scheme(group, name, file))
+            (_strings(group.get("targets"), f"targets of {name!r}", file), _scheme(group, name, form, file))
         )
     return checked, _strings(quantization.get("ignore") or [], "ignore", file)
 
 
-def _scheme(group: Mapping[str, Any], name: str, file: Path) -> Scheme:
+def _scheme(group: Mapping[str, Any], name: str, form: str, file: Path) -> Scheme:
     weights = group.get("weights")
     if not isinstance(weights, dict):
         raise _refuse(file, f"config group {name!r} has no weights")
     kind, strategy, bits = weights.get("type", "int"), weights.get("strategy"), weights.get("num_bits")
-    if kind != "int" or type(bits) is not int:
+    if kind not in _FORMATS[form] or type(bits) is not int:
         raise _refuse(
-            file, f"config group {name!r} has weights of {bits!r} bits, type {kind!r}; memfit runs int"
+            file,
+            f"config group {name!r} has weights of {bits!r} bits, type {kind!r}; in the format {form!r} memfit runs "
+            f"{' and '.join(_FORMATS[form])}",
         )
     if weights.get("dynamic") or weights.get("actorder") not in (None, False, "weight", "static"):
         raise _refuse(
@@ -178,8 +195,9 @@ def _scheme(group: Mapping[str, Any], name: str, file: Path) -> Scheme:
     if strategy == "group" and type(size) is not int:
         raise _refuse(file, f"config group {name!r} has the group_size {size!r}")
     try:
+        floats: dict[str, Values] = {"float-quantized": "fp8", "mxfp4-pack-quantized": "mxfp4"}
         return Scheme(
-            bits=bits, group=size, symmetric=bool(weights.get("symmetric", True)),
+            bits=bits, group=size, symmetric=bool(weights.get("symmetric", True)), values=floats.get(form) or kind,
             activations=_activations(group.get("input_activations"), name, file),
         )  # fmt: skip
     except ValueError as error:

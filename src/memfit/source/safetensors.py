@@ -14,7 +14,8 @@ from memfit.source.checkpoint import SafetensorsCheckpoint, TensorInfo, open_reg
 
 HEADER_NBYTES_MAX: Final = 100_000_000
 """The format's own limit for a header."""
-INDEX: Final = "model.safetensors.index.json"
+STEMS: Final = ("model", "memfit")
+"""What a checkpoint's files are named after; memfit's own where no other program is to find them."""
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _DTYPES: Final = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,12 +31,13 @@ def open_checkpoint(directory: Path) -> SafetensorsCheckpoint | None:
     Raises:
         BrokenInput: weights as pickles only, a broken or lying header or index, a file outside the directory.
     """
-    single = directory / "model.safetensors"
-    if single.is_symlink() or single.exists():  # before an index, as transformers looks
-        return SafetensorsCheckpoint(tensors=_by_name(read_header(check_within(single, directory))))
-    index = directory / INDEX
-    if index.is_symlink() or index.exists():
-        return _open_sharded(directory, index)
+    for stem in STEMS:
+        single = directory / f"{stem}.safetensors"
+        if single.is_symlink() or single.exists():  # before an index, as transformers looks
+            return SafetensorsCheckpoint(tensors=_by_name(read_header(check_within(single, directory))))
+        index = directory / f"{stem}.safetensors.index.json"
+        if index.is_symlink() or index.exists():
+            return _open_sharded(directory, index)
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if len(others) == 1:
         return SafetensorsCheckpoint(
@@ -43,9 +45,8 @@ def open_checkpoint(directory: Path) -> SafetensorsCheckpoint | None:
         )
     if others:
         raise BrokenInput(
-            f"{directory}: has {', '.join(others[:4])} and neither model.safetensors nor {INDEX} that "
-            "would say "
-            "which tensor is where. Fetch the index too."
+            f"{directory}: has {', '.join(others[:4])} and neither model.safetensors nor "
+            "model.safetensors.index.json that would say which tensor is where. Fetch the index too."
         )
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
     pickles = [name for name in pickles if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from memfit.errors import BrokenInput, UsageError
-from memfit.packed.bits import pack_values, pack_zeros
 from memfit.packed.fake import is_fake
+from memfit.packed.levels import part_of
 from memfit.packed.scheme import Scheme
 from memfit.source.chance import random_checkpoint
 from memfit.source.checkpoint import Checkpoint, TensorInfo
@@ -24,8 +24,8 @@ from memfit.source.quantized import METHODS, quantization_of, unpack
 from memfit.source.safetensors import check_within, open_checkpoint, read_json
 from memfit.source.skeleton import build_skeleton, config_dtype, tie_modules, ties_of
 
-PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-"""What compressed-tensors stores for a quantized module, in place of `weight`."""
+PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_codebook")
+"""What compressed-tensors, or memfit itself, stores for a quantized module, in place of `weight`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,23 +202,34 @@ class Source:
         canonical = self.parameters[name][2]
         return name not in self.buffers if self.checkpoint is None else canonical in self.layout.pieces
 
-    def stores_int8(self, module: str) -> bool:
-        """Whether a quantized module is stored `int-quantized`: one int8 a value, whatever its bits."""
+    def stored_by_value(self, module: str) -> torch.dtype | None:
+        """int8 or float8 where a quantized module is stored `int-quantized` or `float-quantized`: one a value, whatever
+        its bits; else None."""
         info = self.stored_info(f"{self.tied.get(module, module)}.weight")
-        return info is not None and info.dtype == torch.int8
+        known = (torch.int8, torch.float8_e4m3fn)
+        return info.dtype if info is not None and info.dtype in known else None
+
+    def scheme_of(self, module: str) -> Scheme:
+        """The scheme of a packed module, or of a weight of fused experts."""
+        return self.schemes.get(module) or self.schemes[module.rpartition(".")[0]]
 
     def read_packed(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        """A part of a packed module, as `pack-quantized` has it, whichever format it is stored in.
+        """A part of a packed module as `PackedWeight.load_from` takes it, whichever format it is stored in.
 
         Arguments: see `read_stored`.
+
+        Raises:
+            BrokenInput: MXFP4's values or scales are none that it has.
         """
         module, _, part = name.rpartition(".")
-        if part == "weight_scale" or not self.stores_int8(module):
-            return self.read_stored(name, start, stop)
-        bits = self.schemes[module].bits
-        if part == "weight_packed":
-            return pack_values(self.read_stored(f"{module}.weight", start, stop), bits)
-        return pack_zeros(self.read_stored(name), bits)
+        by_value, scheme = self.stored_by_value(module), self.scheme_of(module)
+        if part == "weight_packed" and by_value is not None:
+            name = f"{module}.weight"
+        stored = self.read_stored(name, start, stop)
+        try:
+            return part_of(part, stored, scheme)
+        except ValueError as error:
+            raise BrokenInput(f"{self.name}: {name}: {error}. Fetch the checkpoint again.") from error
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, never by code of the checkpoint's own.

@@ -1,4 +1,4 @@
-"""GPTQ: a weight's integers chosen column by column, each making up for the errors of those before it.
+"""GPTQ: a weight's values chosen column by column, each making up for the errors of those before it.
 
     H [K, K] = E[x xᵀ] of the inputs          least: tr((W − Ŵ) H (W − Ŵ)ᵀ)
 
@@ -19,6 +19,7 @@ is linear in x̂: W′ = W + W E[(x − x̂) x̂ᵀ] H⁻¹ (`corrected`), which
 errors do not add up from layer to layer (GPTAQ, Li et al. 2025; QEP, Arai and Ichikawa 2025).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,8 +27,10 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.packed.levels import scale_values
 from memfit.packed.scheme import Scheme
 
+from .float_values import Grid
 from .quantize import Quantized, quantize
 
 DAMPING: Final = 0.01
@@ -211,34 +214,57 @@ def _compensate(weight: Tensor, found: Quantized, made: Factor, group_K: Tensor,
     wide, order = made.coupling.dtype, made.order
     w_KR = weight[rows].to(wide).t().index_select(0, order)
     w_KR.masked_fill_(made.dead[order].unsqueeze(1), 0.0)
-    scale_GR = found.scale[rows].to(wide).t().contiguous()
-    zero_GR = torch.zeros_like(scale_GR) if found.zero is None else found.zero[rows].to(wide).t().contiguous()
-    half = 2 ** (found.scheme.bits - 1)
+    scale_GR = scale_values(found.scale[rows]).to(wide).t().contiguous()
+    zero_GR = None if found.zero is None else found.zero[rows].to(wide).t().contiguous()
+    choose = _chooser(found, wide)
     columns, width = w_KR.shape
     d_KR = torch.empty_like(w_KR)
     q_KR = torch.empty(columns, width, dtype=torch.int8, device=weight.device)
     error = torch.zeros(width, dtype=wide, device=weight.device)
+    level, read = torch.empty_like(error), torch.empty_like(error)
     for first in blocks_to_run(range(0, columns, block)):
         part = slice(first, min(first + block, columns))
         near = made.coupling[part, part]
         t_BR = w_KR[part].clone()
         t_BR.addmm_(made.coupling[:first, part].t(), d_KR[:first])
         groups = group_K[part]
-        s_BR, z_BR = scale_GR.index_select(0, groups), zero_GR.index_select(0, groups)
+        s_BR = scale_GR.index_select(0, groups)
+        z_BR = None if zero_GR is None else zero_GR.index_select(0, groups)
         for j in blocks_to_run(range(t_BR.shape[0])):
-            s, z, t = s_BR[j], z_BR[j], t_BR[j]
-            level = torch.div(t, s).add_(z).round_().clamp_(-half, half - 1)
+            choose(t_BR[j], s_BR[j], None if z_BR is None else z_BR[j], level, read)
             q_KR[first + j].copy_(level)
-            level.sub_(z).mul_(s)
-            read = level.to(torch.bfloat16)
-            off = torch.sub(t, read)
+            stored = read.to(torch.bfloat16)
+            off = torch.sub(t_BR[j], stored)
             error.addcmul_(off.square_(), made.weights[first + j])
-            d = torch.sub(w_KR[first + j], read, out=d_KR[first + j])
+            d = torch.sub(w_KR[first + j], stored, out=d_KR[first + j])
             t_BR[j + 1 :].addr_(near[j, j + 1 :], d)
     q_NK = torch.empty_like(q_KR)
     q_NK.index_copy_(0, order, q_KR)
     found.q[rows].copy_(q_NK.t())
     return error
+
+
+def _chooser(found: Quantized, wide: torch.dtype) -> "_Choose":
+    """What finds the stored value nearest to t, for scales s and zero points z (None: 0), all [R]: q goes into `level`,
+    and what is rounded to ŵ into `read`."""
+    if found.scheme.values != "int":
+        grid = Grid(found.scheme, found.table, dtype=wide)
+        return lambda t, s, z, level, read: grid.round(t, s, level, read)
+    half = 2 ** (found.scheme.bits - 1)
+
+    def integer(t: Tensor, s: Tensor, z: Tensor | None, level: Tensor, read: Tensor) -> None:
+        torch.div(t, s, out=level)
+        if z is None:
+            level.round_().clamp_(-half, half - 1)
+            torch.mul(level, s, out=read)
+        else:
+            level.add_(z).round_().clamp_(-half, half - 1)
+            torch.sub(level, z, out=read).mul_(s)
+
+    return integer
+
+
+_Choose = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
 
 
 __all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "agreement", "corrected", "factor", "gptq"]

@@ -1,5 +1,7 @@
 """Groupwise integers of 2 to 8 bits, their scales searched for the smallest weighted error.
 
+Values that are no integers have files of their own, `float_values` and `codebook`; `quantize` is the door to all.
+
     w [N, K] -> q int8 [N, K], scale bf16 [N, G], zero int8 [N, G]        ŵ = bf16((q − z) · s)
 
 Legend of shapes: N outputs (rows), K inputs, G groups of a row, g inputs of a group, R rows of a block.
@@ -15,7 +17,7 @@ d in [L, L + 2^b − 1]. All kinds of integers are cases of it:
     symmetric, flipped   q = −d,                                  scale = −s    L = 1 − 2^(b−1)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -24,7 +26,11 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.packed.levels import expand
 from memfit.packed.scheme import Scheme
+
+from .codebook import learn
+from .float_values import find_levels
 
 WORKSPACE_NBYTES: Final = 8 * 2**20
 """Most bytes of temporaries at one moment, whatever the weight's size (but never less than one row takes).
@@ -89,15 +95,17 @@ which at 8 bits moves the outermost level by half a step or more."""
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantized:
-    """The integers of one weight, as stored: ŵ = bf16((q − zero) · scale)."""
+    """The values of one weight, as stored: ŵ = bf16((q − zero) · scale), or as `packed.levels` says."""
 
     scheme: Scheme
     q: Tensor
     """int8 [N, K] in [−2^(b−1), 2^(b−1) − 1]."""
     scale: Tensor
-    """bf16 [N, G]; negative in some groups if symmetric."""
+    """bf16 [N, G]; negative in some groups if symmetric. MXFP4: E8M0's exponents, uint8."""
     zero: Tensor | None
     """int8 [N, G], in q's range; None if symmetric."""
+    table: Tensor | None = None
+    """bf16 [2^b]: a codebook's levels; None for any other values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +126,9 @@ class Quantize:
 
 @torch.no_grad()
 def quantize(
-    weight: Tensor, scheme: Scheme, *, importance: Tensor | None = None, search: bool = True
-) -> Quantized:
+    weight: Tensor, scheme: Scheme, *, importance: Tensor | None = None, search: bool = True,
+    table: Tensor | None = None,
+) -> Quantized:  # fmt: skip
     """The integers that minimise Σ_k importance_k (w_k − ŵ_k)² in each group of each row of weight [N, K].
 
     Tried are the steps of a grid; the best is refined by alternating rounding with s = Σ a·w·d / Σ a·d². The
@@ -129,6 +138,8 @@ def quantize(
 
     importance [K]: mean squares of the inputs; None: all equal. A group whose importances are all 0 is
     treated as equally important.
+
+    table [2^b]: a codebook's levels, if this is part of a weight that they were learned from (`learned`).
 
     Raises:
         ValueError: a shape that the scheme cannot store, weights that are not finite or beyond 2^120,
@@ -141,6 +152,13 @@ def quantize(
     rows, inputs = weight.shape
     groups = scheme.groups(inputs)
     a = _importance_by_group(importance, inputs=inputs, groups=groups)
+    if scheme.values != "int":
+        a = torch.ones(groups, inputs // groups, device=weight.device) if a is None else a.squeeze(-1)
+        with _threads_that_pay():
+            if table is None:
+                table = learned(scheme, [weight], importance)
+            q, scale = find_levels(weight, scheme, a, table=table, search=search)
+        return Quantized(scheme=scheme, q=q, scale=scale, zero=None, table=table)
     q = torch.empty(rows, inputs, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=weight.device)
     zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
@@ -148,6 +166,11 @@ def quantize(
         for block in blocks_to_run(_blocks(rows, inputs)):
             _quantize_block(weight, q, scale, zero, block, scheme=scheme, a=a, search=search)
     return Quantized(scheme=scheme, q=q, scale=scale, zero=zero)
+
+
+def learned(scheme: Scheme, rows: Iterable[Tensor], importance: Tensor | None) -> Tensor | None:
+    """The levels [2^b] of a weight that comes in blocks of rows, if the scheme is a codebook; else None."""
+    return learn(rows, scheme, importance) if scheme.values == "codebook" else None
 
 
 @torch.no_grad()
@@ -176,6 +199,8 @@ def quantize_error(weight: Tensor, quantized: Quantized, *, importance: Tensor |
 
 def _dequantize_rows(quantized: Quantized, block: slice) -> Tensor:
     """ŵ of some rows, bf16. q − z has at most 8 bits and a sign, which bf16 holds exactly."""
+    if quantized.scheme.values != "int":
+        return expand(quantized.q[block], quantized.scheme, quantized.scale[block], quantized.table)
     scale = quantized.scale[block].unsqueeze(-1)
     levels = quantized.q[block].to(torch.bfloat16)
     by_group = levels.view(levels.shape[0], scale.shape[1], -1)

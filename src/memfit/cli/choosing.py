@@ -1,0 +1,75 @@
+"""From options to what the search may choose from."""
+
+from typing import Any, get_args
+
+import typer
+
+from memfit.errors import UsageError
+
+from .app import said
+
+
+def bits_of(values: str, bits: str) -> str:
+    """The width of values that have but one; else as it was given."""
+    from memfit.packed.scheme import BITS_OF
+
+    due = BITS_OF.get(values)
+    if due is not None and bits not in ("", str(due)):
+        raise UsageError(f"--bits {bits}: {values} has {due} bits. Leave --bits out, or take --values int or codebook.")
+    return bits if due is None else str(due)
+
+
+def require_one_setting(bits: str, groups: str | None, kv_bits: str, values: str) -> None:
+    """A technique for everything has one width, one group size, one cache and one kind of values."""
+    for option, given in (
+        ("--bits", bits), ("--group", groups or "one"), ("--kv-bits", kv_bits), ("--values", values)
+    ):  # fmt: skip
+        if not given or "," in given:
+            raise UsageError(f"--technique quantize has one setting: give one {option}, got {given or 'none'}.")
+
+
+def allowed_by(
+    context: typer.Context, bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool,
+    values: str, activations: int, smooth: bool, *, uniform: bool = False,
+) -> Any:  # fmt: skip
+    """What the options let the search choose from."""
+
+    import memfit
+    from memfit.packed.scheme import BITS_OF, MX_GROUP, Values
+
+    if said(context, "smooth") and activations == 16:
+        raise UsageError("--smooth and --no-smooth say something of activations of 8 bits: add --activations 8.")
+
+    widths = _numbers(bits, "--bits", (16, 8, 6, 5, 4, 3, 2))
+    kinds: Any = tuple(values.split(","))
+    if unknown := [kind for kind in kinds if kind not in get_args(Values)]:
+        raise UsageError(f"--values: {unknown[0]!r} is none of {', '.join(get_args(Values))}.")
+    if asymmetric and kinds != ("int",):
+        raise UsageError(f"--asymmetric beside --values {values}: only integers have zero points. Leave one out.")
+    sizes = None
+    if groups is not None:
+        chosen = _numbers(groups, "--groups", (128, 64, 32))
+        if "mxfp4" in kinds and chosen != (MX_GROUP,):
+            raise UsageError(f"--group {groups}: mxfp4 has groups of {MX_GROUP}. Leave --group out, or take nf4.")
+        every = {*widths, *(BITS_OF[kind] for kind in kinds if kind in BITS_OF)}
+        sizes = {width: (None,) if width == 8 and not uniform else chosen for width in every if width != 16}
+    return memfit.Allowed(
+        bits=tuple(width for width in widths if width != 16),
+        groups=sizes,
+        symmetric=not asymmetric,
+        values=kinds,
+        kv_bits=_numbers(kv_bits, "--kv-bits", (16, 8, 4, 2)),
+        activations=activations,
+        smooth=smooth,
+        keep=tuple(keep or ()),
+    )
+
+
+def _numbers(text: str, option: str, known: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: write numbers with commas between, as 8,4.") from error
+    if unknown := [number for number in found if number not in known]:
+        raise UsageError(f"{option}: {unknown[0]} is none of {', '.join(map(str, known))}.")
+    return found
