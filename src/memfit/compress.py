@@ -16,7 +16,7 @@ from memfit.calibrate.cache_loss import cache_losses
 from memfit.calibrate.collect import collect
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import row_shape, rows_of
-from memfit.compensate import compensate
+from memfit.compensate import Thrift, compensate
 from memfit.format.integers import Integers
 from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import PACKED, stored_as
@@ -108,8 +108,8 @@ def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
 
 
 def choose_integers(
-    source: Source, plan: Plan, statistics: Statistics | None, windows_WT: Tensor, integers: Integers, *, batch: int,
-    watch: Watch,
+    source: Source, plan: Plan, statistics: Statistics | None, windows_WT: Tensor, integers: Integers, *, watch: Watch,
+    thrift: Thrift | None = None, scratch: Path | None = None,
 ) -> None:  # fmt: skip
     """Choose the integers of the plan's linear layers by GPTQ, block after block; see `compensate`.
 
@@ -125,8 +125,9 @@ def choose_integers(
         return None if pairs is None else importance_of(group, parameter, pairs)
 
     compensate(
-        source, windows_WT, plan.schemes(), integers, batch=batch, watch=watch, importance=importance
-    )
+        source, windows_WT, plan.schemes(), integers, watch=watch, thrift=thrift, scratch=scratch,
+        importance=importance,
+    )  # fmt: skip
 
 
 def compress(

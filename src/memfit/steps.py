@@ -89,9 +89,7 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
         integers = None
         if algorithm == "gptq" and ids is not None:
             integers = Integers(None)
-            choose_integers(
-                source, chosen, found.statistics, ids, integers, batch=job["batch"], watch=follow
-            )
+            choose_integers(source, chosen, found.statistics, ids, integers, watch=follow)
         compress(
             source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers,
             search=algorithm != "rtn",

@@ -239,7 +239,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     with meter.phase("compensate"):
         statistics = Statistics.read(work / "statistics.safetensors")
         windows = _windows(job)["calibration"]
-    choose_integers(source, plan, statistics, windows, integers, batch=job["batch"], watch=meter)
+    choose_integers(source, plan, statistics, windows, integers, watch=meter)
     account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
     return {"account": account.to_json(), "damping": integers.damping}
 

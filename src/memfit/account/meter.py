@@ -62,6 +62,9 @@ class Meter:
             kind=kind, module=module, dtype=dtype, nbytes=storage.nbytes(), storage=weak
         )
 
+    def on_disk(self, tensor: torch.Tensor) -> None:
+        """Nothing: a mapping comes from no allocator."""
+
     def _note(self, phase: str) -> None:
         """Write down what of the named storages is still there at a phase's end."""
         for address, held in list(self._held.items()):

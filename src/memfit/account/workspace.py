@@ -47,7 +47,7 @@ def kernel_of(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if packet not in _PRODUCTS:
         return None
     left, right = args[1:3] if packet in (aten.addmm, aten.baddbmm) else args[:2]
-    if left.dtype not in _HALVES or math.prod(left.shape) * right.shape[-1] <= 16**3:
+    if not _is_halved(left.dtype) or math.prod(left.shape) * right.shape[-1] <= 16**3:
         return None
     return (left.dim(), *left.shape, right.shape[-1], right.stride(-1) == 1)
 
@@ -111,12 +111,17 @@ def _product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     dense neither by rows nor by columns, as an expanded weight is, gets copied first.
     """
     left, right = args[1:3] if func.overloadpacket in (aten.addmm, aten.baddbmm) else args[:2]
-    if left.dtype not in _HALVES:
+    if not _is_halved(left.dtype):
         return NONE
     if math.prod(left.shape) * right.shape[-1] <= 16**3:
         return NONE
     copies = [t.numel() * t.element_size() for t in (left, right) if out.dim() == 3 and not _is_dense(t)]
     return [], [*copies, ask_product(left, right)]
+
+
+def _is_halved(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies: 16-bit factors, or fp32 ones of which 16 bits are to count."""
+    return dtype in _HALVES or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium")
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -157,7 +157,8 @@ def corrected(weight: Tensor, moved: Tensor, made: Factor, *, rows: int = _ROWS)
 
 def _solved(triangle: Tensor, right: Tensor, *, upper: bool) -> Tensor:
     """X with X · triangle = right [R, K], the triangle's diagonal taken as 1."""
-    return torch.linalg.solve_triangular(triangle, right, upper=upper, left=False, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(triangle, right, upper=upper, left=False, unitriangular=True)
+    return solved
 
 
 @torch.no_grad()
@@ -175,7 +176,8 @@ def agreement(first: Tensor, second: Tensor, made: Factor) -> float:
     def measured(half: Tensor) -> Tensor:
         """Z with Z Zᵀ = D H⁻¹ Dᵀ."""
         ordered = half.to(across.dtype).index_select(1, made.order)
-        return _solved(across, ordered, upper=False).div_(weights)
+        solved = _solved(across, ordered, upper=False)
+        return solved.div_(weights)
 
     one, two = measured(first), measured(second)
     signal, whole = (one * two).sum(), (one + two).square_().sum().div_(4)
