@@ -48,11 +48,12 @@ class Calibrated:
 
 
 def calibrate(
-    source: Source, windows_WT: Tensor | None, allowed: Allowed, *, batch: int, watch: Watch
+    source: Source, windows_WT: Tensor | None, allowed: Allowed | None, *, batch: int, watch: Watch
 ) -> Calibrated:
     """Statistics of the text's windows, and the price of every choice.
 
-    Without windows there are no statistics, and prices come from the weights alone.
+    Without windows there are no statistics, and prices come from the weights alone. With `allowed` None nothing is
+    priced.
     """
     groups = find_groups(source.build(dtype=torch.bfloat16))
     statistics, kv_prices = None, {}
@@ -63,8 +64,10 @@ def calibrate(
         wanted = frozenset(member for group in groups for member in group.members)
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
-            narrow = [bits for bits in allowed.kv_bits if bits != 16]
+            narrow = [bits for bits in allowed.kv_bits if bits != 16] if allowed is not None else []
             kv_prices = cache_losses(source, windows_WT[:KV_WINDOWS], narrow)
+    if allowed is None:
+        return Calibrated(statistics=statistics, prices={}, kv_prices={})
     schemes = {group.name: allowed.schemes(group) for group in groups}
     # One of each kind is enough to know what pricing takes.
     priced = {group.shapes: group for group in groups}.values() if dry else groups
@@ -188,7 +191,10 @@ def _parameter_of(model: torch.nn.Module, module: str, stored: str) -> str:
 def _write_plain(writer: Writer, source: Source, model: torch.nn.Module, name: str) -> None:
     spec = next(spec for spec in writer.specs if spec.name == name)
     if name in source.parameters and source.holds(name):
-        writer.write(name, source.read_parameter(name, dtype=spec.dtype))
+        if len(spec.shape) < 2:
+            writer.write(name, source.read_parameter(name, dtype=spec.dtype))
+        else:  # a table can be the largest tensor there is
+            writer.write_parts(name, (rows.view(-1) for _, rows in rows_of(source, name, dtype=spec.dtype)))
     else:
         owner, _, leaf = name.rpartition(".")
         writer.write(name, getattr(model.get_submodule(owner), leaf).to(spec.dtype).contiguous())

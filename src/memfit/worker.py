@@ -3,6 +3,7 @@
 A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller.
 """
 
+import errno
 import json
 import os
 import resource
@@ -60,6 +61,7 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
         env=os.environ | QUIET,
         check=False,
     )
+    capped = enforce_nbytes if enforce_nbytes is not None else job.get("ram_nbytes")
     for line in done.stdout.splitlines():
         if line.startswith(_ANSWER):
             answer: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
@@ -67,8 +69,8 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
                 return answer
             raise _ERRORS.get(answer["error"], MemfitError)(answer["message"])
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    limit = "" if enforce_nbytes is None else f" under a hard limit of {enforce_nbytes} bytes"
-    kind = MemfitError if enforce_nbytes is None else OverBudget
+    limit = "" if capped is None else f" under a hard limit of {capped} bytes"
+    kind = MemfitError if capped is None else OverBudget
     raise kind(f"the job {job['do']!r} ended with {how}{limit}.\n{done.stderr[-2000:]}")
 
 
@@ -94,11 +96,18 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         from memfit.technique.checkpoint import is_out_of_memory
 
-        if "enforce_nbytes" not in job or not is_out_of_memory(error):
+        limit = job.get("enforce_nbytes", job.get("ram_nbytes"))
+        if limit is None or not is_out_of_memory(error):
             raise
+        answer = {"error": "OverBudget", "message": f"the job needed more than the enforced {limit} bytes: {error}"}
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = job.get("output") or job.get("target") or job.get("work", "")
         answer = {
-            "error": "OverBudget",
-            "message": f"the task needed more than the enforced {job['enforce_nbytes']} bytes: {error}",
+            "error": "MemfitError",
+            "message": f"{where}: the disk is full. The output is untouched, and what a stopped run may go on with is "
+            "kept. Free some space and run the same command again, or write to another disk.",
         }
     print(_ANSWER + json.dumps(answer), flush=True)
 
@@ -118,6 +127,69 @@ def limited(nbytes: int | None, *, runtime_nbytes: int = RUNTIME_NBYTES) -> Iter
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@contextmanager
+def within(job: dict[str, Any]) -> Iterator[None]:
+    """Inside, this process may become resident with the job's `ram_nbytes` at the most: what it may take more of
+    private memory is that less what is resident now (setrlimit(2), RLIMIT_DATA). Without that, as much as it likes."""
+    if "ram_nbytes" not in job:
+        yield
+        return
+    from memfit.account.meter import resident_nbytes
+
+    _warm(job)
+    with limited(max(0, job["ram_nbytes"] - resident_nbytes()["now"]), runtime_nbytes=0):
+        yield
+
+
+def _warm(job: dict[str, Any]) -> None:
+    """Bring in what every job of fitting brings in: the model's classes, libraries' code and buffers."""
+    import torch
+
+    from memfit.account.meter import trim
+    from memfit.calibrate.stream import Streamed
+    from memfit.compensate import compensate  # noqa: F401
+    from memfit.source.source import open_source
+    from memfit.technique.gptq import Factor, corrected, factor
+
+    Streamed(open_source(job["model"]))
+    x = torch.randn(512, 1024)
+    made: Factor = factor(x.t() @ x, overwrite=True)
+    corrected(x, x.clone(), made)
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.ones(1, 4, 256, 64, dtype=dtype)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        x.to(dtype).matmul(torch.ones(1024, 1024, dtype=dtype))
+    del x, made, q
+    trim()
+
+
+def _watch(job: dict[str, Any]) -> Any:
+    """A meter; under a cap none, as its records of every allocation would be most of what is resident."""
+    from memfit.account.meter import Meter
+    from memfit.account.watch import Unwatched
+
+    return Unwatched() if "ram_nbytes" in job else Meter()
+
+
+def _seen(watch: Any) -> dict[str, Any]:
+    """What a job of fitting took: the account, if there was a meter, and the process's resident bytes."""
+    from memfit.account.meter import Meter, resident_nbytes
+
+    resident = resident_nbytes()
+    if not isinstance(watch, Meter):
+        return {"account": None, "resident": resident}
+    return {"account": replace(watch.account(), resident_nbytes=resident["peak"]).to_json(), "resident": resident}
+
+
+def _idle(job: dict[str, Any]) -> dict[str, Any]:
+    """What a job of fitting holds before it begins, and what each shape of a product adds."""
+    from memfit.account.meter import resident_nbytes
+
+    _prepare(job)
+    _warm(job)
+    return resident_nbytes() | {"kernel_nbytes": _kernel_nbytes(job)["nbytes"]}
 
 
 def _prepare(job: dict[str, Any]) -> None:
@@ -175,29 +247,29 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     """Statistics into the work directory, prices into the answer; if asked, the original's own answers."""
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import reset_resident_peak
     from memfit.compress import calibrate, priced_by
     from memfit.plan.allowed import Allowed
     from memfit.source.source import open_source
 
     _prepare(job)
     source = open_source(job["model"])
-    meter = Meter()
-    reset_resident_peak()
-    with meter.phase("calibrate"):
-        text = _windows(job)
-    found = calibrate(
-        source,
-        None if text is None else text["calibration"],
-        Allowed.from_json(job["allowed"]),
-        batch=job["batch"],
-        watch=meter,
-    )
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    watch = _watch(job)
+    with within(job):
+        reset_resident_peak()
+        with watch.phase("calibrate"):
+            text = _windows(job)
+        found = calibrate(
+            source,
+            None if text is None else text["calibration"],
+            None if job["allowed"] is None else Allowed.from_json(job["allowed"]),
+            batch=job["batch"],
+            watch=watch,
+        )
+        seen = _seen(watch)
     if found.statistics is not None:
         found.statistics.save(Path(job["work"]) / "statistics.safetensors")
-    answer: dict[str, Any] = {
-        "account": account.to_json(),
+    answer: dict[str, Any] = seen | {
         "prices": [[name, scheme.to_json(), price] for (name, scheme), price in found.prices.items()],
         "kv_prices": list(found.kv_prices.items()),
         "priced_by": priced_by(source, found.statistics),
@@ -224,8 +296,9 @@ def _reference(job: dict[str, Any]) -> dict[str, Any]:
 
 def _choose(job: dict[str, Any]) -> dict[str, Any]:
     """Integers into the work directory, a directory a block: those that a stopped run has left are kept."""
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import reset_resident_peak
     from memfit.calibrate.statistics import Statistics
+    from memfit.compensate import Thrift
     from memfit.compress import choose_integers
     from memfit.format.integers import Integers
     from memfit.plan.plan import read_plan
@@ -234,14 +307,15 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     _prepare(job)
     work = Path(job["work"])
     source, plan = open_source(job["model"]), read_plan(work / "plan.json")
-    integers, meter = Integers(Path(job["integers"])), Meter()
-    reset_resident_peak()
-    with meter.phase("compensate"):
-        statistics = Statistics.read(work / "statistics.safetensors")
-        windows = _windows(job)["calibration"]
-    choose_integers(source, plan, statistics, windows, integers, watch=meter)
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    return {"account": account.to_json(), "damping": integers.damping}
+    integers, watch, file = Integers(Path(job["integers"])), _watch(job), work / "statistics.safetensors"
+    thrift = Thrift(**job["thrift"]) if job.get("thrift") else None
+    with within(job):
+        reset_resident_peak()
+        with watch.phase("compensate"):
+            statistics = Statistics.read(file) if file.exists() else None
+            windows = _windows(job)["calibration"]
+        choose_integers(source, plan, statistics, windows, integers, watch=watch, thrift=thrift, scratch=work)
+        return _seen(watch) | {"damping": integers.damping}
 
 
 def _gguf(job: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +342,7 @@ def _gguf(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compress(job: dict[str, Any]) -> dict[str, Any]:
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import reset_resident_peak
     from memfit.calibrate.statistics import Statistics
     from memfit.compress import compress
     from memfit.format.integers import Integers
@@ -279,17 +353,17 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
     work = Path(job["work"])
     source, plan = open_source(job["model"]), read_plan(work / "plan.json")
     file = work / "statistics.safetensors"
-    meter = Meter()
-    reset_resident_peak()
-    statistics = None
-    with meter.phase("compress"):
-        if file.exists():
-            statistics = Statistics.read(file)
-    integers = Integers(Path(job["integers"])) if job.get("integers") else None
-    output, search = Path(job["output"]), job["search"]
-    files = compress(source, plan, statistics, output, watch=meter, integers=integers, search=search)
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    return {"account": account.to_json(), "files": files}
+    watch = _watch(job)
+    with within(job):
+        reset_resident_peak()
+        statistics = None
+        with watch.phase("compress"):
+            if file.exists():
+                statistics = Statistics.read(file)
+        integers = Integers(Path(job["integers"])) if job.get("integers") else None
+        output, search = Path(job["output"]), job["search"]
+        files = compress(source, plan, statistics, output, watch=watch, integers=integers, search=search)
+        return _seen(watch) | {"files": files}
 
 
 def _prove(job: dict[str, Any]) -> dict[str, Any]:
@@ -351,6 +425,7 @@ JOBS = {
     "choose": _choose,
     "compress": _compress,
     "gguf": _gguf,
+    "idle": _idle,
     "prove": _prove,
     "kernel_nbytes": _kernel_nbytes,
 }
