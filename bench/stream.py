@@ -1,10 +1,10 @@
 """A 7B-shaped model compressed to 4 bits within 2.5 GiB of resident memory: how long, beside reading and writing it?
 
-    python bench/stream.py [--layers 32] [--ram 2.5GiB] [--scratch DIR] [--only rtn] [--output bench/results/stream.json]
+    python bench/stream.py [--layers 32] [--ram 2.5GiB] [--scratch DIR] [--only rtn] [--output FILE]
 
-Llama-2-7B's shape, weights by chance, bf16, in shards (14 GB for 32 layers; they are made here, and deleted). Linear layers
-go to 4 bits in groups of 128, to the nearest and by GPTQ on 8 x 512 tokens; embedding and head stay in 16 bits. The
-peak of a block does not depend on how many there are: with fewer `--layers` only the time is another.
+Llama-2-7B's shape, weights by chance, bf16, in shards (14 GB for 32 layers; they are made here, and deleted). Linear
+layers go to 4 bits in groups of 128, to the nearest and by GPTQ on 8 x 512 tokens; embedding and head stay in 16 bits.
+The peak of a block does not depend on how many there are: with fewer `--layers` only the time is another.
 
 The cap is enforced by the system (RLIMIT_DATA in the jobs); what counts here is the largest resident size that the
 system has seen of any process of the command (getrusage(2), ru_maxrss of its descendants), planning among them.
@@ -96,8 +96,8 @@ def seconds_of_copying(source: Path, target: Path, written: int) -> dict[str, fl
 def fit(model: Path, out: Path, algorithm: str, ram: str, text: Path) -> dict[str, Any]:
     """Run the command; what it reported and what the system saw."""
     words = [
-        "fit", str(model), "--technique", "quantize", "--bits", "4", "--groups", "128", "--keep", "embed_tokens", "--keep",
-        "lm_head", "--algorithm", algorithm, "--text", str(text), "--window", "512", "--windows", "8", "--ram", ram,
+        "fit", str(model), "--technique", "quantize", "--bits", "4", "--groups", "128", "--keep", "embed_tokens",
+        "--keep", "lm_head", "--algorithm", algorithm, "--text", str(text), "--window", "512", "--windows", "8", "--ram", ram,
         "--no-measure", "--out", str(out), "--json",
     ]  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

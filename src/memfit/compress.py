@@ -146,7 +146,8 @@ def compress(
 ) -> dict[str, str]:
     """Quantize every weight as planned and write the model's files into `directory`.
 
-    Weights are read some rows at a time, and each is written before the next is read. Those whose integers have been
+    Weights are read some rows at a time, and each is written before the next is read; what a run that was killed has
+    written into `directory` stays. Those whose integers have been
     chosen already, by `compensate`, are written with these; the others' scales are searched for, or the usual ones.
 
     Returns: file name to the sha256 of what was written.
@@ -157,8 +158,10 @@ def compress(
     groups = {member: group for group in find_groups(model) for member in group.members}
     pairs = _complete(tuple(dict.fromkeys(groups.values())), statistics)
     seen: set[Any] = set()
-    with Writer(directory, stored.specs, dry=dry) as writer:
+    with Writer(directory, stored.specs, dry=dry, resume=True) as writer:
         for name in stored.plain_and_packed():
+            if all(writer.has(part) for part in stored.packed.get(name, (name,))):
+                continue
             if dry:
                 # Nothing outlives its own turn, so equal weights need to be run once.
                 kind = (schemes.get(stored.module_of.get(name, "")), stored.shape_of(name))
@@ -235,6 +238,8 @@ def _write_packed(
         del made
     for part_name in stored.packed[name]:
         kind = part_name.rpartition(".")[2]
+        if writer.has(part_name):
+            continue
         if kind == "weight_shape":
             writer.write(part_name, torch.tensor([rows, width], dtype=torch.int64))
         elif kind == "weight_scale":

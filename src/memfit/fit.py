@@ -44,6 +44,7 @@ from memfit.steps import (
     default_output,
     job_on,
     joined,
+    move_written,
     predict_fit,
     proof_job,
     rounding_line,
@@ -247,9 +248,8 @@ def fit(
     algorithm = algorithm or ("search" if texts is None else "gptq")
     if algorithm == "gptq" and texts is None:
         raise UsageError("GPTQ chooses integers for a text, and there is none. Give one (--text FILE).")
-    work = WorkDirectory(
-        target, key=calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure]}, resume=resume
-    )
+    key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure]}
+    work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work:
         job = calibration_job(study, texts, work.path, reference=measure, threads=threads)
         cap = None
@@ -268,11 +268,9 @@ def fit(
             chosen = replace(chosen, predicted=given.predicted)
         predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
-        if cap is None:
-            predicted_fit = predict_fit(source, chosen, job, algorithm=algorithm)
-        else:
+        if cap is not None:
             keep(cap, source, chosen, job, algorithm, calibrates=False)
-            predicted_fit = joined_prediction(cap)
+        predicted_fit = joined_prediction(cap) if cap else predict_fit(source, chosen, job, algorithm=algorithm)
         chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
         jobs, integers, rounding = {"calibrate": calibrated}, None, None
         if algorithm == "gptq":
@@ -281,17 +279,18 @@ def fit(
             jobs["choose"] = found = run_job(choosing)
             integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"])
         progress("compressing")
-        compressing = compression_job(chosen, job, output, integers=integers, algorithm=algorithm)
+        compressing = compression_job(chosen, job, integers=integers, algorithm=algorithm)
         jobs["compress"] = compressed = run_job(compressing | ({} if cap is None else cap.told("compress")))
+        move_written(compressing, output)
         write_companions(source, chosen, output)
+        if cap is not None:
+            cap.measured.update({name: done["resident"] for name, done in jobs.items() if done})
         proof: dict[str, Any] = {}
         if measure:
             progress("measuring the fitted model")
             limit = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
             ran = {key: value for key, value in chosen.task.items() if key != "task"}
             proof = run_job(proof_job(output.path, ran, job), **limit)
-        if cap is not None:
-            cap.measured.update({name: done["resident"] for name, done in jobs.items() if done})
         report = Report(
             model=source.name,
             budget_nbytes=nbytes,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,14 +180,22 @@ def choosing_job(chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def compression_job(
-    chosen: Plan, job: dict[str, Any], output: OutputDirectory, *, algorithm: Algorithm, integers: str | None = None
+    chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm, integers: str | None = None
 ) -> dict[str, Any]:
-    """The job that quantizes what has no integers yet and writes the model's files; the plan goes to `work`."""
+    """The job that quantizes what has no integers yet and writes the model's files; the plan goes to `work`, and the
+    files to a directory of the plan's own there, so that a run that is killed finds them again."""
     (Path(job["work"]) / "plan.json").write_text(dumps(chosen), encoding="utf-8")
+    schemes = json.dumps([algorithm, *([name, scheme.to_json()] for name, scheme in chosen.schemes().items())])
+    written = Path(job["work"]) / f"written-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
+    written.mkdir(exist_ok=True)
     told = {key: job[key] for key in ("model", "work", "threads")}
-    return told | {
-        "do": "compress", "output": str(output.path), "integers": integers, "search": algorithm != "rtn"
-    }  # fmt: skip
+    return told | {"do": "compress", "output": str(written), "integers": integers, "search": algorithm != "rtn"}
+
+
+def move_written(job: dict[str, Any], output: OutputDirectory) -> None:
+    """Put what `compression_job`'s job has written where the output is made; nothing is copied."""
+    for file in Path(job["output"]).iterdir():
+        os.rename(file, output.path / file.name)
 
 
 def rounding_line(chosen: Plan, damping: dict[str, float]) -> str:

@@ -3,10 +3,12 @@
 A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller.
 """
 
+import ctypes
 import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +35,7 @@ QUIET: Final = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _ANSWER = "memfit-answer:"
+_PR_SET_PDEATHSIG: Final = 1
 RUNTIME_NBYTES: Final = 48 << 20
 """What the runtime may take beside the allocator under a hard limit: buffers of threads, holes in the heap."""
 KERNEL_NBYTES: Final = 1 << 20
@@ -51,6 +54,7 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
         MemfitError: what the job raised, by its class and message.
         OverBudget: the enforced limit was hit.
     """
+    job = job | {"parent": os.getpid()}
     if enforce_nbytes is not None:
         job = job | {"enforce_nbytes": enforce_nbytes, "runtime_nbytes": runtime_nbytes_of(kernels)}
     done = subprocess.run(
@@ -87,6 +91,7 @@ _ERRORS: dict[str, type[MemfitError]] = {
 def main() -> None:
     """Read the job, do it, print the answer."""
     job = json.loads(sys.stdin.read())
+    _end_with(job.get("parent", os.getppid()))
     answer: dict[str, Any]
     try:
         answer = JOBS[job["do"]](job)
@@ -110,6 +115,14 @@ def main() -> None:
             "kept. Free some space and run the same command again, or write to another disk.",
         }
     print(_ANSWER + json.dumps(answer), flush=True)
+
+
+def _end_with(parent: int) -> None:
+    """Let the system kill this process when `parent` ends, however that ends (prctl(2), PR_SET_PDEATHSIG): the same
+    command, run again, is not to meet a job that still writes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 @contextmanager
