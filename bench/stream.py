@@ -97,8 +97,8 @@ def fit(model: Path, out: Path, algorithm: str, ram: str, text: Path) -> dict[st
     """Run the command; what it reported and what the system saw."""
     words = [
         "fit", str(model), "--technique", "quantize", "--bits", "4", "--groups", "128", "--keep", "embed_tokens",
-        "--keep", "lm_head", "--algorithm", algorithm, "--text", str(text), "--window", "512", "--windows", "8", "--ram", ram,
-        "--no-measure", "--out", str(out), "--json",
+        "--keep", "lm_head", "--algorithm", algorithm, "--text", str(text), "--window", "512", "--windows", "8",
+        "--ram", ram, "--no-measure", "--out", str(out), "--json",
     ]  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()

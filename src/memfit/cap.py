@@ -12,6 +12,7 @@ from memfit.account.account import Account
 from memfit.account.outside import with_outside
 from memfit.compensate import Thrift
 from memfit.errors import DoesNotFit
+from memfit.format.resume import WorkDirectory
 from memfit.plan.plan import Plan
 from memfit.planning import uniform_plan
 from memfit.source.source import Source
@@ -67,6 +68,21 @@ class Cap:
         how = {"thrift": way.to_json()} if isinstance(way, Thrift) else {"batch": way} if way else {}
         return {"ram_nbytes": self.nbytes} | how
 
+    def kept(self) -> dict[str, Any]:
+        """All that was found, as JSON for `of_kept`."""
+        ways = {name: way.to_json() if isinstance(way, Thrift) else way for name, way in self.ways.items()}
+        predicted = {name: account.to_json() for name, account in self.predicted.items()}
+        return {
+            "nbytes": self.nbytes, "idle_nbytes": self.idle_nbytes, "kernel_nbytes": self.kernel_nbytes,
+            "predicted": predicted, "ways": ways,
+        }  # fmt: skip
+
+    @classmethod
+    def of_kept(cls, data: dict[str, Any]) -> "Cap":
+        ways = {name: Thrift(**way) if isinstance(way, dict) else way for name, way in data["ways"].items()}
+        predicted = {name: Account.from_json(account) for name, account in data["predicted"].items()}
+        return cls(**data | {"predicted": predicted, "ways": ways})
+
     def to_json(self) -> dict[str, Any]:
         """For the report: by job, predicted and measured resident peak; of it pages of files."""
         jobs = {
@@ -91,33 +107,65 @@ def cap_of(nbytes: int, job: Mapping[str, Any]) -> Cap:
     return Cap(nbytes=nbytes, idle_nbytes=found["now"], kernel_nbytes=found["kernel_nbytes"])
 
 
-def job_within(
-    cap: Cap, study: Study, given: Plan | None, job: dict[str, Any], original: Account, algorithm: Algorithm, *,
-    uniform: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The job of calibration that keeps to the cap; with `wanted` false where nothing would read what it finds.
+def cap_of_jobs(
+    work: WorkDirectory, nbytes: int, study: Study, given: Plan | None, job: dict[str, Any], original: Account,
+    algorithm: Algorithm, *, uniform: bool,
+) -> tuple[Cap, dict[str, Any]]:  # fmt: skip
+    """The cap, and the job of calibration that keeps to it; with `wanted` false where nothing would read what it finds.
 
     The plan is not chosen yet, and what its jobs take hardly depends on it: what could not be done by any is refused
-    here, before hours go into calibration.
+    here, before hours go into calibration. What was found is kept for a run that is stopped: other ways to the same
+    integers differ by the rounding of sums.
 
     Raises:
         DoesNotFit: see `keep`.
     """
-    source, plan = study.source, given or uniform_plan(study, _ANY)
-    # The original answers with all its weights in memory, or not at all.
-    asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
-    wanted = not uniform or reads_statistics(source, plan, algorithm) or asks
-    # Prices of a plan in one setting would decide nothing.
-    job = job | {"reference": asks, "wanted": wanted} | ({"allowed": None} if uniform else {})
-    keep(cap, source, plan, job, algorithm, calibrates=wanted)
-    return job | (cap.told("calibrate") if wanted else {})
+
+    def find() -> dict[str, Any]:
+        source, plan = study.source, given or uniform_plan(study, _ANY)
+        cap = cap_of(nbytes, job)
+        # The original answers with all its weights in memory, or not at all.
+        asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
+        wanted = not uniform or reads_statistics(source, plan, algorithm) or asks
+        # Prices of a plan in one setting would decide nothing.
+        changes = {"reference": asks, "wanted": wanted} | ({"allowed": None} if uniform else {})
+        keep(cap, source, plan, job | changes, algorithm, calibrates=wanted)
+        return {"cap": cap.kept(), "changes": changes | (cap.told("calibrate") if wanted else {})}
+
+    found = work.once("cap", find)
+    return Cap.of_kept(found["cap"]), job | found["changes"]
+
+
+def keep_as_planned(
+    work: WorkDirectory, cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm
+) -> Account:
+    """Find how the jobs of the plan that was chosen keep to the cap; one account of them all.
+
+    Raises:
+        DoesNotFit: see `keep`.
+    """
+
+    def find() -> dict[str, Any]:
+        keep(cap, source, plan, job, algorithm, calibrates=False)
+        return cap.kept()
+
+    found = Cap.of_kept(work.once("cap-as-planned", find))
+    cap.predicted, cap.ways = found.predicted, found.ways
+    made = list(cap.predicted.values())
+    return replace(
+        made[0],
+        phases=tuple(phase for account in made for phase in account.phases),
+        entries=tuple(entry for account in made for entry in account.entries if entry.kind != "outside"),
+        resident_nbytes=max(account.resident_nbytes or 0 for account in made),
+        outside_nbytes=None,
+    )
 
 
 def keep(cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm, *, calibrates: bool) -> None:
     """Find how each job keeps to the cap, the fastest way first.
 
     Args:
-        calibrates: whether there is a calibration still to be run; `cap.batch` is then its windows at once.
+        calibrates: whether there is a calibration still to be run.
 
     Raises:
         DoesNotFit: one of them cannot; told is the smallest cap for all.
@@ -137,18 +185,6 @@ def keep(cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: A
             refusals.append(refusal)
     if refusals:
         raise max(refusals, key=lambda refusal: refusal.smallest_nbytes)
-
-
-def joined_prediction(cap: Cap) -> Account:
-    """One account of the jobs that run one after the other."""
-    made = list(cap.predicted.values())
-    return replace(
-        made[0],
-        phases=tuple(phase for account in made for phase in account.phases),
-        entries=tuple(entry for account in made for entry in account.entries if entry.kind != "outside"),
-        resident_nbytes=max(account.resident_nbytes or 0 for account in made),
-        outside_nbytes=None,
-    )
 
 
 def _first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) -> tuple[Account, Any]:

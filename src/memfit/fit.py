@@ -17,7 +17,7 @@ from memfit import demo
 from memfit.account.account import Account
 from memfit.account.dry_run import dry_run, no_collection
 from memfit.account.outside import Outside, predict_resident
-from memfit.cap import cap_of, job_within, joined_prediction, keep
+from memfit.cap import cap_of_jobs, keep_as_planned
 from memfit.errors import DoesNotFit, OverBudget, QualityMissed, UsageError
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
@@ -214,7 +214,7 @@ def fit(
 
     Raises:
         DoesNotFit, BrokenInput, UsageError: before anything is written.
-        MemfitError: the disk is full.
+        Interrupted: the disk is full; what is done is kept, and the same call goes on.
         OverBudget: measured over the budget. QualityMissed: worse than `max_kl`. The output is kept in both.
     """
     if model is None:
@@ -255,8 +255,7 @@ def fit(
         cap = None
         if ram_nbytes is not None:
             progress("finding out what fits in the cap")
-            cap = cap_of(ram_nbytes, job)
-            job = job_within(cap, study, given, job, original, algorithm, uniform=uniform)
+            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform)
         before = "going on with what a stopped run has calibrated"
         progress(before if work.holds("calibrated") else "calibrating, and asking the original")
         calibrated = work.once("calibrated", lambda: run_job(job) if job["wanted"] else {})
@@ -269,8 +268,9 @@ def fit(
         predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
         if cap is not None:
-            keep(cap, source, chosen, job, algorithm, calibrates=False)
-        predicted_fit = joined_prediction(cap) if cap else predict_fit(source, chosen, job, algorithm=algorithm)
+            predicted_fit = keep_as_planned(work, cap, source, chosen, job, algorithm)
+        else:
+            predicted_fit = predict_fit(source, chosen, job, algorithm=algorithm)
         chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
         jobs, integers, rounding = {"calibrate": calibrated}, None, None
         if algorithm == "gptq":

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError
+from memfit.errors import BrokenInput, Interrupted, MemfitError, OverBudget, UsageError
 
 QUIET: Final = {
     # A thread that waits sleeps: where another process wants the core too, spinning at every barrier made the
@@ -84,7 +84,7 @@ def runtime_nbytes_of(kernels: int) -> int:
 
 
 _ERRORS: dict[str, type[MemfitError]] = {
-    kind.__name__: kind for kind in (BrokenInput, OverBudget, UsageError, MemfitError)
+    kind.__name__: kind for kind in (BrokenInput, Interrupted, OverBudget, UsageError, MemfitError)
 }
 
 
@@ -110,9 +110,9 @@ def main() -> None:
             raise
         where = job.get("output") or job.get("target") or job.get("work", "")
         answer = {
-            "error": "MemfitError",
-            "message": f"{where}: the disk is full. The output is untouched, and what a stopped run may go on with is "
-            "kept. Free some space and run the same command again, or write to another disk.",
+            "error": "Interrupted",
+            "message": f"{where}: the disk is full. The output is untouched, and what is done is kept beside it. Free "
+            "some space and run the same command again, or write to another disk.",
         }
     print(_ANSWER + json.dumps(answer), flush=True)
 

@@ -1,0 +1,275 @@
+"""Fitting within a cap on resident memory: kept to, told before, refused where nothing keeps to it."""
+
+import errno
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import memfit
+from memfit import demo
+from memfit.account.meter import Meter
+from memfit.account.watch import Unwatched
+from memfit.cap import Cap, keep
+from memfit.compensate import Thrift, compensate
+from memfit.compress import compress
+from memfit.errors import DoesNotFit, Interrupted, OverBudget
+from memfit.format.integers import Integers
+from memfit.format.safetensors import TensorSpec, Writer
+from memfit.packed.scheme import Scheme
+from memfit.plan.allowed import Allowed
+from memfit.plan.plan import dumps
+from memfit.planning import uniform_plan
+from memfit.source.source import open_source
+from memfit.steps import predict_choosing
+from memfit.study import Study
+from memfit.technique.quantize import quantize
+
+worker = importlib.import_module("memfit.worker")
+room = importlib.import_module("memfit.fit")
+ALLOWED = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("embeddings", "lm_head"))
+TASK = memfit.Infer(prompt=16, new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def model(make_llama) -> Path:
+    return make_llama(hidden_size=128, intermediate_size=448, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def planned(model):
+    study = Study(open_source(model), TASK, ALLOWED)
+    return study.source, uniform_plan(study, 1 << 40)
+
+
+def text(**options) -> memfit.Text:
+    words = demo.heldout_text().read_text(encoding="utf-8")
+    shape = {"length": 48, "calibration_windows": 6, "evaluation_windows": 2}
+    return memfit.Text(calibration=words[:6000], evaluation=words[6000:9000], **shape | options)
+
+
+@pytest.mark.parametrize(
+    "thrift",
+    [Thrift(batch=6), Thrift(batch=4), Thrift(batch=4, spill=True), Thrift(batch=1, spill=True, hold=False, rows=64)],
+)
+def test_what_each_way_takes_is_predicted(planned, thrift: Thrift, tmp_path: Path) -> None:
+    source, plan = planned
+    told = predict_choosing(source, plan, torch.Size((6, 48)), thrift)
+    meter = Meter()
+    ids = torch.randint(0, 200, (6, 48), generator=torch.Generator().manual_seed(0))
+    compensate(
+        source, ids, plan.schemes(), Integers(tmp_path / "integers"), watch=meter, thrift=thrift, scratch=tmp_path
+    )
+    assert told.peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.02)
+
+
+def test_each_way_takes_less_than_the_one_before(planned) -> None:
+    source, plan = planned
+    windows = torch.Size((16, 64))
+    ways = [Thrift(batch=16), Thrift(), Thrift(spill=True), Thrift(spill=True, hold=False)]
+    peaks = [predict_choosing(source, plan, windows, thrift).peak_nbytes for thrift in ways]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+
+
+def job_of(model: Path, work: Path) -> dict:
+    work.mkdir(exist_ok=True)
+    torch.save({"calibration": torch.zeros((6, 48), dtype=torch.int64)}, work / "windows.pt")
+    return {"model": str(model), "work": str(work), "threads": 1, "allowed": None, "batch": 4}
+
+
+def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path) -> None:
+    source, plan = planned
+    job = job_of(model, tmp_path / "work")
+    much = Cap(nbytes=1 << 40, idle_nbytes=300 << 20, kernel_nbytes=1 << 19)
+    keep(much, source, plan, job, "gptq", calibrates=True)
+    assert much.ways["choose"] == Thrift(batch=6) and much.ways["calibrate"] == 4
+    assert much.told("choose") == {"ram_nbytes": 1 << 40, "thrift": Thrift(batch=6).to_json()}
+    with pytest.raises(DoesNotFit, match=r"--ram.*needed at the least to choose.*works is (\d+) bytes") as refused:
+        keep(Cap(nbytes=1, idle_nbytes=300 << 20, kernel_nbytes=1 << 19), source, plan, job, "gptq", calibrates=False)
+    least = Cap(nbytes=refused.value.smallest_nbytes, idle_nbytes=300 << 20, kernel_nbytes=1 << 19)
+    keep(least, source, plan, job, "gptq", calibrates=False)
+    assert least.predicted["choose"].resident_nbytes <= least.nbytes
+    assert least.ways["choose"].spill
+    less = Cap(nbytes=least.nbytes - 1, idle_nbytes=300 << 20, kernel_nbytes=1 << 19)
+    with pytest.raises(DoesNotFit, match=str(least.nbytes)):
+        keep(less, source, plan, job, "gptq", calibrates=False)
+
+
+def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:
+    with pytest.raises(DoesNotFit, match="works is") as refused:
+        fitted(model, tmp_path / "no", ram=1)
+    assert not (tmp_path / "no").exists()
+    least = refused.value.smallest_nbytes
+    report = fitted(model, tmp_path / "capped", ram=least)
+    jobs = report.ram["jobs"]
+    assert set(jobs) == {"choose", "compress"}, "no statistics are read, so none are gathered"
+    for job in jobs.values():
+        assert job["measured_nbytes"] <= least
+        assert job["predicted_nbytes"] == pytest.approx(job["measured_nbytes"], rel=0.1)
+        assert 0 < job["file_backed_nbytes"] < job["measured_nbytes"]
+    assert report.measured is None and report.quality is None and report.fits
+    plain = fitted(model, tmp_path / "plain")
+    assert plain.ram is None and plain.files == report.files, "a cap changes no byte"
+    again = memfit.Report.from_json(report.to_json())
+    assert again.ram == report.ram
+
+
+def fitted(model: Path, out: Path, **how) -> memfit.Report:
+    return memfit.fit(
+        model, "100%", out, task=TASK, text=text(), allowed=ALLOWED, uniform=True, measure=False, threads=1, **how
+    )
+
+
+def test_the_system_refuses_what_is_over_the_cap(model, planned, tmp_path) -> None:
+    job = job_of(model, tmp_path / "work")
+    (tmp_path / "work" / "plan.json").write_text(dumps(planned[1]))
+    told = job | {"do": "choose", "integers": str(tmp_path / "work" / "integers"), "ram_nbytes": 200 << 20}
+    with pytest.raises(OverBudget, match=f"enforced {200 << 20} bytes|hard limit of {200 << 20} bytes"):
+        worker.run_job(told | {"thrift": Thrift(batch=6).to_json()})
+
+
+def test_a_quality_gate_needs_a_measurement(model, tmp_path) -> None:
+    with pytest.raises(memfit.UsageError, match="--no-measure"):
+        memfit.fit(model, "100%", tmp_path / "out", text=text(), measure=False, max_kl=0.1)
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["write", "posix_fallocate"])
+def test_a_disk_that_fills_is_told_and_nothing_called_done(call, model, planned, tmp_path, monkeypatch, capsys) -> None:
+    """In the job itself, as the disk of a test cannot be filled."""
+    job = job_of(model, tmp_path / "work")
+    (tmp_path / "work" / "plan.json").write_text(dumps(planned[1]))
+    integers = tmp_path / "work" / "integers"
+    told = job | {"do": "choose", "integers": str(integers), "thrift": Thrift(spill=True).to_json()}
+    monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(told)))
+    monkeypatch.setattr(worker, "_end_with", lambda parent: None)
+    worker.main()
+    said = capsys.readouterr().out
+    assert '"error": "Interrupted"' in said and "the disk is full. The output is untouched" in said
+    assert all(path.suffix == ".part" for path in integers.iterdir()), "no block is called done"
+
+
+def test_what_a_full_disk_stopped_goes_on_where_it_was(model, tmp_path, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def fills(job, **limit):
+        asked.append(job["do"])
+        if asked == ["calibrate", "choose", "compress"]:
+            raise Interrupted("the disk is full")
+        return worker.run_job(job, **limit)
+
+    monkeypatch.setattr(room, "run_job", fills)
+    with pytest.raises(Interrupted, match="disk is full"):
+        fitted(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = fitted(model, tmp_path / "out")
+    assert asked[3:] == ["choose", "compress"], "calibration is kept, and so are all blocks' integers"
+    assert (tmp_path / "out" / "model.safetensors").exists() and report.fits
+
+
+def test_a_writer_goes_on_after_the_last_whole_tensor(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.arange(n * 7 + 5, dtype=torch.int32) for n in range(9)}
+    specs = [TensorSpec(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
+
+    def write(directory: Path, *, stop: int | None = None) -> tuple:
+        writer = Writer(directory, specs, shard_nbytes=300, resume=True)
+        names = [name for name in tensors if not writer.has(name)]
+        for name in names[:stop]:
+            writer.write(name, tensors[name])
+        if stop is None:
+            writer.__exit__(None, None, None)
+        return writer.shards, names
+
+    (tmp_path / "whole").mkdir()
+    shards, _ = write(tmp_path / "whole")
+    assert len(shards) > 2
+    sizes = [(tmp_path / "whole" / shard.name).stat().st_size for shard in shards]
+    for cut in range(0, sum(sizes), 37):
+        place = tmp_path / f"cut-{cut}"
+        place.mkdir()
+        left = cut
+        for shard, size in zip(shards, sizes, strict=True):
+            if left:
+                content = (tmp_path / "whole" / shard.name).read_bytes()[:left]
+                (place / shard.name).write_bytes(content)
+                left = max(0, left - size)
+        again, names = write(place)
+        assert again == shards
+        assert len(names) < len(tensors) or cut < sizes[0]
+        for file in (tmp_path / "whole").iterdir():
+            assert (place / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_compression_killed_goes_on_to_the_same_bytes(planned, tmp_path: Path, monkeypatch) -> None:
+    source, plan = planned
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for place in (whole, killed):
+        place.mkdir()
+    wanted = compress(source, plan, None, whole, watch=Unwatched(), search=False)
+    count, write = [0], os.write
+
+    class Killed(BaseException):
+        pass
+
+    def dies(descriptor, content):
+        count[0] += 1
+        if count[0] % 9 == 0:
+            write(descriptor, content[: len(content) // 2])
+            raise Killed
+        return write(descriptor, content)
+
+    monkeypatch.setattr(os, "write", dies)
+    kills = 0
+    while True:
+        try:
+            found = compress(source, plan, None, killed, watch=Unwatched(), search=False)
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 2 and found == wanted
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+
+
+def test_a_job_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    """Else the same command, run again after a kill, would meet a job that still writes."""
+    code = (
+        "import os, signal, subprocess, sys\n"
+        "child = 'import os, sys, time; from memfit.worker import _end_with; _end_with(int(sys.argv[1])); "
+        "print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "made = subprocess.Popen([sys.executable, '-c', child, str(os.getpid())], stdout=subprocess.PIPE, text=True)\n"
+        "print(made.stdout.readline(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    child = int(done.stdout)
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the job still runs")
+
+
+def test_a_block_is_done_when_all_its_modules_are_there(tmp_path: Path) -> None:
+    scheme, integers = Scheme(bits=4, group=32), Integers(tmp_path)
+    w = torch.randn(8, 64)
+    integers.add("block", "block.layer", quantize(w, scheme))
+    assert not integers.holds("block") and "block.layer" in integers
+    integers.finish("block", {"block.layer": 0.1})
+    again = Integers(tmp_path)
+    assert again.holds("block") and again.damping == {"block.layer": 0.1}
+    assert torch.equal(again.weight("block.layer", scheme), integers.weight("block.layer", scheme))
