@@ -32,14 +32,12 @@ class Spill:
         """
         if self.directory is None:
             return torch.empty(shape, dtype=dtype)
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        made = torch.empty(shape, dtype=dtype, device="meta")
         file = None
-        if is_fake(probe := torch.empty(0)):
+        if is_fake(torch.empty(0)):
             made = torch.empty(shape, dtype=dtype)
             self._watch.on_disk(made)
         else:
-            del probe
+            nbytes = torch.Size(shape).numel() * dtype.itemsize
             with tempfile.TemporaryFile(dir=self.directory) as unnamed:
                 os.posix_fallocate(unnamed.fileno(), 0, nbytes)
                 file = mmap.mmap(unnamed.fileno(), nbytes)
@@ -47,15 +45,6 @@ class Spill:
         storage = made.untyped_storage()
         key = storage._cdata
         self._files[key] = (weakref.ref(storage, lambda _: self._files.pop(key, None)), file)
-        return made
-
-    def put(self, tensor: Tensor) -> Tensor:
-        """The same values there; the tensor itself where nothing is spilled."""
-        if self.directory is None:
-            return tensor
-        made = self.empty(tuple(tensor.shape), tensor.dtype)
-        made.copy_(tensor)
-        self.let_go(made)
         return made
 
     def rows(self, tensor: Tensor, rows: slice) -> Tensor:
