@@ -156,7 +156,7 @@ def test_a_disk_that_fills_is_told_and_nothing_called_done(call, model, planned,
     monkeypatch.setattr(worker, "_end_with", lambda parent: None)
     worker.main()
     said = capsys.readouterr().out
-    assert '"error": "Interrupted"' in said and "the disk is full. The output is untouched" in said
+    assert '"error": "Interrupted"' in said and "the disk is full. Free some space. The output is untouched." in said
     assert all(path.suffix == ".part" for path in integers.iterdir()), "no block is called done"
 
 

@@ -109,10 +109,11 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = job.get("output") or job.get("target") or job.get("work", "")
+        fits = job["do"] in ("calibrate", "choose", "compress")
+        kept = " What is done is kept beside it: run the same command again." if fits else ""
         answer = {
-            "error": "Interrupted",
-            "message": f"{where}: the disk is full. The output is untouched, and what is done is kept beside it. Free "
-            "some space and run the same command again, or write to another disk.",
+            "error": "Interrupted" if fits else "MemfitError",
+            "message": f"{where}: the disk is full. Free some space. The output is untouched.{kept}",
         }
     print(_ANSWER + json.dumps(answer), flush=True)
 

@@ -59,18 +59,19 @@ def cholesky_in_place(a: Tensor, diagonal: Tensor) -> bool:
     a.diagonal().copy_(diagonal)
     for start in blocks_to_run(range(0, size, _PANEL)):
         stop = min(start + _PANEL, size)
+        corner = a[start:stop, start:stop]
+        above = corner.triu(1)  # of what A is put together from again, if it must be
         if start:
             a[start:, start:stop].addmm_(a[start:, :start], a[start:stop, :start].t(), alpha=-1)
-        corner, failed = torch.linalg.cholesky_ex(a[start:stop, start:stop])
+        lower, failed = torch.linalg.cholesky_ex(corner)
         if not is_fake(a) and int(failed):
+            corner.copy_(above)
             _mirror(a)
             return False
-        # The corner's upper part is what A is put together from again, so it is kept.
-        kept = a[start:stop, start:stop]
-        kept.copy_(kept.triu(1).add_(corner))
+        corner.copy_(above.add_(lower))
         if stop < size:
             below = a[stop:, start:stop]
-            below.copy_(torch.linalg.solve_triangular(corner.t(), below, upper=True, left=False))
+            below.copy_(torch.linalg.solve_triangular(lower.t(), below, upper=True, left=False))
     return True
 
 
