@@ -27,8 +27,8 @@ from _common import verdict, write_result
 def command(out: Path, ram: str) -> list[str]:
     return [
         sys.executable, "-c", "from memfit.cli import main; main()", "fit", "--technique", "quantize", "--bits", "4",
-        "--groups", "128", "--windows", "8", "--ram", ram, "--no-measure", "--resume", "--threads", "1",
-        "--out", str(out),
+        "--groups", "128", "--keep", "embeddings", "--windows", "8", "--ram", ram, "--no-measure", "--resume",
+        "--threads", "1", "--out", str(out),
     ]  # fmt: skip
 
 

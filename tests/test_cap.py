@@ -4,7 +4,9 @@ import errno
 import importlib
 import io
 import json
+import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import memfit
 from memfit import demo
@@ -20,20 +23,20 @@ from memfit.account.watch import Unwatched
 from memfit.cap import Cap, keep
 from memfit.compensate import Thrift, compensate
 from memfit.compress import compress
-from memfit.errors import DoesNotFit, Interrupted, OverBudget
+from memfit.errors import DoesNotFit, OverBudget
 from memfit.format.integers import Integers
 from memfit.format.safetensors import TensorSpec, Writer
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import dumps
 from memfit.planning import uniform_plan
+from memfit.report.terminal import render_report
 from memfit.source.source import open_source
 from memfit.steps import predict_choosing
 from memfit.study import Study
 from memfit.technique.quantize import quantize
 
 worker = importlib.import_module("memfit.worker")
-room = importlib.import_module("memfit.fit")
 ALLOWED = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("embeddings", "lm_head"))
 TASK = memfit.Infer(prompt=16, new_tokens=2)
 
@@ -103,22 +106,32 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
 
 
 def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:
-    with pytest.raises(DoesNotFit, match="works is") as refused:
-        fitted(model, tmp_path / "no", ram=1)
-    assert not (tmp_path / "no").exists()
-    least = refused.value.smallest_nbytes
-    report = fitted(model, tmp_path / "capped", ram=least)
+    cap = 1 << 30
+    report = fitted(model, tmp_path / "capped", ram=cap)
     jobs = report.ram["jobs"]
     assert set(jobs) == {"choose", "compress"}, "no statistics are read, so none are gathered"
     for job in jobs.values():
-        assert job["measured_nbytes"] <= least
+        assert job["measured_nbytes"] <= cap
         assert job["predicted_nbytes"] == pytest.approx(job["measured_nbytes"], rel=0.1)
         assert 0 < job["file_backed_nbytes"] < job["measured_nbytes"]
     assert report.measured is None and report.quality is None and report.fits
-    plain = fitted(model, tmp_path / "plain")
-    assert plain.ram is None and plain.files == report.files, "a cap changes no byte"
-    again = memfit.Report.from_json(report.to_json())
-    assert again.ram == report.ram
+    assert memfit.Report.from_json(report.to_json()).ram == report.ram
+    assert "resident, within 1.00 GiB" in shown(report)
+
+
+def shown(report: memfit.Report) -> str:
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(render_report(report))
+    return console.export_text()
+
+
+def test_a_cap_below_the_smallest_is_refused_before_anything_is_written(model, tmp_path, monkeypatch) -> None:
+    idle = {"now": 400 << 20, "kernel_nbytes": 1 << 19}
+    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
+    with pytest.raises(DoesNotFit, match=r"1.00 KiB allowed \(--ram\).*works is \d+ bytes") as refused:
+        fitted(model, tmp_path / "out", ram="1KiB")
+    assert refused.value.exit_code == 3 and refused.value.smallest_nbytes > 400 << 20
+    assert list(tmp_path.iterdir()) == []
 
 
 def fitted(model: Path, out: Path, **how) -> memfit.Report:
@@ -158,24 +171,6 @@ def test_a_disk_that_fills_is_told_and_nothing_called_done(call, model, planned,
     said = capsys.readouterr().out
     assert '"error": "Interrupted"' in said and "the disk is full. Free some space. The output is untouched." in said
     assert all(path.suffix == ".part" for path in integers.iterdir()), "no block is called done"
-
-
-def test_what_a_full_disk_stopped_goes_on_where_it_was(model, tmp_path, monkeypatch) -> None:
-    asked: list[str] = []
-
-    def fills(job, **limit):
-        asked.append(job["do"])
-        if asked == ["calibrate", "choose", "compress"]:
-            raise Interrupted("the disk is full")
-        return worker.run_job(job, **limit)
-
-    monkeypatch.setattr(room, "run_job", fills)
-    with pytest.raises(Interrupted, match="disk is full"):
-        fitted(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    report = fitted(model, tmp_path / "out")
-    assert asked[3:] == ["choose", "compress"], "calibration is kept, and so are all blocks' integers"
-    assert (tmp_path / "out" / "model.safetensors").exists() and report.fits
 
 
 def test_a_writer_goes_on_after_the_last_whole_tensor(tmp_path: Path) -> None:
@@ -273,3 +268,52 @@ def test_a_block_is_done_when_all_its_modules_are_there(tmp_path: Path) -> None:
     again = Integers(tmp_path)
     assert again.holds("block") and again.damping == {"block.layer": 0.1}
     assert torch.equal(again.weight("block.layer", scheme), integers.weight("block.layer", scheme))
+
+
+CHOOSE_AND_WRITE = """
+from pathlib import Path
+import torch
+from memfit.account.watch import Unwatched
+from memfit.compensate import Thrift, compensate
+from memfit.compress import compress
+from memfit.format.integers import Integers
+from memfit.plan.plan import read_plan
+from memfit.source.source import open_source
+
+torch.set_num_threads(1)
+source, plan, work = open_source({model!r}), read_plan({plan!r}), Path({work!r})
+integers, output = Integers(work / "integers"), work / "written"
+output.mkdir(exist_ok=True)
+ids = torch.randint(0, 200, (6, 48), generator=torch.Generator().manual_seed(0))
+thrift = Thrift(batch=2, spill=True, hold=False)
+compensate(source, ids, plan.schemes(), integers, watch=Unwatched(), thrift=thrift, scratch=work)
+compress(source, plan, None, output, watch=Unwatched(), integers=integers)
+"""
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(model, planned, tmp_path: Path) -> None:
+    """By SIGKILL, in what the jobs of a fit do; what a process has begun, the next one takes up."""
+    context, chance = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["memfit.compress"])
+    (tmp_path / "plan.json").write_text(dumps(planned[1]))
+
+    def run(name: str, seconds: float | None) -> bool:
+        work = tmp_path / name
+        work.mkdir(exist_ok=True)
+        code = CHOOSE_AND_WRITE.format(model=str(model), plan=str(tmp_path / "plan.json"), work=str(work))
+        process = context.Process(target=exec, args=(code, {}))
+        process.start()
+        process.join(seconds)
+        killed = process.is_alive()
+        process.kill()
+        process.join()
+        assert killed or process.exitcode == 0
+        return killed
+
+    started = time.monotonic()
+    run("whole", None)
+    longest = time.monotonic() - started
+    kills = sum(run("killed", chance.uniform(0.1, 0.9) * longest) for _ in range(6))
+    run("killed", None)
+    whole, again = (tmp_path / name / "written" / "model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == again.read_bytes(), kills
