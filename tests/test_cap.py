@@ -34,7 +34,7 @@ from memfit.report.terminal import render_report
 from memfit.source.source import open_source
 from memfit.steps import predict_choosing
 from memfit.study import Study
-from memfit.technique.quantize import quantize
+from memfit.technique.quantize import dequantize, quantize
 
 worker = importlib.import_module("memfit.worker")
 ALLOWED = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("embeddings", "lm_head"))
@@ -262,7 +262,9 @@ def test_a_job_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
 def test_a_block_is_done_when_all_its_modules_are_there(tmp_path: Path) -> None:
     scheme, integers = Scheme(bits=4, group=32), Integers(tmp_path)
     w = torch.randn(8, 64)
-    integers.add("block", "block.layer", quantize(w, scheme))
+    integers.add("block", "block.layer", quantize(w + 1, scheme))
+    integers.add("block", "block.layer", made := quantize(w, scheme))
+    assert torch.equal(integers.weight("block.layer", scheme), dequantize(made))
     assert not integers.holds("block") and "block.layer" in integers
     integers.finish("block", {"block.layer": 0.1})
     again = Integers(tmp_path)

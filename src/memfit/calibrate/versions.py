@@ -31,6 +31,7 @@ class Versions:
     def become(self, name: str, now: Read) -> None:
         """From now on a layer has another weight."""
         self._read_now[name] = now
+        self._held.pop((name, True), None)
 
     def was(self, name: str) -> Tensor:
         """A layer's weight as it was."""

@@ -85,13 +85,14 @@ class Integers:
         return Quantized(scheme=scheme, q=q, scale=scale, zero=zero)
 
     def add(self, block: str, module: str, quantized: Quantized) -> None:
-        """Keep what was chosen for a module of a block that is not done yet."""
+        """Keep what was chosen for a module of a block that is not done yet, in place of what was chosen before."""
         tensors = dict(_parts(module, quantized))
         specs = [TensorSpec(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
         if self.directory is None:
             self._files[module] = planned_checkpoint((spec.name, spec.dtype, spec.shape) for spec in specs)
             return
         place = self.directory / f"{block}{_UNFINISHED}" / module
+        shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         with Writer(place, specs) as writer:
             for name, tensor in tensors.items():
