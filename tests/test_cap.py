@@ -74,7 +74,8 @@ def test_what_the_fastest_and_the_leanest_way_take_is_predicted(planned, tmp_pat
 
 def job_of(model: Path, work: Path) -> dict:
     work.mkdir(exist_ok=True)
-    torch.save({"calibration": torch.zeros((6, 48), dtype=torch.int64)}, work / "windows.pt")
+    ids = torch.randint(3, 200, (6, 48), generator=torch.Generator().manual_seed(0))
+    torch.save({"calibration": ids}, work / "windows.pt")
     return {"model": str(model), "work": str(work), "threads": 1, "allowed": None, "batch": 4}
 
 
