@@ -5,8 +5,9 @@ import torch
 
 from memfit import worker
 from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError
+from memfit.limits import RUNTIME_NBYTES, limited
 from memfit.technique.checkpoint import is_out_of_memory
-from memfit.worker import RUNTIME_NBYTES, limited, run_job
+from memfit.worker import run_job
 
 MODEL = {
     "config": {

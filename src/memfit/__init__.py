@@ -22,7 +22,8 @@ from memfit.errors import (
     QualityMissed,
     UsageError,
 )
-from memfit.fit import Text, account, evaluate, fit, load, measure, plan
+from memfit.fit import Text, account, fit, load, plan
+from memfit.measuring import evaluate, measure
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
 from memfit.report.report import Report

@@ -16,7 +16,7 @@ from memfit.calibrate.cache_loss import cache_losses
 from memfit.calibrate.collect import collect
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import row_shape, rows_of
-from memfit.compensate import compensate
+from memfit.compensate import Thrift, compensate
 from memfit.format.integers import Integers
 from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import stored_as, stored_scale, stored_values
@@ -50,11 +50,12 @@ class Calibrated:
 
 
 def calibrate(
-    source: Source, windows_WT: Tensor | None, allowed: Allowed, *, batch: int, watch: Watch
+    source: Source, windows_WT: Tensor | None, allowed: Allowed | None, *, batch: int, watch: Watch
 ) -> Calibrated:
     """Statistics of the text's windows, and the price of every choice.
 
-    Without windows there are no statistics, and prices come from the weights alone.
+    Without windows there are no statistics, and prices come from the weights alone. With `allowed` None nothing is
+    priced.
     """
     groups = find_groups(source.build(dtype=torch.bfloat16))
     statistics, kv_prices = None, {}
@@ -65,8 +66,10 @@ def calibrate(
         wanted = frozenset(member for group in groups for member in group.members)
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
-            narrow = [bits for bits in allowed.kv_bits if bits != 16]
+            narrow = [bits for bits in allowed.kv_bits if bits != 16] if allowed is not None else []
             kv_prices = cache_losses(source, windows_WT[:KV_WINDOWS], narrow)
+    if allowed is None:
+        return Calibrated(statistics=statistics, prices={}, kv_prices={})
     schemes = {group.name: allowed.schemes(group) for group in groups}
     smoothing = Smoothing()
     if statistics is not None and allowed.smooth:
@@ -117,8 +120,8 @@ def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
 
 
 def choose_integers(
-    source: Source, plan: Plan, statistics: Statistics | None, windows_WT: Tensor, integers: Integers, *, batch: int,
-    watch: Watch,
+    source: Source, plan: Plan, statistics: Statistics | None, windows_WT: Tensor, integers: Integers, *, watch: Watch,
+    thrift: Thrift | None = None, scratch: Path | None = None,
 ) -> None:  # fmt: skip
     """Choose the integers of the plan's linear layers by GPTQ, block after block; see `compensate`.
 
@@ -134,8 +137,9 @@ def choose_integers(
         return None if pairs is None else importance_of(group, parameter, pairs)
 
     compensate(
-        source, windows_WT, plan.schemes(), integers, batch=batch, watch=watch, importance=importance
-    )
+        source, windows_WT, plan.schemes(), integers, watch=watch, thrift=thrift, scratch=scratch,
+        importance=importance,
+    )  # fmt: skip
 
 
 def compress(
@@ -151,7 +155,8 @@ def compress(
 ) -> dict[str, str]:
     """Quantize every weight as planned and write the model's files into `directory`.
 
-    Weights are read some rows at a time, and each is written before the next is read. Those whose integers have been
+    Weights are read some rows at a time, and each is written before the next is read; what a run that was killed has
+    written into `directory` stays. Those whose integers have been
     chosen already, by `compensate`, are written with these; the others' scales are searched for, or the usual ones.
 
     Returns: file name to the sha256 of what was written.
@@ -163,8 +168,10 @@ def compress(
     pairs = _complete(tuple(dict.fromkeys(groups.values())), statistics)
     seen: set[Any] = set()
     stem = "memfit" if stored.own else "model"
-    with Writer(directory, stored.specs, dry=dry, stem=stem) as writer:
+    with Writer(directory, stored.specs, dry=dry, stem=stem, resume=True) as writer:
         for name in stored.plain_and_packed():
+            if all(writer.has(part) for part in stored.packed.get(name, (name,))):
+                continue
             if dry:
                 # Nothing outlives its own turn, so equal weights need to be run once.
                 kind = (schemes.get(stored.module_of.get(name, "")), stored.shape_of(name))
@@ -197,7 +204,10 @@ def _parameter_of(model: torch.nn.Module, module: str, stored: str) -> str:
 def _write_plain(writer: Writer, source: Source, model: torch.nn.Module, name: str) -> None:
     spec = next(spec for spec in writer.specs if spec.name == name)
     if name in source.parameters and source.holds(name):
-        writer.write(name, source.read_parameter(name, dtype=spec.dtype))
+        if len(spec.shape) < 2:
+            writer.write(name, source.read_parameter(name, dtype=spec.dtype))
+        else:  # a table can be the largest tensor there is
+            writer.write_parts(name, (rows.view(-1) for _, rows in rows_of(source, name, dtype=spec.dtype)))
     else:
         owner, _, leaf = name.rpartition(".")
         writer.write(name, getattr(model.get_submodule(owner), leaf).to(spec.dtype).contiguous())
@@ -245,6 +255,8 @@ def _write_packed(
         del made
     for part_name in stored.packed[name]:
         kind = part_name.rpartition(".")[2]
+        if writer.has(part_name):
+            continue
         if kind == "weight_shape":
             writer.write(part_name, torch.tensor([rows, width], dtype=torch.int64))
         elif kind == "weight_scale":

@@ -15,9 +15,9 @@ from memfit.account.account import Account
 from memfit.account.dry_run import no_collection
 from memfit.errors import UsageError
 from memfit.evaluate.quality import Quality
-from memfit.fit import evaluate
 from memfit.format.gguf_mixture import MIXTURES
 from memfit.format.gguf_model import architecture_of
+from memfit.measuring import evaluate
 from memfit.plan.allowed import Allowed
 from memfit.source.check import check
 from memfit.source.source import Source, open_source

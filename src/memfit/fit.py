@@ -6,7 +6,7 @@ What takes the model's bytes runs in processes of its own; this one holds plans 
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,6 +17,7 @@ from memfit import demo
 from memfit.account.account import Account
 from memfit.account.dry_run import dry_run, no_collection
 from memfit.account.outside import Outside, predict_resident
+from memfit.cap import cap_of_jobs, keep_as_planned
 from memfit.errors import DoesNotFit, OverBudget, QualityMissed, UsageError
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
@@ -33,25 +34,25 @@ from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.report import Report
 from memfit.source.check import check
 from memfit.source.live import fake_copy
-from memfit.source.source import Source, open_source
+from memfit.source.source import open_source
 from memfit.steps import (
     Algorithm,
     calibration_job,
     calibration_key,
     choosing_job,
     compression_job,
-    job_on,
+    default_output,
     joined,
+    move_written,
     predict_fit,
     proof_job,
     rounding_line,
-    stem_of,
     write_companions,
     write_papers,
 )
 from memfit.study import KV_PRICES, Study
 from memfit.task.infer import Infer
-from memfit.text import Text, text_of, write_windows
+from memfit.text import Text, text_of
 from memfit.train.plan import TrainPlan
 from memfit.train.task import Train
 from memfit.train_planning import plan_to_train
@@ -184,6 +185,9 @@ def fit(
     enforce: bool = False,
     overwrite: bool = False,
     max_kl: float | None = None,
+    ram: str | int | None = None,
+    measure: bool = True,
+    resume: bool = True,
     threads: int | None = None,
     progress: Progress = lambda _: None,
 ) -> Report:
@@ -200,10 +204,16 @@ def fit(
             Default: `gptq` where there is a text, else `search`.
         enforce: measure under a hard limit of the budget; more memory is refused by the system.
         max_kl: the quality gate, nats a token.
+        ram: what each process that makes the fitted model may be resident with; the system refuses more. What that
+            asks for waits on the disk, and quality is judged only if the original fits in it. Measuring the fitted
+            model keeps to `budget` alone.
+        measure: False: the fitted model is not run; the report predicts.
+        resume: go on with what the same run has left when it was stopped; False: begin anew.
         threads: of the measured process; default: torch's own.
 
     Raises:
         DoesNotFit, BrokenInput, UsageError: before anything is written.
+        Interrupted: the disk is full; what is done is kept, and the same call goes on.
         OverBudget: measured over the budget. QualityMissed: worse than `max_kl`. The output is kept in both.
     """
     if model is None:
@@ -218,6 +228,9 @@ def fit(
         )
     target = Path(out) if out is not None else default_output(source)
     output = OutputDirectory(target, overwrite=overwrite)
+    if max_kl is not None and not measure:
+        raise UsageError("a quality gate needs a measurement: leave out --max-kl or --no-measure.")
+    ram_nbytes = None if ram is None else parse_size(ram)
     threads = threads or torch.get_num_threads()
     task = _task_of(given) if given is not None else task
     with _threads(threads):
@@ -234,12 +247,17 @@ def fit(
     algorithm = algorithm or ("search" if texts is None else "gptq")
     if algorithm == "gptq" and texts is None:
         raise UsageError("GPTQ chooses integers for a text, and there is none. Give one (--text FILE).")
-    work = WorkDirectory(target, key=calibration_key(study, texts, threads))
+    key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure]}
+    work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work:
-        job = calibration_job(study, texts, work.path, reference=True, threads=threads)
+        job = calibration_job(study, texts, work.path, reference=measure, threads=threads)
+        cap = None
+        if ram_nbytes is not None:
+            progress("finding out what fits in the cap")
+            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform)
         before = "going on with what a stopped run has calibrated"
         progress(before if work.holds("calibrated") else "calibrating, and asking the original")
-        calibrated = work.once("calibrated", lambda: run_job(job))
+        calibrated = work.once("calibrated", lambda: run_job(job) if job["wanted"] else {})
         if given is None:
             progress("searching the plan")
             chosen = _planned(study, nbytes, calibrated)
@@ -248,48 +266,56 @@ def fit(
             chosen = replace(chosen, predicted=given.predicted, smoothed=_smoothed(calibrated))
         predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
-        predicted_fit = predict_fit(source, chosen, job, algorithm=algorithm)
+        if cap is not None:
+            predicted_fit = keep_as_planned(work, cap, source, chosen, job, algorithm)
+        else:
+            predicted_fit = predict_fit(source, chosen, job, algorithm=algorithm)
         chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
-        jobs, integers, rounding = [calibrated["account"]], None, None
+        jobs, integers, rounding = {"calibrate": calibrated}, None, None
         if algorithm == "gptq":
             progress("choosing integers, block by block")
-            choosing = choosing_job(chosen, job)
-            found = run_job(choosing)
-            jobs.append(found["account"])
+            choosing = choosing_job(chosen, job) | ({} if cap is None else cap.told("choose"))
+            jobs["choose"] = found = run_job(choosing)
             integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"])
         progress("compressing")
-        compressed = run_job(compression_job(chosen, job, output, integers=integers, algorithm=algorithm))
-        jobs.append(compressed["account"])
+        compressing = compression_job(chosen, job, integers=integers, algorithm=algorithm)
+        jobs["compress"] = compressed = run_job(compressing | ({} if cap is None else cap.told("compress")))
+        move_written(compressing, output)
         write_companions(source, chosen, output)
-        progress("measuring the fitted model")
-        limit = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
-        ran = {key: value for key, value in chosen.task.items() if key != "task"}
-        proof = run_job(proof_job(output.path, ran, job), **limit)
-        measured = Account.from_json(proof["account"])
+        if cap is not None:
+            cap.measured.update({name: done["resident"] for name, done in jobs.items() if done})
+        proof: dict[str, Any] = {}
+        if measure:
+            progress("measuring the fitted model")
+            limit = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
+            ran = {key: value for key, value in chosen.task.items() if key != "task"}
+            proof = run_job(proof_job(output.path, ran, job), **limit)
         report = Report(
             model=source.name,
             budget_nbytes=nbytes,
             plan=chosen.to_json(),
             task=chosen.task,
             predicted=_with_resident(predicted, known_outside()),
-            measured=measured,
+            measured=Account.from_json(proof["account"]) if proof else None,
             predicted_fit=predicted_fit,
-            measured_fit=joined(*jobs),
+            measured_fit=joined(*(done["account"] for done in jobs.values())) if cap is None else None,
+            ram=None if cap is None else cap.to_json(),
             rounding=rounding,
             original=original,
             quality=Quality.from_json(proof["quality"]) if proof.get("quality") else None,
-            speed=Speed(**proof["speed"]),
+            speed=Speed(**proof["speed"]) if proof else None,
             speed_original=Speed(**calibrated["speed"]) if calibrated.get("speed") else None,
-            kernels=proof["kernels"],
+            kernels=proof.get("kernels", {}),
             machine=describe_machine(),
             versions=describe_versions(),
             files=compressed["files"],
         )
         write_papers(output, report, chosen, source)
     if not report.fits:
+        peak = report.best.peak
         raise OverBudget(
-            f"{format_size(measured.peak_nbytes)} measured in {measured.peak_phase}, {format_size(nbytes)} allowed "
-            f"and {format_size(predicted.peak_nbytes)} predicted. {target} is kept; `memfit report {target}` shows it.",
+            f"{format_size(peak.peak_nbytes)} measured in {peak.name}, {format_size(nbytes)} allowed, "
+            f"{format_size(predicted.peak_nbytes)} predicted. {target} is kept; `memfit report {target}` shows it.",
             report=report,
         )
     if max_kl is not None and report.quality is not None and (report.quality.kl or 0.0) > max_kl:
@@ -299,54 +325,6 @@ def fit(
             report=report,
         )
     return report
-
-
-def evaluate(
-    model: str | Path,
-    reference: str | Path,
-    text: Text | str | Path,
-    *,
-    task: Infer | None = None,
-    threads: int | None = None,
-    progress: Progress = lambda _: None,
-) -> dict[str, Any]:
-    """Quality of `model` beside `reference` on the second half of a text, its measured account and its speed.
-
-    The two are never in memory together.
-
-    Returns: `account` (an `Account`), `quality` (a `Quality`), `speed` and `speed_original` (a `Speed`
-    each), `kernels`.
-    """
-    fitted, source = open_source(model), open_source(reference)
-    check(fitted)
-    check(source)
-    task = replace(task or Infer(), kv_bits=fitted.kv_bits)
-    with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
-        work = Path(directory)
-        judged = text if isinstance(text, Text) else Text.from_file(text)
-        write_windows(source, judged, work)
-        job = job_on(source, work, threads)
-        progress("asking the reference")
-        original = run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16))})
-        progress("measuring the model")
-        proof = run_job(proof_job(model, asdict(task), job))
-    return {
-        "account": Account.from_json(proof["account"]),
-        "quality": Quality.from_json(proof["quality"]),
-        "speed": Speed(**proof["speed"]),
-        "speed_original": Speed(**original["speed"]),
-        "kernels": proof["kernels"],
-    }
-
-
-def measure(model: str | Path, task: Infer | None = None, *, threads: int | None = None) -> Account:
-    """The task run on the real model in a fresh process: allocator's events, resident bytes."""
-    source = open_source(model)
-    task = task or Infer(kv_bits=source.kv_bits)
-    # As many as an account made here counts with: kernels take scratch for each thread.
-    threads = threads or torch.get_num_threads()
-    answer = run_job({"do": "measure", "model": str(model), "task": asdict(task), "threads": threads})
-    return Account.from_json(answer["account"])
 
 
 def load(model: str | Path, plan: TrainPlan | None = None) -> nn.Module:
@@ -380,11 +358,6 @@ def _threads(count: int) -> Iterator[None]:
 
 def _with_resident(account: Account, outside: Outside | None) -> Account:
     return account if outside is None else predict_resident(account, outside)
-
-
-def default_output(source: Source) -> Path:
-    """Where a fitted model goes if nothing is said: `NAME-fitted`, here."""
-    return Path(f"{stem_of(source)}-fitted")
 
 
 def _task_of(given: Plan) -> Infer:
@@ -437,4 +410,4 @@ def _allowed_by(given: Plan | None) -> Allowed:
     return Allowed(activations=8, smooth=bool(given.smoothed)) if given and rounded else Allowed()
 
 
-__all__ = ["Text", "account", "evaluate", "fit", "load", "measure", "plan"]
+__all__ = ["Text", "account", "fit", "load", "plan"]

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +20,9 @@ from memfit.account.follow import Follow
 from memfit.account.mend import values_as_usual
 from memfit.account.replay import Blocks
 from memfit.account.settle import settle
+from memfit.account.structure import stacked_blocks
 from memfit.calibrate.statistics import Statistics
+from memfit.compensate import Thrift
 from memfit.compress import calibrate, choose_integers, compress
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
@@ -66,6 +71,7 @@ def calibration_job(
         "do": "calibrate",
         "allowed": asdict(study.allowed),
         "reference": reference,
+        "wanted": True,
         "task": asdict(replace(study.task, kv_bits=16)),
         "batch": 4,
     }
@@ -78,22 +84,14 @@ def job_on(source: Source, work: Path, threads: int | None) -> dict[str, Any]:
 
 def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> Account:
     """The account of calibrating, choosing integers and compressing: the same functions, on fake tensors."""
-    follow = Follow()
-    windows_WT = _windows(job)
-    allowed = Allowed.from_json(job["allowed"])
-    repeated = Blocks(follow).on_training()
-    with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow, repeated:
-        ids = (
-            None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
-        )
-        found = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
+    with _on_fakes() as follow:
+        ids = _fake_ids(windows_of(job))
+        found = calibrate(source, ids, Allowed.from_json(job["allowed"]), batch=job["batch"], watch=follow)
         source = found.smoothing.of_source(source)
         integers = None
         if algorithm == "gptq" and ids is not None:
             integers = Integers(None)
-            choose_integers(
-                source, chosen, found.statistics, ids, integers, batch=job["batch"], watch=follow
-            )
+            choose_integers(source, chosen, found.statistics, ids, integers, watch=follow)
         compress(
             source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers,
             search=algorithm != "rtn",
@@ -101,11 +99,48 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
     return settle(follow.ledger)
 
 
+def predict_calibrating(source: Source, job: dict[str, Any]) -> Account:
+    """The account of the job of calibration alone."""
+    with _on_fakes() as follow:
+        allowed = None if job["allowed"] is None else Allowed.from_json(job["allowed"])
+        calibrate(source, _fake_ids(windows_of(job)), allowed, batch=job["batch"], watch=follow)
+    return settle(follow.ledger)
+
+
+def predict_choosing(source: Source, chosen: Plan, windows: torch.Size, thrift: Thrift) -> Account:
+    """The account of the job that chooses integers alone."""
+    with _on_fakes() as follow:
+        ids = torch.zeros(windows, dtype=torch.int64)
+        choose_integers(
+            source, chosen, None, ids, Integers(None), watch=follow, thrift=thrift, scratch=Path("dry")
+        )
+    return settle(follow.ledger)
+
+
+def predict_compressing(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> Account:
+    """The account of the job that writes the output alone, all integers chosen in it, which takes no less."""
+    with _on_fakes() as follow:
+        compress(source, chosen, None, Path(job["work"]), watch=follow, dry=True, search=algorithm != "rtn")
+    return settle(follow.ledger)
+
+
+@contextmanager
+def _on_fakes() -> Iterator[Follow]:
+    follow = Follow()
+    repeated = Blocks(follow).on_training()
+    with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow, repeated:
+        yield follow
+
+
+def _fake_ids(windows_WT: torch.Tensor | None) -> torch.Tensor | None:
+    return None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
+
+
 def predict_gguf(source: Source, work: Path, mixture: str) -> Account:
     """The account of writing a GGUF file: the same function, on fake tensors."""
     file = work / "statistics.safetensors"
     found = Statistics.read(file).moments if file.exists() else {}
-    windows_WT = _windows({"work": str(work)})
+    windows_WT = windows_of({"work": str(work)})
     follow = Follow()
     repeated = Blocks(follow).on_training()
     with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow, repeated:
@@ -127,12 +162,28 @@ def predict_onnx(fitted: Source) -> Account:
     return settle(follow.ledger)
 
 
-def _windows(job: dict[str, Any]) -> torch.Tensor | None:
+def windows_of(job: dict[str, Any]) -> torch.Tensor | None:
+    """The windows to calibrate on, where there is a text."""
     file = Path(job["work"]) / "windows.pt"
     if not file.exists():
         return None
     found: torch.Tensor = torch.load(file, weights_only=True)["calibration"]
     return found
+
+
+def reads_statistics(source: Source, chosen: Plan, algorithm: Algorithm) -> bool:
+    """Whether rounding as planned asks for calibration's statistics: of scales that are searched, but for those that
+    GPTQ finds by itself, of the linear layers in blocks."""
+    if algorithm == "rtn":
+        return False
+    if algorithm == "search":
+        return bool(chosen.schemes())
+    model = source.build(dtype=torch.bfloat16)
+    blocks = tuple(f"{name}." for name, _ in stacked_blocks(model))
+    return any(
+        not isinstance(model.get_submodule(name), torch.nn.Linear) or not name.startswith(blocks)
+        for name in chosen.schemes()
+    )
 
 
 def choosing_job(chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
@@ -141,19 +192,27 @@ def choosing_job(chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
     (work / "plan.json").write_text(dumps(chosen), encoding="utf-8")
     schemes = json.dumps(["corrected", *([name, scheme.to_json()] for name, scheme in chosen.schemes().items())])
     integers = work / f"integers-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
-    told = {key: job[key] for key in ("model", "work", "threads", "batch")}
+    told = {key: job[key] for key in ("model", "work", "threads")}
     return told | {"do": "choose", "integers": str(integers)}
 
 
 def compression_job(
-    chosen: Plan, job: dict[str, Any], output: OutputDirectory, *, algorithm: Algorithm, integers: str | None = None
+    chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm, integers: str | None = None
 ) -> dict[str, Any]:
-    """The job that quantizes what has no integers yet and writes the model's files; the plan goes to `work`."""
+    """The job that quantizes what has no integers yet and writes the model's files; the plan goes to `work`, and the
+    files to a directory of the plan's own there, so that a run that is killed finds them again."""
     (Path(job["work"]) / "plan.json").write_text(dumps(chosen), encoding="utf-8")
+    schemes = json.dumps([algorithm, *([name, scheme.to_json()] for name, scheme in chosen.schemes().items())])
+    written = Path(job["work"]) / f"written-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
+    written.mkdir(exist_ok=True)
     told = {key: job[key] for key in ("model", "work", "threads")}
-    return told | {
-        "do": "compress", "output": str(output.path), "integers": integers, "search": algorithm != "rtn"
-    }  # fmt: skip
+    return told | {"do": "compress", "output": str(written), "integers": integers, "search": algorithm != "rtn"}
+
+
+def move_written(job: dict[str, Any], output: OutputDirectory) -> None:
+    """Put what `compression_job`'s job has written where the output is made; nothing is copied."""
+    for file in Path(job["output"]).iterdir():
+        os.rename(file, output.path / file.name)
 
 
 def rounding_line(chosen: Plan, damping: dict[str, float]) -> str:
@@ -208,6 +267,11 @@ def _base_model(source: Source) -> str:
         if is_hub_id(name) and not Path(name).exists():
             return name
     return stem_of(source)
+
+
+def default_output(source: Source) -> Path:
+    """Where a fitted model goes if nothing is said: `NAME-fitted`, here."""
+    return Path(f"{stem_of(source)}-fitted")
 
 
 def stem_of(source: Source) -> str:

@@ -22,6 +22,7 @@ from memfit.data.batches import Batches, Kind, batches_of
 from memfit.data.read import RawData, read_data, split_rows, with_classes_of
 from memfit.errors import MemfitError, UsageError
 from memfit.format.directory import OutputDirectory
+from memfit.limits import limited, runtime_nbytes_of
 from memfit.models import load_to_train
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.training import TrainReport, render_training_page
@@ -46,7 +47,6 @@ from memfit.train.watching import LogFile
 from memfit.train.work import Make
 from memfit.train_planning import plain_recipe, plan_training, stored_dtype
 from memfit.units import parse_size
-from memfit.worker import limited, runtime_nbytes_of
 
 _HELD_OUT: Final = 0.05
 _EVALUATIONS: Final = 10

@@ -3,19 +3,17 @@
 A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller.
 """
 
+import ctypes
 import json
 import os
-import resource
+import signal
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
-from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError, disk_full
+from memfit.errors import BrokenInput, Interrupted, MemfitError, OverBudget, UsageError, disk_full
+from memfit.jobs import JOBS
+from memfit.limits import runtime_nbytes_of
 
 QUIET: Final = {
     # A thread that waits sleeps: where another process wants the core too, spinning at every barrier made the
@@ -32,12 +30,7 @@ QUIET: Final = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _ANSWER = "memfit-answer:"
-SMOOTHING: Final = "smoothing.safetensors"
-"""In the work directory: how the model's norms were smoothed."""
-RUNTIME_NBYTES: Final = 48 << 20
-"""What the runtime may take beside the allocator under a hard limit: buffers of threads, holes in the heap."""
-KERNEL_NBYTES: Final = 1 << 20
-"""And more for each shape of a 16-bit product: the code that oneDNN makes for it. 0.7 MiB were measured."""
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: int = 0) -> dict[str, Any]:
@@ -52,6 +45,7 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
         MemfitError: what the job raised, by its class and message.
         OverBudget: the enforced limit was hit.
     """
+    job = job | {"parent": os.getpid()}
     if enforce_nbytes is not None:
         job = job | {"enforce_nbytes": enforce_nbytes, "runtime_nbytes": runtime_nbytes_of(kernels)}
     done = subprocess.run(
@@ -62,6 +56,7 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
         env=os.environ | QUIET,
         check=False,
     )
+    capped = enforce_nbytes if enforce_nbytes is not None else job.get("ram_nbytes")
     for line in done.stdout.splitlines():
         if line.startswith(_ANSWER):
             answer: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
@@ -69,356 +64,46 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
                 return answer
             raise _ERRORS.get(answer["error"], MemfitError)(answer["message"])
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    limit = "" if enforce_nbytes is None else f" under a hard limit of {enforce_nbytes} bytes"
-    kind = MemfitError if enforce_nbytes is None else OverBudget
+    limit = "" if capped is None else f" under a hard limit of {capped} bytes"
+    kind = MemfitError if capped is None else OverBudget
     raise kind(f"the job {job['do']!r} ended with {how}{limit}.\n{done.stderr[-2000:]}")
 
 
-def runtime_nbytes_of(kernels: int) -> int:
-    """What the runtime may take beside the allocator under a limit: its buffers, and code for each of `kernels`."""
-    return RUNTIME_NBYTES + kernels * KERNEL_NBYTES
-
-
 _ERRORS: dict[str, type[MemfitError]] = {
-    kind.__name__: kind for kind in (BrokenInput, OverBudget, UsageError, MemfitError)
+    kind.__name__: kind for kind in (BrokenInput, Interrupted, OverBudget, UsageError, MemfitError)
 }
 
 
 def main() -> None:
     """Read the job, do it, print the answer."""
     job = json.loads(sys.stdin.read())
+    _end_with(job.get("parent", os.getppid()))
     answer: dict[str, Any]
     try:
         answer = JOBS[job["do"]](job)
     except MemfitError as error:
         known = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
         answer = {"error": known, "message": str(error)}
-    except OSError as error:
-        place = error.filename or job.get("output") or job.get("target") or job.get("work", "")
-        clear = disk_full(error, place)
-        if clear is None:
-            raise
-        answer = {"error": "MemfitError", "message": str(clear)}
     except (MemoryError, RuntimeError) as error:
         from memfit.technique.checkpoint import is_out_of_memory
 
-        if "enforce_nbytes" not in job or not is_out_of_memory(error):
+        limit = job.get("enforce_nbytes", job.get("ram_nbytes"))
+        if limit is None or not is_out_of_memory(error):
             raise
-        answer = {
-            "error": "OverBudget",
-            "message": f"the task needed more than the enforced {job['enforce_nbytes']} bytes: {error}",
-        }
+        answer = {"error": "OverBudget", "message": f"the job needed more than the enforced {limit} bytes: {error}"}
+    except OSError as error:
+        clear = disk_full(error, error.filename or job.get("output") or job.get("target") or job.get("work", ""))
+        if clear is None:
+            raise
+        fits = job["do"] in ("calibrate", "choose", "compress")
+        kept = " What is done is kept beside it: run the same command again." if fits else ""
+        answer = {"error": "Interrupted" if fits else "MemfitError", "message": f"{clear}{kept}"}
     print(_ANSWER + json.dumps(answer), flush=True)
 
 
-@contextmanager
-def limited(nbytes: int | None, *, runtime_nbytes: int = RUNTIME_NBYTES) -> Iterator[None]:
-    """Inside, this process may take at most `nbytes` of private memory more than it has, and the runtime's
-    own growth (setrlimit(2), RLIMIT_DATA); None: as much as it likes."""
-    if nbytes is None:
-        yield
-        return
-    with open("/proc/self/status", encoding="ascii") as status:
-        data = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (data + nbytes + runtime_nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _prepare(job: dict[str, Any]) -> None:
-    """Threads as asked, their pool started and the kernels' libraries in memory: no part of any model."""
-    import torch
-
-    torch.manual_seed(0)
-    if job.get("threads"):
-        torch.set_num_threads(job["threads"])
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.ones(64, 64, dtype=dtype).matmul(torch.ones(64, 64, dtype=dtype))
-
-
-def _measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a task twice: once for the resident peak, once for the allocator's events."""
-    return _measured(job)[0]
-
-
-def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    from memfit.account.dry_run import hold_model
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
-    from memfit.account.outside import with_outside
-    from memfit.account.watch import Unwatched
-    from memfit.models import load_model, load_to_train, loader_for
-    from memfit.task.infer import Infer
-    from memfit.train.task import Train
-
-    _prepare(job)
-    told = {name: value for name, value in job["task"].items() if name != "task"}
-    task = Train.from_json(told) if job["task"].get("task") == "train" else Infer(**told)
-    source = loader_for(job["model"])
-
-    def load() -> Any:
-        if isinstance(task, Train):
-            return load_to_train(source, task.recipe)
-        return load_model(source, dtype=job.get("dtype"))
-
-    reset_resident_peak()
-    with limited(job.get("enforce_nbytes"), runtime_nbytes=job.get("runtime_nbytes", RUNTIME_NBYTES)):
-        model = load()
-        loaded = resident_nbytes()
-        task.run(model, Unwatched())
-    resident = resident_nbytes()
-    del model
-    reset_resident_peak()
-    meter = Meter()
-    with meter.phase("load"):
-        model = load()
-        hold_model(model, meter)
-    task.run(model, meter)
-    account = replace(meter.account(), file_backed_nbytes=resident["file"])
-    account = with_outside(account, max(0, resident["peak"] - account.peak_nbytes))
-    return {"account": account.to_json(), "resident": resident, "resident_after_load": loaded}, model
-
-
-def _account(meter: Any) -> dict[str, Any]:
-    """What the meter has counted, and this process's resident peak."""
-    from memfit.account.meter import resident_nbytes
-
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    found: dict[str, Any] = account.to_json()
-    return found
-
-
-def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
-    """Statistics into the work directory, prices into the answer; if asked, the original's own answers."""
-    from memfit.account.meter import Meter, reset_resident_peak
-    from memfit.compress import calibrate, priced_by
-    from memfit.plan.allowed import Allowed
-    from memfit.source.source import open_source
-
-    _prepare(job)
-    source = open_source(job["model"])
-    meter = Meter()
-    reset_resident_peak()
-    with meter.phase("calibrate"):
-        text = _windows(job)
-    found = calibrate(
-        source,
-        None if text is None else text["calibration"],
-        Allowed.from_json(job["allowed"]),
-        batch=job["batch"],
-        watch=meter,
-    )
-    account = _account(meter)
-    if found.statistics is not None:
-        found.statistics.save(Path(job["work"]) / "statistics.safetensors")
-        found.smoothing.save(Path(job["work"]) / SMOOTHING)
-    answer: dict[str, Any] = {
-        "account": account,
-        "prices": [[name, scheme.to_json(), price] for (name, scheme), price in found.prices.items()],
-        "kv_prices": list(found.kv_prices.items()),
-        "priced_by": priced_by(source, found.statistics),
-        "smoothed": found.smoothing.told(),
-    }
-    del found
-    return answer | (_reference(job) if job["reference"] else {})
-
-
-def _reference(job: dict[str, Any]) -> dict[str, Any]:
-    """Record the original's logits on the evaluation text, and time it."""
-    import torch
-
-    from memfit.evaluate.divergence import record_logits
-    from memfit.evaluate.speed import measure_speed
-    from memfit.models import load_model, loader_for
-
-    _prepare(job)
-    model = load_model(loader_for(job["model"]), dtype=torch.bfloat16)
-    text = _windows(job)
-    if text is not None:
-        record_logits(model, text["evaluation"], Path(job["work"]) / "logits")
-    return {"speed": measure_speed(model, **job["task"]).to_json()}
-
-
-def _choose(job: dict[str, Any]) -> dict[str, Any]:
-    """Integers into the work directory, a directory a block: those that a stopped run has left are kept."""
-    from memfit.account.meter import Meter, reset_resident_peak
-    from memfit.calibrate.statistics import Statistics
-    from memfit.compress import choose_integers
-    from memfit.format.integers import Integers
-    from memfit.plan.plan import read_plan
-    from memfit.source.source import open_source
-
-    _prepare(job)
-    work = Path(job["work"])
-    source, plan = open_source(job["model"]), read_plan(work / "plan.json")
-    integers, meter = Integers(Path(job["integers"])), Meter()
-    reset_resident_peak()
-    with meter.phase("compensate"):
-        source = _smoothed(source, work)
-        statistics = Statistics.read(work / "statistics.safetensors")
-        windows = _windows(job)["calibration"]
-    choose_integers(source, plan, statistics, windows, integers, batch=job["batch"], watch=meter)
-    account = _account(meter)
-    return {"account": account, "damping": integers.damping}
-
-
-def _gguf(job: dict[str, Any]) -> dict[str, Any]:
-    """A GGUF file, its errors weighed by the statistics in the work directory, if there are any."""
-    from memfit.account.meter import Meter, reset_resident_peak
-    from memfit.calibrate.statistics import Statistics
-    from memfit.format.gguf import write_gguf
-    from memfit.source.source import open_source
-
-    _prepare(job)
-    file, meter = Path(job["work"]) / "statistics.safetensors", Meter()
-    reset_resident_peak()
-    with meter.phase("read"):
-        found = Statistics.read(file).moments if file.exists() else {}
-        importance = {name: moments.inputs for name, moments in found.items()}
-        del found
-        text = _windows(job)
-    tensors = write_gguf(
-        open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
-        windows_WT=None if text is None else text["calibration"], watch=meter, overwrite=job["overwrite"],
-    )  # fmt: skip
-    account = _account(meter)
-    kinds = Counter(tensor.kind for tensor in tensors)
-    return {"account": account, "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
-
-
-def _onnx(job: dict[str, Any]) -> dict[str, Any]:
-    """A fitted directory as ONNX, into another one."""
-    from dataclasses import asdict
-
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
-    from memfit.format.onnx import write_onnx
-    from memfit.source.source import open_source
-
-    _prepare(job)
-    meter = Meter()
-    reset_resident_peak()
-    made = write_onnx(open_source(job["model"]), Path(job["target"]), watch=meter)
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    return {"account": account.to_json(), "written": asdict(made)}
-
-
-def _onnx_proof(job: dict[str, Any]) -> dict[str, Any]:
-    """What ONNX Runtime makes of a file beside memfit's own answers in float32, and what that takes."""
-    import torch
-
-    from memfit.evaluate.onnx_proof import compare_with_file, float32_answers, measure_file
-    from memfit.models import load_model, loader_for
-    from memfit.packed.wide import widen
-
-    _prepare(job)
-    model = load_model(loader_for(job["model"]), dtype=torch.float32)
-    widen(model)
-    ids, answers = float32_answers(model, _windows(job))
-    del model
-    file, threads = Path(job["file"]), job["threads"] or 1
-    difference = compare_with_file(file, ids, answers, threads=threads)
-    del answers
-    return {"difference": difference} | measure_file(file, job["task"], threads=threads)
-
-
-def _compress(job: dict[str, Any]) -> dict[str, Any]:
-    from memfit.account.meter import Meter, reset_resident_peak
-    from memfit.calibrate.statistics import Statistics
-    from memfit.compress import compress
-    from memfit.format.integers import Integers
-    from memfit.plan.plan import read_plan
-    from memfit.source.source import open_source
-
-    _prepare(job)
-    work = Path(job["work"])
-    source, plan = open_source(job["model"]), read_plan(work / "plan.json")
-    file = work / "statistics.safetensors"
-    meter = Meter()
-    reset_resident_peak()
-    statistics = None
-    with meter.phase("compress"):
-        source = _smoothed(source, work)
-        if file.exists():
-            statistics = Statistics.read(file)
-    integers = Integers(Path(job["integers"])) if job.get("integers") else None
-    output, search = Path(job["output"]), job["search"]
-    files = compress(source, plan, statistics, output, watch=meter, integers=integers, search=search)
-    account = _account(meter)
-    return {"account": account, "files": files}
-
-
-def _prove(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure a fitted model, then compare it with what the original answered, and time it."""
-    from collections import Counter
-
-    from memfit.evaluate.divergence import compare_logits
-    from memfit.evaluate.speed import measure_speed
-    from memfit.packed.modules import packed_modules
-    from memfit.task.infer import maker_of_caches
-
-    answer, model = _measured(job)
-    text = _windows(job)
-    if text is not None:
-        kv_bits = job["task"].get("kv_bits", 16)
-        caches = maker_of_caches(model, kv_bits=kv_bits) if kv_bits < 16 else None
-        quality = compare_logits(Path(job["work"]) / "logits", model, text["evaluation"], make_cache=caches)
-        answer["quality"] = quality.to_json()
-    answer["speed"] = measure_speed(model, **job["task"]).to_json()
-    kernels = Counter(
-        child.kernel
-        for module in packed_modules(model).values()
-        for child in module.children()
-        if getattr(child, "holds_weights", False)
-    )
-    answer["kernels"] = dict(sorted(kernels.items()))
-    return answer
-
-
-def _kernel_nbytes(job: dict[str, Any]) -> dict[str, Any]:
-    """Bytes that stay for each new shape of a 16-bit product: the code that oneDNN makes for it."""
-    import torch
-
-    from memfit.account.meter import resident_nbytes
-
-    _prepare(job)
-    shapes, warm = 48, 8
-    left = torch.ones(shapes + warm, 512, dtype=torch.bfloat16)
-    right = torch.ones(1024, 512, dtype=torch.bfloat16).t()
-    before = 0
-    for rows in range(1, shapes + warm + 1):
-        if rows == warm + 1:
-            before = resident_nbytes()["now"]
-        torch.mm(left[:rows], right)
-    return {"nbytes": max(0, resident_nbytes()["now"] - before) // shapes}
-
-
-def _smoothed(source: Any, work: Path) -> Any:
-    """The source as calibration has smoothed it: what there is of statistics is of that."""
-    from memfit.technique.smoothing import Smoothing
-
-    file = work / SMOOTHING
-    return Smoothing.read(file).of_source(source) if file.exists() else source
-
-
-def _windows(job: dict[str, Any]) -> Any:
-    import torch
-
-    file = Path(job["work"]) / "windows.pt"
-    return torch.load(file, weights_only=True) if file.exists() else None
-
-
-JOBS = {
-    "measure": _measure,
-    "calibrate": _calibrate,
-    "reference": _reference,
-    "choose": _choose,
-    "compress": _compress,
-    "gguf": _gguf,
-    "onnx": _onnx,
-    "onnx_proof": _onnx_proof,
-    "prove": _prove,
-    "kernel_nbytes": _kernel_nbytes,
-}
-"""What a job's `do` may be."""
+def _end_with(parent: int) -> None:
+    """Let the system kill this process when `parent` ends, however that ends (prctl(2), PR_SET_PDEATHSIG): the same
+    command, run again, is not to meet a job that still writes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

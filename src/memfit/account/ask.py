@@ -156,6 +156,7 @@ def ask_product(left: Tensor, right: Tensor) -> int:
         by_columns=(_by_columns(left), _by_columns(right)),
         dtype=left.dtype,
         threads=torch.get_num_threads(),
+        precision=torch.get_float32_matmul_precision(),
     )
     if shape.is_cheap:
         return _ask_product(shape)
@@ -174,6 +175,8 @@ class _Product(NamedTuple):
     by_columns: tuple[bool, bool]
     dtype: torch.dtype
     threads: int
+    precision: str
+    """That fp32 factors are multiplied with."""
 
     @property
     def is_cheap(self) -> bool:

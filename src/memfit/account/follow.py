@@ -162,6 +162,9 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = self.ledger.storages[self.number_of(tensor)]
         storage.kind, storage.module = kind, module
 
+    def on_disk(self, tensor: torch.Tensor) -> None:
+        self.ledger.storages[self.number_of(tensor)].nbytes = 0
+
     @contextmanager
     def inside(self, model: torch.nn.Module) -> Iterator[None]:
         """Write births down under the dotted name of the module that is running."""

@@ -66,6 +66,9 @@ class Meter:
         weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self._held[storage.data_ptr()] = _Held(kind, module, dtype, storage.nbytes(), weak.expired)
 
+    def on_disk(self, tensor: torch.Tensor) -> None:
+        """Nothing: a mapping comes from no allocator."""
+
     def _note(self, phase: str) -> None:
         """Write down what of the named storages is still there at a phase's end."""
         for address, held in list(self._held.items()):

@@ -29,6 +29,10 @@ class Watch(Protocol):
         """Say what `tensor`'s storage is for."""
         ...
 
+    def on_disk(self, tensor: torch.Tensor) -> None:
+        """Say that `tensor`'s bytes lie in a file, whoever made it."""
+        ...
+
 
 class Unwatched:
     """A watch that looks away: the task is run for its results alone."""
@@ -39,4 +43,7 @@ class Unwatched:
         return nullcontext()
 
     def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
+        return None
+
+    def on_disk(self, tensor: torch.Tensor) -> None:
         return None

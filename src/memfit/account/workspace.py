@@ -59,7 +59,7 @@ def kernel_of(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if packet not in _PRODUCTS:
         return None
     left, right = args[1:3] if packet in (aten.addmm, aten.baddbmm) else args[:2]
-    if left.dtype not in _HALVES or math.prod(left.shape) * right.shape[-1] <= 16**3:
+    if not _is_halved(left.dtype) or math.prod(left.shape) * right.shape[-1] <= 16**3:
         return None
     return (left.dim(), *left.shape, right.shape[-1], right.stride(-1) == 1)
 
@@ -130,7 +130,7 @@ def _product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     dense neither by rows nor by columns, as an expanded weight is, gets copied first.
     """
     left, right = args[1:3] if func.overloadpacket in (aten.addmm, aten.baddbmm) else args[:2]
-    if left.dtype not in _HALVES:
+    if not _is_halved(left.dtype):
         return NONE
     if math.prod(left.shape) * right.shape[-1] <= 16**3:
         return NONE
@@ -141,6 +141,11 @@ def _product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
 def _integer_product(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     """quantized/cpu/qlinear.cpp: oneDNN's scratchpad, and the activations' scale and zero point as tensors."""
     return [], [ask_integer_product(args[0], out)]
+
+
+def _is_halved(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies: 16-bit factors, or fp32 ones of which 16 bits are to count."""
+    return dtype in _HALVES or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium")
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -31,6 +31,10 @@ Visit = Callable[[str, nn.Module, Callable[..., Any], tuple[Any, ...], dict[str,
 """Called with a block's name, the block, its forward pass and that pass's arguments."""
 
 
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""From shape and dtype to a tensor of any values."""
+
+
 class Streamed:
     """`model` with its weights on the disk. Blocks, tables and the rest are read as they are used.
 
@@ -48,6 +52,10 @@ class Streamed:
         """Runs a block while its weights are there."""
         self.rounded: Callable[[str, Tensor], Tensor] | None = None
         """Of a table's name and rows [N, D] that were looked up: what a rounded table would have given."""
+        self.apart: frozenset[str] = frozenset()
+        """Parameters of blocks that are not read with their block: the visitor brings them."""
+        self.empty: Empty = lambda shape, dtype: torch.empty(shape, dtype=dtype)
+        """Room for rows that were looked up."""
         self.head = _head_name(self.model)
         config: Any = self.model.config  # the model's own copy
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -56,6 +64,7 @@ class Streamed:
             config.final_logit_softcapping = None
         self._replace_tables()
         blocks = dict(stacked_blocks(self.model))
+        self.blocks = tuple(blocks)
         for name, block in blocks.items():
             block.forward = self._block(name, block, block.forward)
         for name, module in list(self.model.named_modules()):
@@ -66,6 +75,12 @@ class Streamed:
     def rows(self, parameter: str) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows [R, K]) of a 2-dim parameter, from the first to the last, read one block at a time."""
         yield from rows_of(self.source, parameter, dtype=self.dtype)
+
+    def weight_of(self, layer: str) -> Tensor:
+        """A layer's weight, read anew."""
+        here = self.model.get_submodule(layer)._parameters["weight"]
+        assert here is not None
+        return self.source.read_parameter(f"{layer}.weight", dtype=here.dtype)
 
     # -- tables ------------------------------------------------------------------------------------
 
@@ -130,6 +145,8 @@ class Streamed:
             if own is None
             else [(leaf, getattr(module, leaf)) for leaf in own]
         ):
+            if own is None and f"{name}.{full}" in self.apart:
+                continue
             owner_name, _, leaf = full.rpartition(".")
             owner = module.get_submodule(owner_name)
             value = self.source.read_parameter(f"{name}.{full}" if name else full, dtype=parameter.dtype)
@@ -251,7 +268,8 @@ class _Table(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         streamed = self._streamed[0]
-        out = look_up(streamed.rows(f"{self.name}.weight"), ids, width=self.width, dtype=streamed.dtype)
+        out = streamed.empty((*ids.shape, self.width), streamed.dtype)
+        look_up(streamed.rows(f"{self.name}.weight"), ids, out)
         if streamed.rounded is not None:
             out = streamed.rounded(self.name, out.view(-1, self.width)).view(out.shape)
         if streamed.listener is not None and torch.is_grad_enabled():
@@ -264,16 +282,17 @@ class _Table(nn.Module):
         return out
 
 
-def look_up(rows: Iterator[tuple[int, Tensor]], ids: Tensor, *, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` [...] of a table that comes in blocks, [..., width]."""
-    flat = ids.reshape(-1)
-    out = torch.zeros(flat.shape[0], width, dtype=dtype)
+def look_up(rows: Iterator[tuple[int, Tensor]], ids: Tensor, out: Tensor) -> None:
+    """Fill `out` [..., D] with rows `ids` [...] of a table that comes in blocks."""
+    flat, found = ids.reshape(-1), out.view(-1, out.shape[-1])
+    step = max(1, ROWS_NBYTES // (found.shape[1] * found.element_size()))
     for start, block in rows:
-        place = (flat - start).clamp_(0, block.shape[0] - 1)
-        inside = ((flat >= start) & (flat < start + block.shape[0])).unsqueeze(1)
-        torch.where(inside, block[place], out, out=out)
+        for first in blocks_to_run(range(0, flat.shape[0], step)):
+            some, into = flat[first : first + step], found[first : first + step]
+            place = (some - start).clamp_(0, block.shape[0] - 1)
+            inside = ((some >= start) & (some < start + block.shape[0])).unsqueeze(1)
+            torch.where(inside, block[place], into, out=into)
         del block
-    return out.view(*ids.shape, width)
 
 
 def rows_of(source: Source, parameter: str, *, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

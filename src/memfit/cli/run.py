@@ -213,6 +213,19 @@ def fit(
         typer.Option("--enforce", help="Measure under a hard limit: more memory is refused by the system."),
     ] = False,
     max_kl: Annotated[float | None, typer.Option(help="Exit with 5 if the KL divergence is larger.")] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(
+            help="What making it may be resident with, as 4GiB: the rest waits on the disk. Default: no cap.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Run the fitted model, and judge it beside the original.")
+    ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with what the same run has left when it was stopped.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model at --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop; nothing is written.")] = False,
     threads: Threads = None,
@@ -223,10 +236,10 @@ def fit(
     import memfit
     from memfit import demo
     from memfit.export_onnx import export_onnx, require_widths
-    from memfit.fit import default_output
     from memfit.plan.plan import read_plan
     from memfit.report.terminal import onnx_lines, render_plan, render_report
     from memfit.source.source import open_source
+    from memfit.steps import default_output
 
     task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens)
     source = str(demo.model_directory()) if model is None else model
@@ -270,7 +283,7 @@ def fit(
     how: dict[str, Any] = {
         "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "enforce": enforce,
         "algorithm": None if algorithm is None else algorithm.value, "overwrite": overwrite, "max_kl": max_kl,
-        "threads": threads, "progress": progress_to(quiet),
+        "ram": ram, "measure": measure, "resume": resume, "threads": threads, "progress": progress_to(quiet),
     }  # fmt: skip
     lines: list[str] = []
     try:
@@ -388,7 +401,7 @@ _IN_THE_PLAN = (
 )  # fmt: skip
 """What a plan says itself."""
 _OF_A_PLAN = (
-    *_IN_THE_PLAN, "plan_file", "algorithm", "enforce", "max_kl", "dry_run",
+    *_IN_THE_PLAN, "plan_file", "algorithm", "enforce", "max_kl", "dry_run", "ram", "measure", "resume",
 )  # fmt: skip
 """What a file for another program has no use for."""
 

@@ -50,6 +50,9 @@ class _Clock:
     def holds(self, kind: Kind, module: str, tensor: Tensor) -> None:
         return None
 
+    def on_disk(self, tensor: Tensor) -> None:
+        return None
+
 
 def measure_speed(
     model: nn.Module,

@@ -1,4 +1,8 @@
-"""Integers that were chosen for a model's layers, on the disk until the output is written: a directory a block."""
+"""Integers that were chosen for a model's layers, on the disk until the output is written: a directory a block.
+
+A block's modules are written as they come, each into a directory of its own below `BLOCK.part`, so that none stays in
+memory; the name without `.part` says that all are there.
+"""
 
 import json
 import os
@@ -7,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run
@@ -14,7 +19,7 @@ from memfit.packed.scheme import Scheme
 from memfit.source.checkpoint import Checkpoint
 from memfit.source.planned import planned_checkpoint
 from memfit.source.safetensors import open_checkpoint
-from memfit.technique.quantize import Quantized
+from memfit.technique.quantize import Quantized, dequantize
 
 from .safetensors import TensorSpec, Writer
 
@@ -44,7 +49,7 @@ class Integers:
             if path.suffix == _UNFINISHED:
                 shutil.rmtree(path)
             else:
-                self._open(path)
+                self._open_block(path)
 
     def __contains__(self, module: str) -> bool:
         return module in self._files
@@ -57,6 +62,14 @@ class Integers:
         """What was chosen for a module."""
         rows = self._files[module].tensors[f"{module}.q"].shape[0]
         return self._read(module, scheme, 0, rows)
+
+    def weight(self, module: str, scheme: Scheme) -> Tensor:
+        """ŵ [N, K] of a module in bf16; beside it some rows of its integers are in memory."""
+        out = torch.empty(self._files[module].tensors[f"{module}.q"].shape, dtype=torch.bfloat16)
+        for start, some in self.rows(module, scheme):
+            out[start : start + some.q.shape[0]] = dequantize(some)
+            del some
+        return out
 
     def rows(self, module: str, scheme: Scheme) -> Iterator[tuple[int, Quantized]]:
         """(first row, what was chosen for some rows) of a module, from its first row to its last."""
@@ -72,30 +85,42 @@ class Integers:
         table = file.read(f"{module}.table") if scheme.values == "codebook" else None
         return Quantized(scheme=scheme, q=q, scale=scale, zero=zero, table=table)
 
-    def write(self, block: str, found: Mapping[str, Quantized], damping: Mapping[str, float]) -> None:
-        """Keep what was chosen for the modules of a block."""
-        tensors = {name: tensor for module, quantized in found.items() for name, tensor in _parts(module, quantized)}
+    def add(self, block: str, module: str, quantized: Quantized) -> None:
+        """Keep what was chosen for a module of a block that is not done yet, in place of what was chosen before."""
+        tensors = dict(_parts(module, quantized))
         specs = [TensorSpec(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
         if self.directory is None:
-            announced = planned_checkpoint((spec.name, spec.dtype, spec.shape) for spec in specs)
-            self._files |= dict.fromkeys(found, announced)
+            self._files[module] = planned_checkpoint((spec.name, spec.dtype, spec.shape) for spec in specs)
             return
-        part = self.directory / f"{block}{_UNFINISHED}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        with Writer(part, specs) as writer:
+        place = self.directory / f"{block}{_UNFINISHED}" / module
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        with Writer(place, specs) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
+        self._open(place)
+
+    def finish(self, block: str, damping: Mapping[str, float]) -> None:
+        """All modules of a block are there."""
+        if self.directory is None:
+            return
+        part = self.directory / f"{block}{_UNFINISHED}"
+        part.mkdir(exist_ok=True)
         (part / _DAMPING).write_text(json.dumps(dict(damping)), encoding="utf-8")
         os.rename(part, self.directory / block)
-        self._open(self.directory / block)
+        self._open_block(self.directory / block)
+
+    def _open_block(self, path: Path) -> None:
+        self.damping |= json.loads((path / _DAMPING).read_text(encoding="utf-8"))
+        self._blocks.add(path.name)
+        for module in sorted(path.iterdir()):
+            if module.is_dir():
+                self._open(module)
 
     def _open(self, path: Path) -> None:
-        self.damping |= json.loads((path / _DAMPING).read_text(encoding="utf-8"))
         found = open_checkpoint(path)
-        assert found is not None, "a block that is there is whole"
-        self._blocks.add(path.name)
-        self._files |= {name.removesuffix(".q"): found for name in found.tensors if name.endswith(".q")}
+        assert found is not None, "a module that is there is whole"
+        self._files[path.name] = found
 
 
 def _parts(module: str, quantized: Quantized) -> Iterator[tuple[str, Tensor]]:

@@ -26,11 +26,13 @@ class WorkDirectory:
     Args:
         target: OUT.
         key: all that what is kept depends on, as JSON. A directory that another key has left is emptied.
+        resume: False: it is emptied whatever has left it.
     """
 
-    def __init__(self, target: str | Path, *, key: Mapping[str, Any]) -> None:
+    def __init__(self, target: str | Path, *, key: Mapping[str, Any], resume: bool = True) -> None:
         target = Path(target).resolve()
         self.path = target.parent / f".{target.name}.memfit-work"
+        self._resume = resume
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
     def __enter__(self) -> Self:
@@ -41,7 +43,7 @@ class WorkDirectory:
         except OSError as error:
             os.close(self._lock)
             raise UsageError(f"{self.path}: another run is at work on the same output. Choose another.") from error
-        if self._found() != self._key:
+        if self._found() != self._key or not self._resume:
             for file in self.path.iterdir():
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
             self._write(_KEY, self._key)

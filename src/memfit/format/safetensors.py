@@ -29,6 +29,7 @@ SHARD_NBYTES: Final = 4 * 2**30
 INDEX: Final = ".safetensors.index.json"
 # One write call takes at most 2^31 − 4096 bytes on Linux; smaller pieces also let a signal through.
 _PIECE_NBYTES: Final = 64 * 2**20
+_READ_NBYTES: Final = 4 * 2**20
 
 DTYPES: Final[dict[torch.dtype, str]] = {
     torch.float64: "F64",
@@ -84,6 +85,9 @@ class Writer:
     and nothing is written, so that a dry run runs the same lines. After the block `shards` says what was
     written. Files are named after `stem`, as `model.safetensors` or `model-00001-of-00002.safetensors`.
 
+    With `resume` it goes on where a process that was killed has stopped: tensors that are whole in the files stay
+    (`has`), one that was cut short is written anew.
+
     Raises:
         ValueError: a tensor that is not the next one announced, in name, dtype or shape, or is not
         contiguous;
@@ -99,6 +103,7 @@ class Writer:
         shard_nbytes: int = SHARD_NBYTES,
         dry: bool = False,
         stem: str = "model",
+        resume: bool = False,
     ) -> None:
         self.directory = directory
         self.specs = tuple(specs)
@@ -109,6 +114,9 @@ class Writer:
         self._next = 0
         self._file: int | None = None
         self._digest = hashlib.sha256()
+        self._there = 0
+        if resume and not dry:
+            self._go_on()
         self._check(directory)
 
     @property
@@ -127,12 +135,42 @@ class Writer:
             raise ValueError(f"announced twice: {', '.join(twice)}")
         if self._dry:
             return
-        free = shutil.disk_usage(directory).free
-        if free < self.nbytes:
+        free, needed = shutil.disk_usage(directory).free, self.nbytes - self._there
+        if free < needed:
             raise MemfitError(
-                f"{directory}: {format_size(free)} free, {format_size(self.nbytes)} needed for the weights. "
+                f"{directory}: {format_size(free)} free, {format_size(needed)} needed for the weights. "
                 "Free some space or write to another disk."
             )
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor was written already."""
+        return any(spec.name == name for spec in self.specs[: self._next])
+
+    def _go_on(self) -> None:
+        """Count what is whole in the files; the last of them is cut after it, and left open."""
+        for shard, part in enumerate(self._parts):
+            file, header = self.directory / self._name(shard), header_bytes(part)
+            if not file.exists():
+                return
+            descriptor = os.open(file, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+            size, end, whole = os.fstat(descriptor).st_size, len(header), 0
+            if os.pread(descriptor, end, 0) != header:
+                os.close(descriptor)
+                file.unlink()
+                return
+            for spec in part:
+                if end + spec.nbytes > size:
+                    break
+                end, whole = end + spec.nbytes, whole + 1
+            os.ftruncate(descriptor, end)
+            self._digest = hashlib.sha256()
+            for start in range(0, end, _READ_NBYTES):
+                self._digest.update(os.pread(descriptor, min(_READ_NBYTES, end - start), start))
+            os.lseek(descriptor, 0, os.SEEK_END)
+            self._file, self._next, self._there = descriptor, self._next + whole, self._there + end - len(header)
+            if whole < len(part):
+                return
+            self._close(shard)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor, which must be `name`, contiguous and on the CPU."""
@@ -194,7 +232,7 @@ class Writer:
 
     def _begin(self) -> None:
         shard, first, _ = self._place(self._next)
-        if self._next == first:
+        if self._next == first and self._file is None:
             self._open(shard)
 
     def _end(self) -> None:

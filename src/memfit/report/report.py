@@ -39,6 +39,8 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     rounding: str | None = None
     """What is to be told of how integers were chosen, if not by scales alone."""
+    ram: Mapping[str, Any] | None = None
+    """Of a fit within a cap: the cap, how it was kept to, and the resident peak of each job, predicted and measured."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File of weights -> sha256."""
     created: str | None = None
@@ -85,6 +87,7 @@ class Report:
             "machine": dict(self.machine),
             "versions": dict(self.versions),
             "rounding": self.rounding,
+            "ram": None if self.ram is None else dict(self.ram),
             "files": dict(self.files),
             "created": self.created,
         }
@@ -111,6 +114,7 @@ class Report:
             machine=data["machine"],
             versions=data["versions"],
             rounding=data.get("rounding"),
+            ram=data.get("ram"),
             files=data["files"],
             created=data["created"],
         )

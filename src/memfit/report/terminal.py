@@ -200,8 +200,12 @@ def render_report(report: Report) -> RenderableType:
         parts.append(render_account(report.predicted, budget_nbytes=report.budget_nbytes))
     if report.predicted_fit is not None and report.measured_fit is not None:
         parts += [Text(), render_comparison(report.predicted_fit, report.measured_fit, title="Fitting it")]
+    if report.ram is not None:
+        parts += [Text(), _render_ram(report.ram)]
     if report.quality is not None:
         parts += [Text(), render_quality(report.quality)]
+    elif report.ram is not None and report.measured is not None:
+        parts += [Text(), Text("Quality: not judged; the original cannot be asked within the cap. See `memfit eval`.")]
     if report.speed is not None:
         table = _table("Speed", header=False)
         for name, text in speed_lines(report.speed, report.speed_original):
@@ -211,6 +215,27 @@ def render_report(report: Report) -> RenderableType:
         kernels = ", ".join(f"{name} ({count})" for name, count in sorted(report.kernels.items()))
         parts += [Text(), Text(f"Kernels: {kernels}", style="dim")]
     return Group(*parts)
+
+
+def _render_ram(ram: Mapping[str, Any]) -> RenderableType:
+    """What each job of fitting was resident with, predicted and measured, beside the cap."""
+    table = _table(f"Fitting it, resident, within {format_size(ram['cap_nbytes'])}")
+    for name in ("", "predicted", "measured", "of it files", "error"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, job in ram["jobs"].items():
+        told, found = job["predicted_nbytes"], job["measured_nbytes"]
+        if found is None:
+            table.add_row(name, format_size(told), "", "", "")
+            continue
+        error = f"{100 * (told / found - 1):+.2f} %"
+        table.add_row(name, format_size(told), format_size(found), format_size(job["file_backed_nbytes"]), error)
+    thrift = ram.get("thrift")
+    lines: list[RenderableType] = [table]
+    if thrift is not None:
+        held = "held" if thrift["hold"] else "read for each use"
+        states = "in files" if thrift["spill"] else "in memory"
+        lines.append(Text(f"{thrift['batch']} windows at once, weights {held}, states between blocks {states}"))
+    return Group(*lines)
 
 
 def _table(title: str, *, header: bool = True) -> Table:

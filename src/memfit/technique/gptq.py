@@ -31,14 +31,17 @@ from memfit.packed.levels import scale_values
 from memfit.packed.scheme import Scheme
 
 from .float_values import Grid
+from .in_place import cholesky_in_place, permute_both, turn_around
 from .quantize import Quantized, quantize
 
 DAMPING: Final = 0.01
 """Of mean(diag H), unless H needs more."""
 _COLUMNS: Final = 128
 """Columns whose errors are spread one at a time; those of earlier blocks come by one product."""
-_ROWS: Final = 1024
-"""Rows of a block: its B columns stay in the second-level cache."""
+_STRIP: Final = 16
+"""Columns of those whose errors go to each other as they come: few, so that they stay in the second-level cache."""
+_ROWS: Final = 2048
+"""Rows that are worked on at once: enough that a column's vectors take longer than their calls."""
 _RAISED_BY: Final = 10.0
 _MOST_DAMPING: Final = 1.0
 
@@ -91,12 +94,15 @@ class Factor:
     damping: float
 
 
-def factor(hessian: Tensor, *, damping: float = DAMPING) -> Factor:
+def factor(hessian: Tensor, *, damping: float = DAMPING, overwrite: bool = False) -> Factor:
     """R of H + damping · mean(diag H) · I = R Rᵀ, in the order that columns are taken in.
 
+    Beside one matrix [K, K] it takes some blocks of it.
+
     Args:
-        hessian: E[x xᵀ] [K, K], symmetric; not changed.
+        hessian: E[x xᵀ] [K, K], symmetric.
         damping: raised tenfold at a time, up to 1, where H is not positive definite with it.
+        overwrite: whether R may be made in H's own memory; else H is not changed.
 
     Raises:
         ValueError: H is not square, not finite, has a negative diagonal, or no damping makes it positive definite.
@@ -104,7 +110,7 @@ def factor(hessian: Tensor, *, damping: float = DAMPING) -> Factor:
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ValueError(f"a Hessian is [K, K], got shape {tuple(hessian.shape)}")
     wide = _wide(hessian.dtype)
-    diagonal = hessian.diagonal().to(wide)
+    diagonal = hessian.diagonal().to(wide, copy=True)
     real = not is_fake(hessian)
     low, high = hessian.aminmax()  # of NaN both are NaN; and no copy, as `isfinite` makes
     if real and not (bool((high - low).isfinite()) and bool(diagonal.amin() >= 0)):
@@ -114,25 +120,23 @@ def factor(hessian: Tensor, *, damping: float = DAMPING) -> Factor:
     if real and not bool(mean > 0):
         raise ValueError("the Hessian is 0: no input was ever anything else. Calibrate on other text.")
     order = diagonal.argsort(descending=True, stable=True)
-    turned = order.flip(0)
-    while True:
-        # H = R Rᵀ with R upper: the lower factor of H with rows and columns turned around, turned back.
-        ordered = hessian.to(wide).index_select(0, turned).index_select(1, turned)
-        ordered.diagonal().add_(damping * mean)
-        ordered, failed = torch.linalg.cholesky_ex(ordered)
-        if not real or int(failed) == 0:
-            break
+    # H = R Rᵀ with R upper: the lower factor of H with rows and columns turned around, turned back.
+    made = hessian if overwrite and hessian.dtype == wide else hessian.to(wide, copy=True)
+    permute_both(made, order.flip(0))
+    turned = made.diagonal().clone()
+    while not cholesky_in_place(made, turned + damping * mean):
         if damping * _RAISED_BY > _MOST_DAMPING:
             raise ValueError(f"the Hessian is not positive definite, with {damping:g} of its mean diagonal added too")
         damping *= _RAISED_BY
-    coupling = ordered.flip(0, 1)
-    own = coupling.diagonal().clone()
-    coupling.div_(own)
-    return Factor(order, coupling, own.square_(), diagonal, dead, damping)
+    made.tril_()
+    turn_around(made)
+    own = made.diagonal().clone()
+    made.div_(own)
+    return Factor(order, made, own.square_(), diagonal, dead, damping)
 
 
 @torch.no_grad()
-def corrected(weight: Tensor, moved: Tensor, made: Factor) -> Tensor:
+def corrected(weight: Tensor, moved: Tensor, made: Factor, *, rows: int = _ROWS) -> Tensor:
     """W′ [N, K] = W + D H⁻¹ in fp32 (fp64 if H is): the weight that gives for x̂ what W [N, K] gave for x.
 
     It minimises E‖W x − W′ x̂‖² + λ ‖W′ − W‖², λ the damping that `made` was made with.
@@ -140,15 +144,24 @@ def corrected(weight: Tensor, moved: Tensor, made: Factor) -> Tensor:
     Args:
         moved: D = W E[(x − x̂) x̂ᵀ] [N, K]; is overwritten.
         made: of H = E[x̂ x̂ᵀ].
+        rows: worked on at once.
     """
-    coupling = made.coupling
-    turned = moved.to(coupling.dtype).index_select(1, made.order)
-    # H = M diag(r) Mᵀ in that order: D H⁻¹ = D M⁻ᵀ diag(1/r) M⁻¹.
-    solve = torch.linalg.solve_triangular
-    turned = solve(coupling.t(), turned, upper=False, left=False, unitriangular=True).div_(made.weights)
-    turned = solve(coupling, turned, upper=True, left=False, unitriangular=True)
-    out = moved if moved.dtype == turned.dtype else torch.empty_like(turned)
-    return out.index_copy_(1, made.order, turned).add_(weight)
+    out = moved if moved.dtype == made.coupling.dtype else torch.empty(moved.shape, dtype=made.coupling.dtype)
+    for start in blocks_to_run(range(0, moved.shape[0], rows)):
+        part = slice(start, start + rows)
+        turned = moved[part].to(out.dtype).index_select(1, made.order)
+        # H = M diag(r) Mᵀ in that order: D H⁻¹ = D M⁻ᵀ diag(1/r) M⁻¹.
+        turned = _solved(made.coupling.t(), turned, upper=False).div_(made.weights)
+        turned = _solved(made.coupling, turned, upper=True)
+        out[part].index_copy_(1, made.order, turned).add_(weight[part])
+        del turned
+    return out
+
+
+def _solved(triangle: Tensor, right: Tensor, *, upper: bool) -> Tensor:
+    """X with X · triangle = right [R, K], the triangle's diagonal taken as 1."""
+    solved: Tensor = torch.linalg.solve_triangular(triangle, right, upper=upper, left=False, unitriangular=True)
+    return solved
 
 
 @torch.no_grad()
@@ -166,7 +179,7 @@ def agreement(first: Tensor, second: Tensor, made: Factor) -> float:
     def measured(half: Tensor) -> Tensor:
         """Z with Z Zᵀ = D H⁻¹ Dᵀ."""
         ordered = half.to(across.dtype).index_select(1, made.order)
-        solved: Tensor = torch.linalg.solve_triangular(across, ordered, upper=False, left=False, unitriangular=True)
+        solved = _solved(across, ordered, upper=False)
         return solved.div_(weights)
 
     one, two = measured(first), measured(second)
@@ -182,8 +195,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, hessian: "Tensor | Factor", scheme: Scheme, *, damping: float = DAMPING, block: int = _COLUMNS
-) -> Compensated:
+    weight: Tensor, hessian: "Tensor | Factor", scheme: Scheme, *, damping: float = DAMPING, block: int = _COLUMNS,
+    rows: int | None = None,
+) -> Compensated:  # fmt: skip
     """The integers of weight [N, K] for inputs with E[x xᵀ] = `hessian`: scales as searched, values by GPTQ.
 
     Args:
@@ -191,6 +205,7 @@ def gptq(
         hessian: H [K, K], or what `factor` made of it, for all weights that read the same inputs.
         damping: see `factor`; of no use with a factor.
         block: columns whose errors are spread one at a time.
+        rows: worked on at once; None: `_ROWS`. No row depends on another.
 
     Raises:
         ValueError: as `quantize` and `factor` do; a Hessian of another width.
@@ -203,41 +218,53 @@ def gptq(
     group_of = torch.arange(weight.shape[1], device=weight.device).div_(
         weight.shape[1] // found.scale.shape[1], rounding_mode="floor"
     )
-    for start in blocks_to_run(range(0, weight.shape[0], _ROWS)):
-        rows = slice(start, min(start + _ROWS, weight.shape[0]))
-        errors[rows] = _compensate(weight, found, made, group_of[made.order], rows, block)
+    step = rows or _ROWS
+    for start in blocks_to_run(range(0, weight.shape[0], step)):
+        part = slice(start, min(start + step, weight.shape[0]))
+        errors[part] = _compensate(weight, found, made, group_of[made.order], part, block)
     return Compensated(quantized=found, damping=made.damping, error=errors)
 
 
 def _compensate(weight: Tensor, found: Quantized, made: Factor, group_K: Tensor, rows: slice, block: int) -> Tensor:
-    """Choose q of some rows anew, in place; their errors [R]."""
+    """Choose q of some rows anew, in place; their errors [R].
+
+    Errors of earlier blocks of columns come by one product, those of earlier strips of the block by another; column by
+    column only a strip's are spread, in vectors over all rows that stay in the cache.
+    """
     wide, order = made.coupling.dtype, made.order
-    w_KR = weight[rows].to(wide).t().index_select(0, order)
+    w_KR = weight[rows].to(wide).index_select(1, order).t().contiguous()
     w_KR.masked_fill_(made.dead[order].unsqueeze(1), 0.0)
     scale_GR = scale_values(found.scale[rows]).to(wide).t().contiguous()
     zero_GR = None if found.zero is None else found.zero[rows].to(wide).t().contiguous()
     choose = _chooser(found, wide)
     columns, width = w_KR.shape
-    d_KR = torch.empty_like(w_KR)
     q_KR = torch.empty(columns, width, dtype=torch.int8, device=weight.device)
     error = torch.zeros(width, dtype=wide, device=weight.device)
-    level, read = torch.empty_like(error), torch.empty_like(error)
+    level_BR, read_BR = (torch.empty(min(block, columns), width, dtype=wide) for _ in range(2))
+    stored_R = torch.empty(width, dtype=torch.bfloat16)
     for first in blocks_to_run(range(0, columns, block)):
-        part = slice(first, min(first + block, columns))
-        near = made.coupling[part, part]
-        t_BR = w_KR[part].clone()
-        t_BR.addmm_(made.coupling[:first, part].t(), d_KR[:first])
-        groups = group_K[part]
+        last = min(first + block, columns)
+        near = made.coupling[first:last, first:last]
+        # What is done of w holds d = w − ŵ.
+        t_BR = torch.addmm(w_KR[first:last], made.coupling[:first, first:last].t(), w_KR[:first])
+        groups = group_K[first:last]
         s_BR = scale_GR.index_select(0, groups)
         z_BR = None if zero_GR is None else zero_GR.index_select(0, groups)
-        for j in blocks_to_run(range(t_BR.shape[0])):
-            choose(t_BR[j], s_BR[j], None if z_BR is None else z_BR[j], level, read)
-            q_KR[first + j].copy_(level)
-            stored = read.to(torch.bfloat16)
-            off = torch.sub(t_BR[j], stored)
-            error.addcmul_(off.square_(), made.weights[first + j])
-            d = torch.sub(w_KR[first + j], stored, out=d_KR[first + j])
-            t_BR[j + 1 :].addr_(near[j, j + 1 :], d)
+        for strip in blocks_to_run(range(0, last - first, _STRIP)):
+            end = min(strip + _STRIP, last - first)
+            t_BR[strip:end].addmm_(near[:strip, strip:end].t(), w_KR[first : first + strip])
+            for j in blocks_to_run(range(strip, end)):
+                level, read, d = level_BR[j], read_BR[j], w_KR[first + j]
+                choose(t_BR[j], s_BR[j], None if z_BR is None else z_BR[j], level, read)
+                read.copy_(stored_R.copy_(read))
+                d.sub_(read)
+                if j + 1 < end:
+                    t_BR[j + 1 : end].addr_(near[j, j + 1 : end], d)
+        q_KR[first:last].copy_(level_BR[: last - first])
+        t_BR.sub_(read_BR[: last - first]).square_()
+        error.addmv_(t_BR.t(), made.weights[first:last])
+        del t_BR, s_BR, z_BR
+    del w_KR, level_BR, read_BR
     q_NK = torch.empty_like(q_KR)
     q_NK.index_copy_(0, order, q_KR)
     found.q[rows].copy_(q_NK.t())

@@ -182,6 +182,9 @@ class _Steps:
     def holds(self, kind: Kind, module: str, tensor: Tensor) -> None:
         self.watch.holds(kind, module, tensor)
 
+    def on_disk(self, tensor: Tensor) -> None:
+        self.watch.on_disk(tensor)
+
 
 def train_step(
     model: nn.Module,

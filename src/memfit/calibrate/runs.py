@@ -1,0 +1,93 @@
+"""A block's call for all windows of a text, some windows at a time.
+
+Legend of shapes: W windows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from memfit.packed.fake import blocks_to_run
+
+from .spill import Spill
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block was called with, for all windows."""
+
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    windows: int
+    spill: Spill
+    """Where what the block gives goes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A block's call for the windows from `start` to `stop`, `batch` of them at a time."""
+
+    call: Call
+    start: int
+    stop: int
+    batch: int
+
+    def halves(self) -> "list[Run]":
+        """Two runs of half of the windows each; this one alone if there is but one window."""
+        middle = self.start + (self.stop - self.start) // 2
+        bounds = [(self.start, middle), (middle, self.stop)]
+        return [replace(self, start=first, stop=last) for first, last in bounds if last > first]
+
+    def parts(self) -> Iterator[Callable[[], Any]]:
+        """The call for each of the parts."""
+        leaves, spec = tree_flatten((self.call.args, dict(self.call.kwargs)))
+        for rows in blocks_to_run(self._rows()):
+            mine = [
+                self.call.spill.rows(leaf, rows) if _of_windows(leaf, self.call.windows) else leaf for leaf in leaves
+            ]
+            args, kwargs = tree_unflatten(mine, spec)
+            del mine
+            yield lambda args=args, kwargs=kwargs: self.call.forward(*args, **kwargs)  # type: ignore[misc]
+            del args, kwargs
+
+    def first(self) -> Any:
+        """The call for the first part alone."""
+        return next(self.parts())()
+
+    def whole(self, before: Any = None) -> Any:
+        """What the call gives, with room for all windows; into what another run gave `before`, if it is given."""
+        rows, windows, spill = self._rows(), self.call.windows, self.call.spill
+        joined: list[Any] = []
+        if before is not None:
+            joined, spec = tree_flatten(before)
+        for part, run in zip(blocks_to_run(rows), self.parts(), strict=True):
+            leaves, spec = tree_flatten(run())
+            del run
+            if not joined:
+                # What has no row for each window is the same for all of them, as T5's position bias.
+                joined = [
+                    spill.empty((windows, *leaf.shape[1:]), leaf.dtype) if _of_windows(leaf, _count(part)) else leaf
+                    for leaf in leaves
+                ]
+            for whole, leaf in zip(joined, leaves, strict=True):
+                if whole is not leaf and _of_windows(leaf, _count(part)):
+                    whole[part] = leaf
+                    spill.let_go(whole)
+            del leaves
+        return tree_unflatten(joined, spec)
+
+    def _rows(self) -> list[slice]:
+        starts = range(self.start, self.stop, self.batch)
+        return [slice(start, min(start + self.batch, self.stop)) for start in starts]
+
+
+def _count(rows: slice) -> int:
+    return int(rows.stop - rows.start)
+
+
+def _of_windows(leaf: Any, windows: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == windows

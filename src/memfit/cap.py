@@ -1,0 +1,228 @@
+"""Fitting within a cap on resident memory (`--ram`): what each job will hold, and the fastest way that keeps to it.
+
+A job's process is resident with what it holds when it is idle, which a process like it is asked for; with code that
+oneDNN makes for each shape of a product; and with what the job's dry run tells, heap included.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from memfit.account.account import Account
+from memfit.account.outside import with_outside
+from memfit.compensate import Thrift
+from memfit.errors import DoesNotFit
+from memfit.format.resume import WorkDirectory
+from memfit.plan.plan import Plan
+from memfit.planning import uniform_plan
+from memfit.source.source import Source
+from memfit.steps import (
+    Algorithm,
+    predict_calibrating,
+    predict_choosing,
+    predict_compressing,
+    reads_statistics,
+    windows_of,
+)
+from memfit.study import Study
+from memfit.units import format_size
+from memfit.worker import run_job
+
+_SHARE: Final = 0.03
+_NBYTES: Final = 24 << 20
+"""What a job may take beyond its prediction: a share of that, and holes in the heap."""
+_BATCHES: Final = (4, 2, 1)
+"""Windows that calibration runs at once."""
+_FEW_ROWS: Final = 256
+_ANY: Final = 1 << 62
+"""A budget that everything is within."""
+
+
+@dataclass(kw_only=True)
+class Cap:
+    """A cap, what an idle process holds of it, and the jobs that were found to keep to it."""
+
+    nbytes: int
+    idle_nbytes: int
+    kernel_nbytes: int
+    predicted: dict[str, Account] = field(default_factory=dict)
+    """By job, with the resident peak."""
+    measured: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By job: `peak` and `file` of the process, resident bytes."""
+    ways: dict[str, Any] = field(default_factory=dict)
+    """By job, how it keeps to the cap: a `Thrift`, or windows at once."""
+
+    def needed_nbytes(self, account: Account) -> int:
+        """The smallest cap under which a job with this prediction is run."""
+        own = self.resident(account).resident_nbytes or 0
+        return own + int(_SHARE * (own - self.idle_nbytes)) + _NBYTES
+
+    def resident(self, account: Account) -> Account:
+        """The prediction with the resident peak of its process."""
+        outside = self.idle_nbytes + self.kernel_nbytes * account.kernels + account.heap_nbytes
+        return with_outside(account, outside)
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What a job is told, to keep to the cap and to be held to it."""
+        way = self.ways.get(name)
+        how = {"thrift": way.to_json()} if isinstance(way, Thrift) else {"batch": way} if way else {}
+        return {"ram_nbytes": self.nbytes} | how
+
+    def kept(self) -> dict[str, Any]:
+        """All that was found, as JSON for `of_kept`."""
+        ways = {name: way.to_json() if isinstance(way, Thrift) else way for name, way in self.ways.items()}
+        predicted = {name: account.to_json() for name, account in self.predicted.items()}
+        return {
+            "nbytes": self.nbytes, "idle_nbytes": self.idle_nbytes, "kernel_nbytes": self.kernel_nbytes,
+            "predicted": predicted, "ways": ways,
+        }  # fmt: skip
+
+    @classmethod
+    def of_kept(cls, data: dict[str, Any]) -> "Cap":
+        ways = {name: Thrift(**way) if isinstance(way, dict) else way for name, way in data["ways"].items()}
+        predicted = {name: Account.from_json(account) for name, account in data["predicted"].items()}
+        return cls(**data | {"predicted": predicted, "ways": ways})
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report: by job, predicted and measured resident peak; of it pages of files."""
+        jobs = {
+            name: {
+                "predicted_nbytes": account.resident_nbytes,
+                "measured_nbytes": self.measured.get(name, {}).get("peak"),
+                "file_backed_nbytes": self.measured.get(name, {}).get("file"),
+            }
+            for name, account in self.predicted.items()
+        }
+        return {
+            "cap_nbytes": self.nbytes,
+            "idle_nbytes": self.idle_nbytes,
+            "thrift": self.ways["choose"].to_json() if "choose" in self.ways else None,
+            "jobs": jobs,
+        }
+
+
+def cap_of(nbytes: int, job: Mapping[str, Any]) -> Cap:
+    """The cap for jobs like this one: asks a process of their kind what it holds before it begins."""
+    found = run_job({"do": "idle"} | {key: job[key] for key in ("model", "threads")})
+    return Cap(nbytes=nbytes, idle_nbytes=found["now"], kernel_nbytes=found["kernel_nbytes"])
+
+
+def cap_of_jobs(
+    work: WorkDirectory, nbytes: int, study: Study, given: Plan | None, job: dict[str, Any], original: Account,
+    algorithm: Algorithm, *, uniform: bool,
+) -> tuple[Cap, dict[str, Any]]:  # fmt: skip
+    """The cap, and the job of calibration that keeps to it; with `wanted` false where nothing would read what it finds.
+
+    The plan is not chosen yet, and what its jobs take hardly depends on it: what could not be done by any is refused
+    here, before hours go into calibration. What was found is kept for a run that is stopped: other ways to the same
+    integers differ by the rounding of sums.
+
+    Raises:
+        DoesNotFit: see `keep`.
+    """
+
+    def find() -> dict[str, Any]:
+        source, plan = study.source, given or uniform_plan(study, _ANY)
+        cap = cap_of(nbytes, job)
+        # The original answers with all its weights in memory, or not at all.
+        asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
+        wanted = not uniform or reads_statistics(source, plan, algorithm) or asks
+        # Prices of a plan in one setting would decide nothing.
+        changes: dict[str, Any] = {"reference": asks, "wanted": wanted}
+        if uniform and study.allowed.activations == 16:  # else what calibration finds of norms is wanted
+            changes["allowed"] = None
+        keep(cap, source, plan, job | changes, algorithm, calibrates=wanted)
+        return {"cap": cap.kept(), "changes": changes | (cap.told("calibrate") if wanted else {})}
+
+    found = work.once("cap", find)
+    return Cap.of_kept(found["cap"]), job | found["changes"]
+
+
+def keep_as_planned(
+    work: WorkDirectory, cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm
+) -> Account:
+    """Find how the jobs of the plan that was chosen keep to the cap; one account of them all.
+
+    Raises:
+        DoesNotFit: see `keep`.
+    """
+
+    def find() -> dict[str, Any]:
+        keep(cap, source, plan, job, algorithm, calibrates=False)
+        return cap.kept()
+
+    found = Cap.of_kept(work.once("cap-as-planned", find))
+    cap.predicted, cap.ways = found.predicted, found.ways
+    made = list(cap.predicted.values())
+    return replace(
+        made[0],
+        phases=tuple(phase for account in made for phase in account.phases),
+        entries=tuple(entry for account in made for entry in account.entries if entry.kind != "outside"),
+        resident_nbytes=max(account.resident_nbytes or 0 for account in made),
+        outside_nbytes=None,
+    )
+
+
+def keep(cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm, *, calibrates: bool) -> None:
+    """Find how each job keeps to the cap, the fastest way first.
+
+    Args:
+        calibrates: whether there is a calibration still to be run.
+
+    Raises:
+        DoesNotFit: one of them cannot; told is the smallest cap for all.
+    """
+    refusals: list[DoesNotFit] = []
+    jobs: dict[str, Callable[[], Iterator[tuple[Account, Any]]]] = {
+        "compress": lambda: iter([(predict_compressing(source, plan, job, algorithm=algorithm), None)])
+    }
+    if algorithm == "gptq":
+        jobs["choose"] = lambda: _choosing(source, plan, job)
+    if calibrates:
+        jobs["calibrate"] = lambda: _calibrating(source, job)
+    for name, ways in jobs.items():
+        try:
+            cap.predicted[name], cap.ways[name] = _first_that_keeps(cap, name, ways())
+        except DoesNotFit as refusal:
+            refusals.append(refusal)
+    if refusals:
+        raise max(refusals, key=lambda refusal: refusal.smallest_nbytes)
+
+
+def _first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) -> tuple[Account, Any]:
+    least: Account | None = None
+    for account, way in ways:
+        if cap.needed_nbytes(account) <= cap.nbytes:
+            return cap.resident(account), way
+        if least is None or cap.needed_nbytes(account) < cap.needed_nbytes(least):
+            least = account
+    assert least is not None, "there is always a way to try"
+    needed = cap.needed_nbytes(least)
+    raise DoesNotFit(
+        f"{format_size(cap.nbytes)} allowed (--ram), {format_size(needed)} needed at the least to {job} "
+        f"({format_size(cap.idle_nbytes)} of it Python and its libraries, {format_size(least.peak_nbytes)} tensors). "
+        f"The smallest cap that works is {needed} bytes.",
+        smallest_nbytes=needed,
+    )
+
+
+def _calibrating(source: Source, job: dict[str, Any]) -> Iterator[tuple[Account, Any]]:
+    for batch in _BATCHES:
+        yield predict_calibrating(source, job | {"batch": batch}), batch
+
+
+def _choosing(source: Source, plan: Plan, job: dict[str, Any]) -> Iterator[tuple[Account, Any]]:
+    windows = windows_of(job)
+    assert windows is not None, "GPTQ has a text"
+    for thrift in _ways(windows.shape[0]):
+        yield predict_choosing(source, plan, windows.shape, thrift), thrift
+
+
+def _ways(windows: int) -> Iterator[Thrift]:
+    """From the fastest to the one that holds least."""
+    most = min(windows, 16)
+    yield Thrift(batch=most)
+    yield Thrift(batch=min(most, 4))
+    yield Thrift(batch=min(most, 4), spill=True)
+    yield Thrift(batch=min(most, 4), spill=True, hold=False)
+    yield Thrift(batch=1, spill=True, hold=False, rows=_FEW_ROWS)

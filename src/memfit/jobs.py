@@ -1,0 +1,378 @@
+"""The jobs that take a model's bytes: each a function from what it is told to what it found, both as JSON.
+
+`worker.py` runs them, each in a fresh process.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from memfit.limits import RUNTIME_NBYTES, limited
+
+SMOOTHING: Final = "smoothing.safetensors"
+"""In the work directory: how the model's norms were smoothed."""
+
+
+@contextmanager
+def within(job: dict[str, Any]) -> Iterator[None]:
+    """Inside, this process may become resident with the job's `ram_nbytes` at the most: what it may take more of
+    private memory is that less what is resident now (setrlimit(2), RLIMIT_DATA). Without that, as much as it likes."""
+    if "ram_nbytes" not in job:
+        yield
+        return
+    from memfit.account.meter import resident_nbytes
+
+    _warm(job)
+    with limited(max(0, job["ram_nbytes"] - resident_nbytes()["now"]), runtime_nbytes=0):
+        yield
+
+
+def _warm(job: dict[str, Any]) -> None:
+    """Bring in what every job of fitting brings in: the model's classes, libraries' code and buffers."""
+    import torch
+
+    from memfit.account.meter import trim
+    from memfit.calibrate.stream import Streamed
+    from memfit.compensate import compensate  # noqa: F401
+    from memfit.source.source import open_source
+    from memfit.technique.gptq import Factor, corrected, factor
+
+    Streamed(open_source(job["model"]))
+    x = torch.randn(512, 1024)
+    made: Factor = factor(x.t() @ x, overwrite=True)
+    corrected(x, x.clone(), made)
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.ones(1, 4, 256, 64, dtype=dtype)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        x.to(dtype).matmul(torch.ones(1024, 1024, dtype=dtype))
+    del x, made, q
+    trim()
+
+
+def _watch(job: dict[str, Any]) -> Any:
+    """A meter; under a cap none, as its records of every allocation would be most of what is resident."""
+    from memfit.account.meter import Meter
+    from memfit.account.watch import Unwatched
+
+    return Unwatched() if "ram_nbytes" in job else Meter()
+
+
+def _seen(watch: Any) -> dict[str, Any]:
+    """What a job of fitting took: the account, if there was a meter, and the process's resident bytes."""
+    from memfit.account.meter import Meter, resident_nbytes
+
+    resident = resident_nbytes()
+    if not isinstance(watch, Meter):
+        return {"account": None, "resident": resident}
+    return {"account": replace(watch.account(), resident_nbytes=resident["peak"]).to_json(), "resident": resident}
+
+
+def _idle(job: dict[str, Any]) -> dict[str, Any]:
+    """What a job of fitting holds before it begins, and what each shape of a product adds."""
+    from memfit.account.meter import resident_nbytes
+
+    _prepare(job)
+    _warm(job)
+    return resident_nbytes() | {"kernel_nbytes": _kernel_nbytes(job)["nbytes"]}
+
+
+def _prepare(job: dict[str, Any]) -> None:
+    """Threads as asked, their pool started and the kernels' libraries in memory: no part of any model."""
+    import torch
+
+    torch.manual_seed(0)
+    if job.get("threads"):
+        torch.set_num_threads(job["threads"])
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.ones(64, 64, dtype=dtype).matmul(torch.ones(64, 64, dtype=dtype))
+
+
+def _measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Run a task twice: once for the resident peak, once for the allocator's events."""
+    return _measured(job)[0]
+
+
+def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    from memfit.account.dry_run import hold_model
+    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.outside import with_outside
+    from memfit.account.watch import Unwatched
+    from memfit.models import load_model, load_to_train, loader_for
+    from memfit.task.infer import Infer
+    from memfit.train.task import Train
+
+    _prepare(job)
+    told = {name: value for name, value in job["task"].items() if name != "task"}
+    task = Train.from_json(told) if job["task"].get("task") == "train" else Infer(**told)
+    source = loader_for(job["model"])
+
+    def load() -> Any:
+        if isinstance(task, Train):
+            return load_to_train(source, task.recipe)
+        return load_model(source, dtype=job.get("dtype"))
+
+    reset_resident_peak()
+    with limited(job.get("enforce_nbytes"), runtime_nbytes=job.get("runtime_nbytes", RUNTIME_NBYTES)):
+        model = load()
+        loaded = resident_nbytes()
+        task.run(model, Unwatched())
+    resident = resident_nbytes()
+    del model
+    reset_resident_peak()
+    meter = Meter()
+    with meter.phase("load"):
+        model = load()
+        hold_model(model, meter)
+    task.run(model, meter)
+    account = replace(meter.account(), file_backed_nbytes=resident["file"])
+    account = with_outside(account, max(0, resident["peak"] - account.peak_nbytes))
+    return {"account": account.to_json(), "resident": resident, "resident_after_load": loaded}, model
+
+
+def _account(meter: Any) -> dict[str, Any]:
+    """What the meter has counted, and this process's resident peak."""
+    from memfit.account.meter import resident_nbytes
+
+    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    found: dict[str, Any] = account.to_json()
+    return found
+
+
+def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
+    """Statistics into the work directory, prices into the answer; if asked, the original's own answers."""
+    from memfit.account.meter import reset_resident_peak
+    from memfit.compress import calibrate, priced_by
+    from memfit.plan.allowed import Allowed
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    source = open_source(job["model"])
+    watch = _watch(job)
+    with within(job):
+        reset_resident_peak()
+        with watch.phase("calibrate"):
+            text = _windows(job)
+        found = calibrate(
+            source,
+            None if text is None else text["calibration"],
+            None if job["allowed"] is None else Allowed.from_json(job["allowed"]),
+            batch=job["batch"],
+            watch=watch,
+        )
+        seen = _seen(watch)
+    if found.statistics is not None:
+        found.statistics.save(Path(job["work"]) / "statistics.safetensors")
+        found.smoothing.save(Path(job["work"]) / SMOOTHING)
+    answer: dict[str, Any] = seen | {
+        "prices": [[name, scheme.to_json(), price] for (name, scheme), price in found.prices.items()],
+        "kv_prices": list(found.kv_prices.items()),
+        "priced_by": priced_by(source, found.statistics),
+        "smoothed": found.smoothing.told(),
+    }
+    del found
+    return answer | (_reference(job) if job["reference"] else {})
+
+
+def _reference(job: dict[str, Any]) -> dict[str, Any]:
+    """Record the original's logits on the evaluation text, and time it."""
+    import torch
+
+    from memfit.evaluate.divergence import record_logits
+    from memfit.evaluate.speed import measure_speed
+    from memfit.models import load_model, loader_for
+
+    _prepare(job)
+    model = load_model(loader_for(job["model"]), dtype=torch.bfloat16)
+    text = _windows(job)
+    if text is not None:
+        record_logits(model, text["evaluation"], Path(job["work"]) / "logits")
+    return {"speed": measure_speed(model, **job["task"]).to_json()}
+
+
+def _choose(job: dict[str, Any]) -> dict[str, Any]:
+    """Integers into the work directory, a directory a block: those that a stopped run has left are kept."""
+    from memfit.account.meter import reset_resident_peak
+    from memfit.calibrate.statistics import Statistics
+    from memfit.compensate import Thrift
+    from memfit.compress import choose_integers
+    from memfit.format.integers import Integers
+    from memfit.plan.plan import read_plan
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    work = Path(job["work"])
+    source, plan = open_source(job["model"]), read_plan(work / "plan.json")
+    integers, watch, file = Integers(Path(job["integers"])), _watch(job), work / "statistics.safetensors"
+    thrift = Thrift(**job["thrift"]) if job.get("thrift") else None
+    with within(job):
+        reset_resident_peak()
+        with watch.phase("compensate"):
+            source = _smoothed(source, work)
+            statistics = Statistics.read(file) if file.exists() else None
+            windows = _windows(job)["calibration"]
+        choose_integers(source, plan, statistics, windows, integers, watch=watch, thrift=thrift, scratch=work)
+        return _seen(watch) | {"damping": integers.damping}
+
+
+def _gguf(job: dict[str, Any]) -> dict[str, Any]:
+    """A GGUF file, its errors weighed by the statistics in the work directory, if there are any."""
+    from memfit.account.meter import Meter, reset_resident_peak
+    from memfit.calibrate.statistics import Statistics
+    from memfit.format.gguf import write_gguf
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    file, meter = Path(job["work"]) / "statistics.safetensors", Meter()
+    reset_resident_peak()
+    with meter.phase("read"):
+        found = Statistics.read(file).moments if file.exists() else {}
+        importance = {name: moments.inputs for name, moments in found.items()}
+        del found
+        text = _windows(job)
+    tensors = write_gguf(
+        open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
+        windows_WT=None if text is None else text["calibration"], watch=meter, overwrite=job["overwrite"],
+    )  # fmt: skip
+    account = _account(meter)
+    kinds = Counter(tensor.kind for tensor in tensors)
+    return {"account": account, "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
+
+
+def _onnx(job: dict[str, Any]) -> dict[str, Any]:
+    """A fitted directory as ONNX, into another one."""
+    from dataclasses import asdict
+
+    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.format.onnx import write_onnx
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    meter = Meter()
+    reset_resident_peak()
+    made = write_onnx(open_source(job["model"]), Path(job["target"]), watch=meter)
+    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
+    return {"account": account.to_json(), "written": asdict(made)}
+
+
+def _onnx_proof(job: dict[str, Any]) -> dict[str, Any]:
+    """What ONNX Runtime makes of a file beside memfit's own answers in float32, and what that takes."""
+    import torch
+
+    from memfit.evaluate.onnx_proof import compare_with_file, float32_answers, measure_file
+    from memfit.models import load_model, loader_for
+    from memfit.packed.wide import widen
+
+    _prepare(job)
+    model = load_model(loader_for(job["model"]), dtype=torch.float32)
+    widen(model)
+    ids, answers = float32_answers(model, _windows(job))
+    del model
+    file, threads = Path(job["file"]), job["threads"] or 1
+    difference = compare_with_file(file, ids, answers, threads=threads)
+    del answers
+    return {"difference": difference} | measure_file(file, job["task"], threads=threads)
+
+
+def _compress(job: dict[str, Any]) -> dict[str, Any]:
+    from memfit.account.meter import reset_resident_peak
+    from memfit.calibrate.statistics import Statistics
+    from memfit.compress import compress
+    from memfit.format.integers import Integers
+    from memfit.plan.plan import read_plan
+    from memfit.source.source import open_source
+
+    _prepare(job)
+    work = Path(job["work"])
+    source, plan = open_source(job["model"]), read_plan(work / "plan.json")
+    file = work / "statistics.safetensors"
+    watch = _watch(job)
+    with within(job):
+        reset_resident_peak()
+        statistics = None
+        with watch.phase("compress"):
+            source = _smoothed(source, work)
+            if file.exists():
+                statistics = Statistics.read(file)
+        integers = Integers(Path(job["integers"])) if job.get("integers") else None
+        output, search = Path(job["output"]), job["search"]
+        files = compress(source, plan, statistics, output, watch=watch, integers=integers, search=search)
+        return _seen(watch) | {"files": files}
+
+
+def _prove(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure a fitted model, then compare it with what the original answered, and time it."""
+    from collections import Counter
+
+    from memfit.evaluate.divergence import compare_logits
+    from memfit.evaluate.speed import measure_speed
+    from memfit.packed.modules import packed_modules
+    from memfit.task.infer import maker_of_caches
+
+    answer, model = _measured(job)
+    text = _windows(job)
+    if text is not None:
+        kv_bits = job["task"].get("kv_bits", 16)
+        caches = maker_of_caches(model, kv_bits=kv_bits) if kv_bits < 16 else None
+        quality = compare_logits(Path(job["work"]) / "logits", model, text["evaluation"], make_cache=caches)
+        answer["quality"] = quality.to_json()
+    answer["speed"] = measure_speed(model, **job["task"]).to_json()
+    kernels = Counter(
+        child.kernel
+        for module in packed_modules(model).values()
+        for child in module.children()
+        if getattr(child, "holds_weights", False)
+    )
+    answer["kernels"] = dict(sorted(kernels.items()))
+    return answer
+
+
+def _kernel_nbytes(job: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that stay for each new shape of a 16-bit product: the code that oneDNN makes for it."""
+    import torch
+
+    from memfit.account.meter import resident_nbytes
+
+    _prepare(job)
+    shapes, warm = 48, 8
+    left = torch.ones(shapes + warm, 512, dtype=torch.bfloat16)
+    right = torch.ones(1024, 512, dtype=torch.bfloat16).t()
+    before = 0
+    for rows in range(1, shapes + warm + 1):
+        if rows == warm + 1:
+            before = resident_nbytes()["now"]
+        torch.mm(left[:rows], right)
+    return {"nbytes": max(0, resident_nbytes()["now"] - before) // shapes}
+
+
+def _smoothed(source: Any, work: Path) -> Any:
+    """The source as calibration has smoothed it: what there is of statistics is of that."""
+    from memfit.technique.smoothing import Smoothing
+
+    file = work / SMOOTHING
+    return Smoothing.read(file).of_source(source) if file.exists() else source
+
+
+def _windows(job: dict[str, Any]) -> Any:
+    import torch
+
+    file = Path(job["work"]) / "windows.pt"
+    return torch.load(file, weights_only=True) if file.exists() else None
+
+
+JOBS = {
+    "measure": _measure,
+    "calibrate": _calibrate,
+    "reference": _reference,
+    "choose": _choose,
+    "compress": _compress,
+    "gguf": _gguf,
+    "onnx": _onnx,
+    "onnx_proof": _onnx_proof,
+    "idle": _idle,
+    "prove": _prove,
+    "kernel_nbytes": _kernel_nbytes,
+}
+"""What a job's `do` may be."""

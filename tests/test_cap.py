@@ -1,0 +1,333 @@
+"""Fitting within a cap on resident memory: kept to, told before, refused where nothing keeps to it."""
+
+import errno
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import memfit
+from memfit import demo
+from memfit.account.account import Account, Phase
+from memfit.account.meter import Meter
+from memfit.account.watch import Unwatched
+from memfit.cap import Cap, keep
+from memfit.compensate import Thrift, compensate
+from memfit.compress import compress
+from memfit.errors import DoesNotFit, OverBudget
+from memfit.format.integers import Integers
+from memfit.format.safetensors import TensorSpec, Writer
+from memfit.packed.scheme import Scheme
+from memfit.plan.allowed import Allowed
+from memfit.plan.plan import dumps
+from memfit.planning import uniform_plan
+from memfit.report.terminal import render_report
+from memfit.source.source import open_source
+from memfit.steps import predict_choosing
+from memfit.study import Study
+from memfit.technique.quantize import dequantize, quantize
+
+worker = importlib.import_module("memfit.worker")
+ALLOWED = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("embeddings", "lm_head"))
+TASK = memfit.Infer(prompt=16, new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def model(make_llama) -> Path:
+    return make_llama(hidden_size=128, intermediate_size=448, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def planned(model):
+    study = Study(open_source(model), TASK, ALLOWED)
+    return study.source, uniform_plan(study, 1 << 40)
+
+
+def text(**options) -> memfit.Text:
+    words = demo.heldout_text().read_text(encoding="utf-8")
+    shape = {"length": 48, "calibration_windows": 6, "evaluation_windows": 2}
+    return memfit.Text(calibration=words[:6000], evaluation=words[6000:9000], **shape | options)
+
+
+def test_what_the_fastest_and_the_leanest_way_take_is_predicted(planned, tmp_path: Path) -> None:
+    source, plan = planned
+    ids = torch.randint(0, 200, (6, 48), generator=torch.Generator().manual_seed(0))
+    peaks = []
+    for thrift in (Thrift(batch=6), Thrift(batch=1, spill=True, hold=False, rows=64)):
+        told = predict_choosing(source, plan, torch.Size((6, 48)), thrift)
+        meter, integers = Meter(), Integers(tmp_path / f"integers-{thrift.batch}")
+        compensate(source, ids, plan.schemes(), integers, watch=meter, thrift=thrift, scratch=tmp_path)
+        assert told.peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.02)
+        peaks.append(told.peak_nbytes)
+    assert peaks[1] < 0.8 * peaks[0]
+
+
+def job_of(model: Path, work: Path) -> dict:
+    work.mkdir(exist_ok=True)
+    ids = torch.randint(3, 200, (6, 48), generator=torch.Generator().manual_seed(0))
+    torch.save({"calibration": ids}, work / "windows.pt")
+    return {"model": str(model), "work": str(work), "threads": 1, "allowed": None, "batch": 4}
+
+
+def account(nbytes: int) -> Account:
+    return Account(phases=(Phase(name="all", peak_nbytes=nbytes, end_nbytes=0),), entries=())
+
+
+MIB = 1 << 20
+
+
+def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path, monkeypatch) -> None:
+    source, plan = planned
+    job = job_of(model, tmp_path / "work")
+    room = importlib.import_module("memfit.cap")
+
+    def choosing(source, plan, windows, thrift: Thrift) -> Account:
+        return account((200 + 100 * thrift.batch // windows[0] + 300 * thrift.hold + 100 * (not thrift.spill)) * MIB)
+
+    monkeypatch.setattr(room, "predict_choosing", choosing)
+    monkeypatch.setattr(room, "predict_compressing", lambda *_, **__: account(50 * MIB))
+    monkeypatch.setattr(room, "predict_calibrating", lambda _, job: account(100 * job["batch"] * MIB))
+
+    def kept(nbytes: int) -> Cap:
+        cap = Cap(nbytes=nbytes, idle_nbytes=300 * MIB, kernel_nbytes=MIB)
+        keep(cap, source, plan, job, "gptq", calibrates=True)
+        return Cap.of_kept(json.loads(json.dumps(cap.kept())))
+
+    much = kept(2000 * MIB)
+    assert much.ways == {"choose": Thrift(batch=6), "calibrate": 4, "compress": None}
+    assert much.told("choose") == {"ram_nbytes": 2000 * MIB, "thrift": Thrift(batch=6).to_json()}
+    assert much.told("calibrate") == {"ram_nbytes": 2000 * MIB, "batch": 4}
+    assert much.predicted["choose"].resident_nbytes == 1000 * MIB
+    assert kept(800 * MIB).ways["choose"] == Thrift(batch=4, spill=True, hold=False)
+    with pytest.raises(DoesNotFit, match=r"\(--ram\).*needed at the least to choose.*works is (\d+) bytes") as refused:
+        kept(400 * MIB)
+    least = kept(refused.value.smallest_nbytes)
+    assert least.ways["choose"].batch == 1 and least.ways["calibrate"] == 2
+    with pytest.raises(DoesNotFit, match=str(least.nbytes)):
+        kept(least.nbytes - 1)
+
+
+def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:
+    cap = 1 << 30
+    report = fitted(model, tmp_path / "capped", ram=cap)
+    jobs = report.ram["jobs"]
+    assert set(jobs) == {"choose", "compress"}, "no statistics are read, so none are gathered"
+    for job in jobs.values():
+        assert job["measured_nbytes"] <= cap
+        assert job["predicted_nbytes"] == pytest.approx(job["measured_nbytes"], rel=0.1)
+        assert 0 < job["file_backed_nbytes"] < job["measured_nbytes"]
+    assert report.measured is None and report.quality is None and report.fits
+    assert memfit.Report.from_json(report.to_json()).ram == report.ram
+    assert "resident, within 1.00 GiB" in shown(report)
+
+
+def shown(report: memfit.Report) -> str:
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(render_report(report))
+    return console.export_text()
+
+
+def test_a_cap_below_the_smallest_is_refused_before_anything_is_written(model, tmp_path, monkeypatch) -> None:
+    idle = {"now": 400 << 20, "kernel_nbytes": 1 << 19}
+    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
+    with pytest.raises(DoesNotFit, match=r"1.00 KiB allowed \(--ram\).*works is \d+ bytes") as refused:
+        fitted(model, tmp_path / "out", ram="1KiB")
+    assert refused.value.exit_code == 3 and refused.value.smallest_nbytes > 400 << 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def fitted(model: Path, out: Path, **how) -> memfit.Report:
+    return memfit.fit(
+        model, "100%", out, task=TASK, text=text(), allowed=ALLOWED, uniform=True, measure=False, threads=1, **how
+    )
+
+
+def test_the_system_refuses_what_is_over_the_cap(model, planned, tmp_path) -> None:
+    job = job_of(model, tmp_path / "work")
+    (tmp_path / "work" / "plan.json").write_text(dumps(planned[1]))
+    told = job | {"do": "choose", "integers": str(tmp_path / "work" / "integers"), "ram_nbytes": 200 << 20}
+    with pytest.raises(OverBudget, match=f"enforced {200 << 20} bytes|hard limit of {200 << 20} bytes"):
+        worker.run_job(told | {"thrift": Thrift(batch=6).to_json()})
+
+
+def test_a_quality_gate_needs_a_measurement(model, tmp_path) -> None:
+    with pytest.raises(memfit.UsageError, match="--no-measure"):
+        memfit.fit(model, "100%", tmp_path / "out", text=text(), measure=False, max_kl=0.1)
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["write", "posix_fallocate"])
+def test_a_disk_that_fills_is_told_and_nothing_called_done(call, model, planned, tmp_path, monkeypatch, capsys) -> None:
+    """In the job itself, as the disk of a test cannot be filled."""
+    job = job_of(model, tmp_path / "work")
+    (tmp_path / "work" / "plan.json").write_text(dumps(planned[1]))
+    integers = tmp_path / "work" / "integers"
+    told = job | {"do": "choose", "integers": str(integers), "thrift": Thrift(spill=True).to_json()}
+    monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(told)))
+    monkeypatch.setattr(worker, "_end_with", lambda parent: None)
+    worker.main()
+    said = capsys.readouterr().out
+    assert '"error": "Interrupted"' in said and "the disk is full. Free some space. The output is untouched." in said
+    assert all(path.suffix == ".part" for path in integers.iterdir()), "no block is called done"
+
+
+def test_a_writer_goes_on_after_the_last_whole_tensor(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.arange(n * 7 + 5, dtype=torch.int32) for n in range(9)}
+    specs = [TensorSpec(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
+
+    def write(directory: Path, *, stop: int | None = None) -> tuple:
+        writer = Writer(directory, specs, shard_nbytes=300, resume=True)
+        names = [name for name in tensors if not writer.has(name)]
+        for name in names[:stop]:
+            writer.write(name, tensors[name])
+        if stop is None:
+            writer.__exit__(None, None, None)
+        return writer.shards, names
+
+    (tmp_path / "whole").mkdir()
+    shards, _ = write(tmp_path / "whole")
+    assert len(shards) > 2
+    sizes = [(tmp_path / "whole" / shard.name).stat().st_size for shard in shards]
+    for cut in range(0, sum(sizes), 37):
+        place = tmp_path / f"cut-{cut}"
+        place.mkdir()
+        left = cut
+        for shard, size in zip(shards, sizes, strict=True):
+            if left:
+                content = (tmp_path / "whole" / shard.name).read_bytes()[:left]
+                (place / shard.name).write_bytes(content)
+                left = max(0, left - size)
+        again, names = write(place)
+        assert again == shards
+        assert len(names) < len(tensors) or cut < sizes[0]
+        for file in (tmp_path / "whole").iterdir():
+            assert (place / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_compression_killed_goes_on_to_the_same_bytes(planned, tmp_path: Path, monkeypatch) -> None:
+    source, plan = planned
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for place in (whole, killed):
+        place.mkdir()
+    wanted = compress(source, plan, None, whole, watch=Unwatched(), search=False)
+    count, write = [0], os.write
+
+    class Killed(BaseException):
+        pass
+
+    def dies(descriptor, content):
+        count[0] += 1
+        if count[0] % 9 == 0:
+            write(descriptor, content[: len(content) // 2])
+            raise Killed
+        return write(descriptor, content)
+
+    monkeypatch.setattr(os, "write", dies)
+    kills = 0
+    while True:
+        try:
+            found = compress(source, plan, None, killed, watch=Unwatched(), search=False)
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 2 and found == wanted
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+
+
+def test_a_job_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    """Else the same command, run again after a kill, would meet a job that still writes."""
+    code = (
+        "import os, signal, subprocess, sys\n"
+        "child = 'import os, sys, time; from memfit.worker import _end_with; _end_with(int(sys.argv[1])); "
+        "print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "made = subprocess.Popen([sys.executable, '-c', child, str(os.getpid())], stdout=subprocess.PIPE, text=True)\n"
+        "print(made.stdout.readline(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    child = int(done.stdout)
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the job still runs")
+
+
+def test_a_block_is_done_when_all_its_modules_are_there(tmp_path: Path) -> None:
+    scheme, integers = Scheme(bits=4, group=32), Integers(tmp_path)
+    w = torch.randn(8, 64)
+    integers.add("block", "block.layer", quantize(w + 1, scheme))
+    integers.add("block", "block.layer", made := quantize(w, scheme))
+    assert torch.equal(integers.weight("block.layer", scheme), dequantize(made))
+    assert not integers.holds("block") and "block.layer" in integers
+    integers.finish("block", {"block.layer": 0.1})
+    again = Integers(tmp_path)
+    assert again.holds("block") and again.damping == {"block.layer": 0.1}
+    assert torch.equal(again.weight("block.layer", scheme), integers.weight("block.layer", scheme))
+
+
+CHOOSE_AND_WRITE = """
+from pathlib import Path
+import torch
+from memfit.account.watch import Unwatched
+from memfit.compensate import Thrift, compensate
+from memfit.compress import compress
+from memfit.format.integers import Integers
+from memfit.plan.plan import read_plan
+from memfit.source.source import open_source
+
+torch.set_num_threads(1)
+source, plan, work = open_source({model!r}), read_plan({plan!r}), Path({work!r})
+integers, output = Integers(work / "integers"), work / "written"
+output.mkdir(exist_ok=True)
+ids = torch.randint(0, 200, (6, 48), generator=torch.Generator().manual_seed(0))
+thrift = Thrift(batch=2, spill=True, hold=False)
+compensate(source, ids, plan.schemes(), integers, watch=Unwatched(), thrift=thrift, scratch=work)
+compress(source, plan, None, output, watch=Unwatched(), integers=integers)
+"""
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_bytes(model, planned, tmp_path: Path) -> None:
+    """By SIGKILL, in what the jobs of a fit do; what a process has begun, the next one takes up."""
+    context, chance = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["memfit.compress"])
+    (tmp_path / "plan.json").write_text(dumps(planned[1]))
+
+    def run(name: str, seconds: float | None) -> bool:
+        work = tmp_path / name
+        work.mkdir(exist_ok=True)
+        code = CHOOSE_AND_WRITE.format(model=str(model), plan=str(tmp_path / "plan.json"), work=str(work))
+        process = context.Process(target=exec, args=(code, {}))
+        process.start()
+        process.join(seconds)
+        killed = process.is_alive()
+        process.kill()
+        process.join()
+        assert killed or process.exitcode == 0
+        return killed
+
+    started = time.monotonic()
+    run("whole", None)
+    longest = time.monotonic() - started
+    kills = sum(run("killed", chance.uniform(0.1, 0.9) * longest) for _ in range(6))
+    run("killed", None)
+    whole, again = (tmp_path / name / "written" / "model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == again.read_bytes(), kills
