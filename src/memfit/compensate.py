@@ -5,7 +5,8 @@ through the model as it was (x), the second through what it has become (x̂). Th
 layers are taken in the order of their calls: those that read the same input share one H = E[x̂ x̂ᵀ] and one
 E[(x − x̂) x̂ᵀ], made by running the block as it was and with what is already rounded in it. A layer is to give for x̂
 what it gave for x (`gptq.corrected`), as far as two halves of the text agree on what that takes (`gptq.agreement`).
-Then the block runs on with its new weights, and both are let go.
+Where that is asked for, the block's layers then learn together (`tune`). At last the block runs on with its new
+weights, and both are let go.
 
 Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, S sums of rows with random signs.
 """
@@ -13,14 +14,15 @@ Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, S 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from memfit.account.ledger import Shape
 from memfit.account.structure import structure_of
@@ -36,6 +38,7 @@ from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor, gptq
 from memfit.technique.quantize import Quantized, dequantize, quantize
+from memfit.technique.tune import Learner, Tuning, relative_error, tune
 
 _SUMS: Final = 32
 """Random sums of a weight's rows that stand for all of them in `agreement`."""
@@ -74,6 +77,7 @@ def compensate(
     scratch: Path | None = None,
     importance: Callable[[str], Tensor | None] = lambda _: None,
     damping: float = DAMPING,
+    tuning: Tuning | None = None,
 ) -> None:
     """Choose the integers of every linear layer in the model's blocks, and keep them in `integers`.
 
@@ -86,6 +90,7 @@ def compensate(
         scratch: where files go if it spills.
         importance: of a table's inputs, as it will be rounded with.
         damping: see `gptq.factor`.
+        tuning: how each block's layers learn together, once they are chosen; None: they do not.
 
     Raises:
         ValueError: a layer whose inputs are not finite, or all 0.
@@ -132,13 +137,26 @@ def compensate(
             if isinstance(module, nn.Linear) and (full := f"{name}.{below}") in schemes
         }
         versions = Versions(layers, streamed.weight_of, hold=thrift.hold)
-        with versions.in_place():
-            if layers:
-                _choose(name, versions, was, now, schemes, integers, damping, random, rows=thrift.rows)
-            if not left:
-                raise _AllDone
+        out: Any = None
+
+        def learn(learners: Mapping[str, Learner]) -> dict[str, Quantized]:
+            nonlocal out
+            assert tuning is not None, "only then is anything learned"
             with versions.as_they_were():
                 out = was.whole()
+            return _tuned(learners, versions, now, out, count, tuning, spill)
+
+        with versions.in_place():
+            if layers:
+                _choose(
+                    name, versions, was, now, schemes, integers, damping, random, rows=thrift.rows,
+                    learn=learn if tuning is not None else None,
+                )  # fmt: skip
+            if not left:
+                raise _AllDone
+            if out is None:
+                with versions.as_they_were():
+                    out = was.whole()
             out = now.whole(out)
         if dry:
             known[kind].append(tree_map(_shape, out))
@@ -156,8 +174,12 @@ def compensate(
 def _choose(
     block: str, versions: Versions, was: Run, now: Run, schemes: Mapping[str, Scheme], integers: Integers,
     damping: float, random: torch.Generator, *, rows: int | None,
+    learn: Callable[[Mapping[str, Learner]], dict[str, Quantized]] | None,
 ) -> None:  # fmt: skip
-    """Let a block's layers become what their integers say: those that are kept, or new ones."""
+    """Let a block's layers become what their integers say: those that are kept, or new ones.
+
+    `learn` makes better integers of all of them; until then none is kept.
+    """
 
     def become(name: str) -> None:
         versions.become(name, lambda: integers.weight(name, schemes[name]))
@@ -167,6 +189,7 @@ def _choose(
             become(name)
         return
     used: dict[str, float] = {}
+    learners: dict[str, Learner] = {}
     for stage in _stages(versions.layers, now):
         hessian, moved, halves = _moments(stage, versions, was, now, random)
         made = factor(hessian, damping=damping, overwrite=True)
@@ -174,12 +197,40 @@ def _choose(
         for name in stage:
             share = agreement(*halves[name], made) if name in halves else 0.0
             weight = corrected(versions.was(name), moved.pop(name).mul_(share), made, rows=rows or _ROWS)
-            integers.add(block, name, _rounded(name, weight, made, schemes[name], rows))
+            quantized = _rounded(name, weight, made, schemes[name], rows)
             used[name] = made.damping
-            become(name)
-            del weight
+            if learn is None:
+                integers.add(block, name, quantized)
+                become(name)
+            else:
+                learners[name] = Learner(quantized, weight)
+                versions.become(name, partial(dequantize, quantized))
+            del weight, quantized
         del made
+    if learn is not None:
+        for name, quantized in learn(learners).items():
+            integers.add(block, name, quantized)
+            become(name)
     integers.finish(block, used)
+
+
+def _tuned(
+    learners: Mapping[str, Learner], versions: Versions, now: Run, wanted: Any, count: int, tuning: Tuning, spill: Spill
+) -> dict[str, Quantized]:
+    """The integers of a block's layers after they have learned together to give the first `count` windows of `wanted`;
+    as they were found where that did not bring the output nearer."""
+    target = next(leaf for leaf in tree_leaves(wanted) if isinstance(leaf, Tensor))
+
+    def loss(start: int) -> Tensor:
+        part = replace(now, start=now.start + start, stop=min(now.start + start + now.batch, now.stop))
+        with versions.given({name: learner.weight for name, learner in learners.items()}):
+            out = next(leaf for leaf in tree_leaves(part.first()) if isinstance(leaf, Tensor))
+        return relative_error(out, spill.rows(target, slice(start, start + out.shape[0])))
+
+    before, after = tune(learners, loss, list(range(0, count, now.batch)), tuning=tuning)
+    if after > before:
+        return {name: learner.found for name, learner in learners.items()}
+    return {name: learner.result() for name, learner in learners.items()}
 
 
 def _rounded(name: str, weight: Tensor, made: Factor, scheme: Scheme, rows: int | None) -> Quantized:

@@ -27,6 +27,7 @@ class Versions:
         self._read_now: dict[str, Read] = {}
         self._held: dict[tuple[str, bool], Tensor] = {}
         self._as_they_were = False
+        self._given: Mapping[str, Read] = {}
 
     def become(self, name: str, now: Read) -> None:
         """From now on a layer has another weight."""
@@ -51,6 +52,15 @@ class Versions:
             self._as_they_were = False
 
     @contextmanager
+    def given(self, weights: Mapping[str, Read]) -> Iterator[None]:
+        """Inside, the layers of these names have the weights that are read here, each time anew."""
+        self._given = weights
+        try:
+            yield
+        finally:
+            self._given = {}
+
+    @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, a layer that is asked for its weight has the version asked for, and keeps none."""
         kinds = {name: type(layer) for name, layer in self.layers.items()}
@@ -67,6 +77,8 @@ class Versions:
         """The layer's class, but that `weight` answers from here."""
 
         def weight(_: nn.Module) -> Tensor:
+            if name in self._given:
+                return self._given[name]()
             return self.was(name) if self._as_they_were else self.now(name)
 
         return type(kind.__name__, (kind,), {"weight": property(weight), "__module__": kind.__module__})

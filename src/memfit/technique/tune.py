@@ -1,0 +1,215 @@
+"""Block tuning: integers and steps of a block's weights learn together what the block is to give.
+
+    level_k = clamp(q_k + round(o_k), −2^(b−1), 2^(b−1) − 1)       z = clamp(z₀ + round(ζ))       s = bf16(s₀ · (1 + β))
+    ŵ_k = (level_k − z) · s                                        least: Σ ‖block(x̂; Ŵ) − y‖² / ‖y‖²
+
+Legend of shapes: N outputs (rows), K inputs, G groups of a row.
+
+The rounding is passed straight through by gradients, as in SignRound (Cheng et al. 2023); unlike there, integers begin
+where GPTQ has left them, which is far lower than the nearest ones: o_k begins as the part of a step by which the weight
+that was rounded lies off the integer, at most a half, so that one near the middle between two is the first to change. Steps
+are Adam's, whose size does not hang on the gradients'. Errors are relative to the output, token by token: what
+follows a block is a norm, and without that the few tokens with outputs of a thousand times the others' would be all
+that counts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from memfit.packed.fake import blocks_to_run, is_fake
+
+from .quantize import Quantized
+
+_HALF: Final = 0.45
+"""Offsets begin within it: the integers are GPTQ's at first, and none changes by a few noisy steps."""
+_LOUDER: Final = 1e6
+"""Gradients are multiplied by it: they are far above Adam's epsilon then, which has no other effect."""
+_ROWS_NBYTES: Final = 8 << 20
+"""fp32 bytes of a weight's rows that are worked on at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The technique's settings."""
+
+    steps: int = 100
+    """Of each block."""
+    rate: float = 0.003
+    """Of offsets at the first step, in levels; it falls to 0 linearly."""
+    scale_rate: float = 0.001
+    """Of β at the first step."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0 < self.rate <= 1 or not 0 <= self.scale_rate <= 1:
+            raise ValueError(f"rates must be above 0 and at most 1, got {self.rate:g} and {self.scale_rate:g}")
+
+
+class Learner:
+    """One weight's integers while they learn.
+
+    Args:
+        found: where they begin.
+        weight: what they were chosen for [N, K].
+    """
+
+    def __init__(self, found: Quantized, weight: Tensor) -> None:
+        self.found = found
+        self.offset = torch.empty(found.q.shape, dtype=torch.float32)
+        for rows in _blocks(found.q):
+            scale, zero = _spread(found, rows)
+            off = weight[rows].to(torch.float32).div_(scale).nan_to_num_(0.0, 0.0, 0.0)
+            self.offset[rows] = off.add_(zero).sub_(found.q[rows]).clamp_(-_HALF, _HALF)
+            del scale, zero, off
+        self.growth = torch.zeros(found.scale.shape, dtype=torch.float32)
+        self.shift = None if found.zero is None else torch.zeros(found.zero.shape, dtype=torch.float32)
+        for parameter in self.parameters:
+            parameter.requires_grad_()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What learns: offsets [N, K], growth of scales [N, G], and with zero points their shifts [N, G]."""
+        return [self.offset, self.growth] + ([] if self.shift is None else [self.shift])
+
+    def weight(self) -> Tensor:
+        """ŵ [N, K], bf16, with gradients to what learns."""
+        made: Tensor = _Weight.apply(self.offset, self.growth, self.shift, self.found)  # type: ignore[no-untyped-call]
+        return made
+
+    @torch.no_grad()
+    def result(self) -> Quantized:
+        """The integers as they stand."""
+        found, q = self.found, torch.empty_like(self.found.q)
+        for rows in _blocks(q):
+            q[rows] = _levels(found, self.offset, rows)[0]
+        scale = _scale(found, self.growth).to(torch.bfloat16)
+        zero = None if self.shift is None else _zero(found, self.shift)[0].to(torch.int8)
+        return Quantized(scheme=found.scheme, q=q, scale=scale, zero=zero)
+
+
+class _Weight(torch.autograd.Function):
+    """ŵ of a learner; the backward pass makes levels anew, some rows at a time, so that none are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, offset: Tensor, growth: Tensor, shift: Tensor | None, found: Quantized) -> Tensor:
+        ctx.save_for_backward(offset, growth, shift)
+        ctx.found = found
+        scale = _scale(found, growth)
+        zero = None if shift is None else _zero(found, shift)[0]
+        out = torch.empty(found.q.shape, dtype=torch.bfloat16)
+        for rows in _blocks(found.q):
+            level = _levels(found, offset, rows)[0]
+            by_group = level.view(level.shape[0], scale.shape[1], -1)
+            if zero is not None:
+                by_group.sub_(zero[rows].unsqueeze(-1))
+            out[rows] = by_group.mul_(scale[rows].unsqueeze(-1)).view(level.shape)
+            del level, by_group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        offset, growth, shift = ctx.saved_tensors
+        found: Quantized = ctx.found
+        scale = _scale(found, growth)
+        zero, free = (None, None) if shift is None else _zero(found, shift)
+        to_offset, to_growth = torch.empty_like(offset), torch.empty_like(growth)
+        to_shift = None if shift is None else torch.empty_like(shift)
+        for rows in _blocks(found.q):
+            level, inside = _levels(found, offset, rows)
+            g = gradient[rows].to(torch.float32)
+            by_group = (g.shape[0], scale.shape[1], -1)
+            g_groups, level_groups = g.view(by_group), level.view(by_group)
+            if zero is not None:
+                level_groups.sub_(zero[rows].unsqueeze(-1))
+            to_growth[rows] = level_groups.mul_(g_groups).sum(-1).mul_(found.scale[rows])
+            g_groups.mul_(scale[rows].unsqueeze(-1))
+            if to_shift is not None and free is not None:
+                to_shift[rows] = g_groups.sum(-1).neg_().mul_(free[rows])
+            to_offset[rows] = g.mul_(inside)
+            del level, inside, g, g_groups, level_groups
+        return to_offset, to_growth, to_shift, None
+
+
+def tune(
+    learners: Mapping[str, Learner], loss: Callable[[int], Tensor], turns: list[int], *, tuning: Tuning
+) -> tuple[float, float]:
+    """Let the learners make `loss` small; the mean over all turns before and after.
+
+    Args:
+        loss: of a turn, a number with gradients to the learners.
+        turns: what there is; each step takes one, in the order given, again and again.
+
+    What is worse afterwards is for the caller to leave: the learners then stand where they stood.
+    """
+    before = _mean(loss, turns)
+    groups = [
+        {"params": [learner.offset for learner in learners.values()], "lr": tuning.rate},
+        {"params": [p for learner in learners.values() for p in learner.parameters[1:]], "lr": tuning.scale_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    first = [tuning.rate, tuning.scale_rate]
+    for step in blocks_to_run(range(tuning.steps)):
+        for group, rate in zip(optimizer.param_groups, first, strict=True):
+            group["lr"] = rate * (1 - step / tuning.steps)
+        with torch.enable_grad():
+            loss(turns[step % len(turns)]).mul(_LOUDER).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    del optimizer
+    return before, _mean(loss, turns)
+
+
+@torch.no_grad()
+def _mean(loss: Callable[[int], Tensor], turns: list[int]) -> float:
+    values = [loss(turn) for turn in blocks_to_run(turns)]
+    return 0.0 if is_fake(values[0]) else float(torch.stack(values).mean())
+
+
+def relative_error(out: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of ‖out − target‖² / ‖target‖², of tensors [..., D]."""
+    wanted = target.to(torch.float32)
+    square = wanted.square().sum(-1).clamp_min_(torch.finfo(torch.float32).tiny)
+    return out.to(torch.float32).sub(wanted).square().sum(-1).div(square).mean()
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    step = max(1, _ROWS_NBYTES // (4 * weight.shape[1]))
+    return blocks_to_run(slice(start, start + step) for start in range(0, weight.shape[0], step))
+
+
+def _levels(found: Quantized, offset: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Levels of some rows, fp32, and where they are not held back by the outermost."""
+    half = 2 ** (found.scheme.bits - 1)
+    level = offset[rows].round().add_(found.q[rows])
+    inside = (level >= -half) & (level <= half - 1)
+    return level.clamp_(-half, half - 1), inside
+
+
+def _scale(found: Quantized, growth: Tensor) -> Tensor:
+    """s in fp32: a bf16 number."""
+    return (growth + 1).mul_(found.scale).to(torch.bfloat16).to(torch.float32)
+
+
+def _zero(found: Quantized, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """z in fp32, and where it is not held back by the outermost."""
+    assert found.zero is not None, "a shift is of a zero point"
+    half = 2 ** (found.scheme.bits - 1)
+    zero = shift.round().add_(found.zero)
+    return zero.clamp(-half, half - 1), (zero >= -half) & (zero <= half - 1)
+
+
+def _spread(found: Quantized, rows: slice) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each weight of some rows, fp32 [R, K]."""
+    group = found.q.shape[1] // found.scale.shape[1]
+    scale = found.scale[rows].to(torch.float32).repeat_interleave(group, 1)
+    if found.zero is None:
+        return scale, torch.zeros(1)
+    return scale, found.zero[rows].to(torch.float32).repeat_interleave(group, 1)
+
+
+__all__ = ["Learner", "Tuning", "relative_error", "tune"]

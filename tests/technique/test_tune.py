@@ -1,0 +1,92 @@
+"""Block tuning: begins at what was chosen, its gradients are those of plain float64, and its result is what it computed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memfit.packed.scheme import Scheme
+from memfit.technique.quantize import Quantized, dequantize, quantize
+from memfit.technique.tune import Learner, Tuning, relative_error, tune
+
+
+def chosen(rows: int, width: int, *, bits: int, symmetric: bool, seed: int = 0) -> tuple[torch.Tensor, Quantized]:
+    torch.manual_seed(seed)
+    weight = torch.randn(rows, width)
+    return weight, quantize(weight, Scheme(bits=bits, group=32, symmetric=symmetric))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 9), groups=st.integers(1, 3), bits=st.sampled_from([2, 3, 4, 8]), symmetric=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_it_begins_where_it_was_and_ends_with_what_it_computed(rows, groups, bits, symmetric, seed) -> None:
+    weight, found = chosen(rows, groups * 32, bits=bits, symmetric=symmetric, seed=seed)
+    learner = Learner(found, weight)
+    assert torch.equal(learner.weight(), dequantize(found))
+    with torch.no_grad():  # moved far, so that some levels and zero points are held back by the outermost
+        learner.offset.add_(torch.randn_like(learner.offset) * 2)
+        learner.growth.add_(torch.randn_like(learner.growth) * 0.1)
+        if learner.shift is not None:
+            learner.shift.add_(torch.randn_like(learner.shift) * 3)
+    assert torch.equal(learner.weight(), dequantize(learner.result()))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gradients_are_those_of_float64_with_rounding_passed_through(bits: int, symmetric: bool) -> None:
+    weight, found = chosen(5, 64, bits=bits, symmetric=symmetric)
+    learner = Learner(found, weight)
+    with torch.no_grad():
+        learner.offset.add_(torch.randn_like(learner.offset))
+        learner.growth.add_(torch.randn_like(learner.growth) * 0.05)
+    wanted = torch.randn(5, 64).bfloat16()
+    learner.weight().backward(wanted)
+
+    half = 2 ** (bits - 1)
+    offset, growth = (p.detach().double().requires_grad_() for p in (learner.offset, learner.growth))
+    shift = torch.zeros(found.scale.shape, dtype=torch.float64, requires_grad=True)
+    through = lambda t: (t.round() - t).detach() + t  # noqa: E731
+    level = (found.q + through(offset)).clamp(-half, half - 1)
+    zero = (0 if found.zero is None else found.zero) + through(shift)
+    step = found.scale.double() * (1 + growth)
+    step = (step.float().bfloat16().double() - step).detach() + step
+    dense = (level - zero.repeat_interleave(32, 1)) * step.repeat_interleave(32, 1)
+    dense.backward(wanted.double())
+    assert learner.offset.grad.double() == pytest.approx(offset.grad, rel=1e-5, abs=1e-6)
+    assert learner.growth.grad.double() == pytest.approx(growth.grad, rel=1e-5, abs=1e-5)
+    if learner.shift is not None:
+        assert learner.shift.grad.double() == pytest.approx(shift.grad, rel=1e-5, abs=1e-5)
+
+
+def test_the_error_of_two_layers_becomes_smaller() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 32)
+    learners, weights = {}, {}
+    for name, rows in (("first", 32), ("second", 16)):
+        weights[name], found = chosen(rows, 32, bits=2, symmetric=True, seed=len(name))
+        learners[name] = Learner(found, weights[name])
+    target = torch.relu(inputs @ weights["first"].t()) @ weights["second"].t()
+
+    def loss(turn: int) -> torch.Tensor:
+        x = inputs[turn : turn + 32]
+        hidden = torch.relu(x @ learners["first"].weight().float().t())
+        return relative_error(hidden @ learners["second"].weight().float().t(), target[turn : turn + 32])
+
+    before, after = tune(learners, loss, [0, 32], tuning=Tuning(steps=60, rate=0.02, scale_rate=0.005))
+    assert after < 0.8 * before
+    assert before == pytest.approx(float((loss(0) + loss(32)) / 2), rel=10)  # both are means over the turns
+    assert after == pytest.approx(float((loss(0) + loss(32)).detach() / 2), rel=1e-5)
+
+
+def test_the_error_of_a_token_is_relative_to_that_token() -> None:
+    target = torch.tensor([[1000.0, 0.0], [0.0, 1.0]])
+    out = torch.tensor([[1100.0, 0.0], [0.0, 1.1]])
+    assert float(relative_error(out, target)) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"rate": 0.0}, {"rate": 2.0}, {"scale_rate": -0.1}])
+def test_settings_without_sense_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Tuning(**wrong)
