@@ -38,7 +38,7 @@ from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor, gptq
 from memfit.technique.quantize import Quantized, dequantize, quantize
-from memfit.technique.tune import Learner, Tuning, relative_error, tune
+from memfit.technique.tune import Learner, Tuning, is_tunable, relative_error, tune
 
 _SUMS: Final = 32
 """Random sums of a weight's rows that stand for all of them in `agreement`."""
@@ -178,7 +178,7 @@ def _choose(
 ) -> None:  # fmt: skip
     """Let a block's layers become what their integers say: those that are kept, or new ones.
 
-    `learn` makes better integers of all of them; until then none is kept.
+    `learn` makes better ones of those that can be tuned; until then none of them is kept.
     """
 
     def become(name: str) -> None:
@@ -199,7 +199,7 @@ def _choose(
             weight = corrected(versions.was(name), moved.pop(name).mul_(share), made, rows=rows or _ROWS)
             quantized = _rounded(name, weight, made, schemes[name], rows)
             used[name] = made.damping
-            if learn is None:
+            if learn is None or not is_tunable(schemes[name]):
                 integers.add(block, name, quantized)
                 become(name)
             else:
@@ -207,7 +207,7 @@ def _choose(
                 versions.become(name, partial(dequantize, quantized))
             del weight, quantized
         del made
-    if learn is not None:
+    if learn is not None and learners:
         for name, quantized in learn(learners).items():
             integers.add(block, name, quantized)
             become(name)

@@ -1,19 +1,22 @@
-"""Block tuning: begins at what was chosen, its gradients are those of plain float64, and its result is what it computed."""
+"""Block tuning: it begins at what was chosen, has the gradients of plain float64, and ends with what it computed."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memfit.packed.levels import level_table
 from memfit.packed.scheme import Scheme
 from memfit.technique.quantize import Quantized, dequantize, quantize
 from memfit.technique.tune import Learner, Tuning, relative_error, tune
 
 
-def chosen(rows: int, width: int, *, bits: int, symmetric: bool, seed: int = 0) -> tuple[torch.Tensor, Quantized]:
+def chosen(
+    rows: int, width: int, *, bits: int, symmetric: bool = True, seed: int = 0, **kind
+) -> tuple[torch.Tensor, Quantized]:
     torch.manual_seed(seed)
     weight = torch.randn(rows, width)
-    return weight, quantize(weight, Scheme(bits=bits, group=32, symmetric=symmetric))
+    return weight, quantize(weight, Scheme(bits=bits, group=32, symmetric=symmetric, **kind))
 
 
 @settings(max_examples=20, deadline=None)
@@ -60,6 +63,31 @@ def test_gradients_are_those_of_float64_with_rounding_passed_through(bits: int, 
         assert learner.shift.grad.double() == pytest.approx(shift.grad, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize(("values", "bits"), [("codebook", 2), ("codebook", 3), ("nf4", 4)])
+def test_of_levels_a_step_is_worth_what_lies_between_them(values: str, bits: int) -> None:
+    weight, found = chosen(6, 64, bits=bits, values=values)
+    learner = Learner(found, weight)
+    assert torch.equal(learner.weight(), dequantize(found))
+    with torch.no_grad():
+        learner.offset.add_(torch.randn_like(learner.offset))
+    assert torch.equal(learner.weight(), dequantize(learner.result()))
+    learner.weight().backward(torch.ones(6, 64).bfloat16())
+    table = (level_table(found.scheme) if found.table is None else found.table).double()
+    place = (found.q + learner.offset.detach().round() + 2 ** (bits - 1)).long()
+    held = (place < 0) | (place >= 2**bits)
+    place = place.clamp(0, 2**bits - 1)
+    last = 2**bits - 1
+    slope = [(table[min(u + 1, last)] - table[max(u - 1, 0)]) / (1 + (0 < u < last)) for u in place.view(-1)]
+    right = torch.stack(slope).view(6, 64).masked_fill(held, 0.0) * found.scale.double().repeat_interleave(32, 1)
+    assert learner.offset.grad.double() == pytest.approx(right, rel=1e-5, abs=1e-6)
+
+
+def test_values_whose_codes_are_in_no_order_are_refused() -> None:
+    weight, found = chosen(4, 32, bits=4, values="mxfp4")
+    with pytest.raises(ValueError, match="mxfp4 g32: its codes are not in the order"):
+        Learner(found, weight)
+
+
 def test_the_error_of_two_layers_becomes_smaller() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(64, 32)
@@ -74,10 +102,13 @@ def test_the_error_of_two_layers_becomes_smaller() -> None:
         hidden = torch.relu(x @ learners["first"].weight().float().t())
         return relative_error(hidden @ learners["second"].weight().float().t(), target[turn : turn + 32])
 
+    def mean() -> float:
+        return float((loss(0) + loss(32)).detach() / 2)
+
+    at_first = mean()
     before, after = tune(learners, loss, [0, 32], tuning=Tuning(steps=60, rate=0.02, scale_rate=0.005))
+    assert before == pytest.approx(at_first, rel=1e-5) and after == pytest.approx(mean(), rel=1e-5)
     assert after < 0.8 * before
-    assert before == pytest.approx(float((loss(0) + loss(32)) / 2), rel=10)  # both are means over the turns
-    assert after == pytest.approx(float((loss(0) + loss(32)).detach() / 2), rel=1e-5)
 
 
 def test_the_error_of_a_token_is_relative_to_that_token() -> None:

@@ -161,8 +161,8 @@ def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str]
         if form not in _FORMATS or (form == "memfit") > (method == "memfit"):
             raise _refuse(
                 file,
-                f"config group {name!r} has the format {form!r}; memfit runs 'pack-quantized', 'int-quantized', "
-                "'float-quantized' and 'mxfp4-pack-quantized'",
+                f"config group {name!r} has the format {form!r}; memfit runs 'pack-quantized', "
+                "'mxfp4-pack-quantized', 'int-quantized' and 'float-quantized'",
             )
         if group.get("output_activations") is not None:
             raise _refuse(file, f"config group {name!r} quantizes output_activations, which memfit does not run")

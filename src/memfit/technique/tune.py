@@ -5,10 +5,13 @@
 
 Legend of shapes: N outputs (rows), K inputs, G groups of a row.
 
+Of NF4 and codebooks q_k + round(o_k) is the place in the sorted levels, and what a step of o_k is worth is half of what
+lies between the levels on both sides.
+
 The rounding is passed straight through by gradients, as in SignRound (Cheng et al. 2023); unlike there, integers begin
 where GPTQ has left them, which is far lower than the nearest ones: o_k begins as the part of a step by which the weight
-that was rounded lies off the integer, at most a half, so that one near the middle between two is the first to change. Steps
-are Adam's, whose size does not hang on the gradients'. Errors are relative to the output, token by token: what
+that was rounded lies off the integer, at most a half, so that one near the middle between two is the first to change.
+Steps are Adam's, whose size does not hang on the gradients'. Errors are relative to the output, token by token: what
 follows a block is a norm, and without that the few tokens with outputs of a thousand times the others' would be all
 that counts.
 """
@@ -21,6 +24,8 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.packed.levels import level_table
+from memfit.packed.scheme import Scheme
 
 from .quantize import Quantized
 
@@ -50,22 +55,36 @@ class Tuning:
             raise ValueError(f"rates must be above 0 and at most 1, got {self.rate:g} and {self.scale_rate:g}")
 
 
+def is_tunable(scheme: Scheme) -> bool:
+    """Whether the next code is the next value."""
+    return scheme.values in ("int", "nf4", "codebook")
+
+
 class Learner:
     """One weight's integers while they learn.
 
     Args:
         found: where they begin.
         weight: what they were chosen for [N, K].
+
+    Raises:
+        ValueError: values whose codes are not in the order of what they stand for.
     """
 
     def __init__(self, found: Quantized, weight: Tensor) -> None:
+        if not is_tunable(found.scheme):
+            raise ValueError(f"{found.scheme.name}: its codes are not in the order of their values, so none has a next")
         self.found = found
         self.offset = torch.empty(found.q.shape, dtype=torch.float32)
+        self.offset.zero_()
         for rows in _blocks(found.q):
-            scale, zero = _spread(found, rows)
-            off = weight[rows].to(torch.float32).div_(scale).nan_to_num_(0.0, 0.0, 0.0)
-            self.offset[rows] = off.add_(zero).sub_(found.q[rows]).clamp_(-_HALF, _HALF)
-            del scale, zero, off
+            value, slope = _values(found, self.offset, None, rows)
+            by_group = (value.shape[0], found.scale.shape[1], -1)
+            scale = found.scale[rows].to(torch.float32).unsqueeze(-1)
+            off = weight[rows].to(torch.float32).view(by_group).div(scale).view(value.shape)
+            off.sub_(value).div_(slope).nan_to_num_(0.0, 0.0, 0.0)
+            self.offset[rows] = off.clamp_(-_HALF, _HALF)
+            del value, slope, scale, off
         self.growth = torch.zeros(found.scale.shape, dtype=torch.float32)
         self.shift = None if found.zero is None else torch.zeros(found.zero.shape, dtype=torch.float32)
         for parameter in self.parameters:
@@ -86,10 +105,10 @@ class Learner:
         """The integers as they stand."""
         found, q = self.found, torch.empty_like(self.found.q)
         for rows in _blocks(q):
-            q[rows] = _levels(found, self.offset, rows)[0]
+            q[rows] = _codes(found, self.offset, rows)[0]
         scale = _scale(found, self.growth).to(torch.bfloat16)
         zero = None if self.shift is None else _zero(found, self.shift)[0].to(torch.int8)
-        return Quantized(scheme=found.scheme, q=q, scale=scale, zero=zero)
+        return Quantized(scheme=found.scheme, q=q, scale=scale, zero=zero, table=found.table)
 
 
 class _Weight(torch.autograd.Function):
@@ -103,12 +122,10 @@ class _Weight(torch.autograd.Function):
         zero = None if shift is None else _zero(found, shift)[0]
         out = torch.empty(found.q.shape, dtype=torch.bfloat16)
         for rows in _blocks(found.q):
-            level = _levels(found, offset, rows)[0]
-            by_group = level.view(level.shape[0], scale.shape[1], -1)
-            if zero is not None:
-                by_group.sub_(zero[rows].unsqueeze(-1))
-            out[rows] = by_group.mul_(scale[rows].unsqueeze(-1)).view(level.shape)
-            del level, by_group
+            value = _values(found, offset, zero, rows)[0]
+            by_group = value.view(value.shape[0], scale.shape[1], -1)
+            out[rows] = by_group.mul_(scale[rows].unsqueeze(-1)).view(value.shape)
+            del value, by_group
         return out
 
     @staticmethod
@@ -120,18 +137,16 @@ class _Weight(torch.autograd.Function):
         to_offset, to_growth = torch.empty_like(offset), torch.empty_like(growth)
         to_shift = None if shift is None else torch.empty_like(shift)
         for rows in _blocks(found.q):
-            level, inside = _levels(found, offset, rows)
+            value, slope = _values(found, offset, zero, rows)
             g = gradient[rows].to(torch.float32)
             by_group = (g.shape[0], scale.shape[1], -1)
-            g_groups, level_groups = g.view(by_group), level.view(by_group)
-            if zero is not None:
-                level_groups.sub_(zero[rows].unsqueeze(-1))
-            to_growth[rows] = level_groups.mul_(g_groups).sum(-1).mul_(found.scale[rows])
+            g_groups = g.view(by_group)
+            to_growth[rows] = value.view(by_group).mul_(g_groups).sum(-1).mul_(found.scale[rows])
             g_groups.mul_(scale[rows].unsqueeze(-1))
             if to_shift is not None and free is not None:
                 to_shift[rows] = g_groups.sum(-1).neg_().mul_(free[rows])
-            to_offset[rows] = g.mul_(inside)
-            del level, inside, g, g_groups, level_groups
+            to_offset[rows] = g.mul_(slope)
+            del value, slope, g, g_groups
         return to_offset, to_growth, to_shift, None
 
 
@@ -182,12 +197,30 @@ def _blocks(weight: Tensor) -> list[slice]:
     return blocks_to_run(slice(start, start + step) for start in range(0, weight.shape[0], step))
 
 
-def _levels(found: Quantized, offset: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Levels of some rows, fp32, and where they are not held back by the outermost."""
+def _codes(found: Quantized, offset: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """q of some rows, fp32, and where it is not held back by the outermost."""
     half = 2 ** (found.scheme.bits - 1)
-    level = offset[rows].round().add_(found.q[rows])
-    inside = (level >= -half) & (level <= half - 1)
-    return level.clamp_(-half, half - 1), inside
+    code = offset[rows].round().add_(found.q[rows])
+    inside = (code >= -half) & (code <= half - 1)
+    return code.clamp_(-half, half - 1), inside
+
+
+def _values(found: Quantized, offset: Tensor, zero: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
+    """What some rows are before they are scaled, fp32, and how much that changes with the offset."""
+    code, inside = _codes(found, offset, rows)
+    if found.scheme.values == "int":
+        zero = found.zero if zero is None else zero
+        if zero is not None:
+            by_group = code.view(code.shape[0], zero.shape[1], -1)
+            by_group.sub_(zero[rows].unsqueeze(-1))
+        return code, inside
+    table = (level_table(found.scheme) if found.table is None else found.table).to(torch.float32)
+    slopes = torch.empty_like(table)
+    slopes[1:-1] = (table[2:] - table[:-2]) / 2
+    slopes[0], slopes[-1] = table[1] - table[0], table[-1] - table[-2]
+    place = code.add_(2 ** (found.scheme.bits - 1)).to(torch.int32).view(-1)
+    value, slope = (of.index_select(0, place).view(code.shape) for of in (table, slopes))
+    return value, slope.mul_(inside)
 
 
 def _scale(found: Quantized, growth: Tensor) -> Tensor:
@@ -203,13 +236,4 @@ def _zero(found: Quantized, shift: Tensor) -> tuple[Tensor, Tensor]:
     return zero.clamp(-half, half - 1), (zero >= -half) & (zero <= half - 1)
 
 
-def _spread(found: Quantized, rows: slice) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each weight of some rows, fp32 [R, K]."""
-    group = found.q.shape[1] // found.scale.shape[1]
-    scale = found.scale[rows].to(torch.float32).repeat_interleave(group, 1)
-    if found.zero is None:
-        return scale, torch.zeros(1)
-    return scale, found.zero[rows].to(torch.float32).repeat_interleave(group, 1)
-
-
-__all__ = ["Learner", "Tuning", "relative_error", "tune"]
+__all__ = ["Learner", "Tuning", "is_tunable", "relative_error", "tune"]
