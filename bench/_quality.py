@@ -14,7 +14,9 @@ from _measured import Ran, run
 
 HERE = Path(__file__).parent
 TOKENS, WINDOWS, EVALUATED = 512, 32, 8
-MEMFIT = ("rtn", "search", "gptq", "tuned")
+MEMFIT = ("rtn", "search", "gptq", "tuned", "gptq-codebook", "tuned-codebook")
+CODEBOOK = "-codebook"
+"""Of an algorithm of memfit: not integers but levels learned for each tensor; of 4 bits and less."""
 PEERS: dict[str, tuple[str, ...]] = {
     "llmcompressor": ("rtn", "mse", "gptq", "gptq-mse"),
     "autoround": ("rtn", "opt-rtn", "tuned"),
@@ -22,7 +24,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "torchao": ("rtn", "hqq"),
     "llamacpp": ("plain", "imatrix", "iq"),
 }
-ASIDE = ("start", "reading the model", "searching", "predicting", "measuring", "proving")
+ASIDE = ("start", "reading the model", "asking the original", "searching", "predicting", "measuring", "proving")
 """Beginnings of stages of `memfit fit` that no peer has: they plan, and prove."""
 CANNOT = 3
 
@@ -69,6 +71,8 @@ def cases(
             for width in bits:
                 for tool, algorithms in tools.items():
                     for algorithm in algorithms:
+                        if algorithm.endswith(CODEBOOK) and width > 4:
+                            continue
                         if not only or tool in only or f"{tool}/{algorithm}" in only:
                             yield Case(model=model, scope=scope, bits=width, tool=tool, algorithm=algorithm)
 
@@ -177,12 +181,14 @@ def run_case(case: Case, model: Model, python: str, work: Path, *, group: int, t
 
 def memfit_words(case: Case, model: Model, out: Path, *, group: int, threads: int) -> list[str]:
     """`memfit fit` as a user would call it."""
-    keep = ["--keep", "embeddings"] if case.scope == "layers" else []
+    options = ["--keep", "embeddings"] if case.scope == "layers" else []
+    if case.algorithm.endswith(CODEBOOK):
+        options += ["--values", "codebook"]
     return [
         sys.executable, "-c", "from memfit.cli import main; main()", "fit", str(model.directory),
-        "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--algorithm", case.algorithm,
-        "--window", str(TOKENS), "--windows", str(WINDOWS), "--text", str(model.text), "--threads", str(threads),
-        "-o", str(out), *keep,
+        "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--no-measure",
+        "--algorithm", case.algorithm.removesuffix(CODEBOOK), "--window", str(TOKENS), "--windows", str(WINDOWS),
+        "--text", str(model.text), "--threads", str(threads), "-o", str(out), *options,
     ]  # fmt: skip
 
 

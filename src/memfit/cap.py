@@ -17,6 +17,7 @@ from memfit.plan.plan import Plan
 from memfit.planning import uniform_plan
 from memfit.source.source import Source
 from memfit.steps import (
+    BY_TEXT,
     Algorithm,
     predict_calibrating,
     predict_choosing,
@@ -176,8 +177,8 @@ def keep(cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: A
     jobs: dict[str, Callable[[], Iterator[tuple[Account, Any]]]] = {
         "compress": lambda: iter([(predict_compressing(source, plan, job, algorithm=algorithm), None)])
     }
-    if algorithm == "gptq":
-        jobs["choose"] = lambda: _choosing(source, plan, job)
+    if algorithm in BY_TEXT:
+        jobs["choose"] = lambda: _choosing(source, plan, job, algorithm)
     if calibrates:
         jobs["calibrate"] = lambda: _calibrating(source, job)
     for name, ways in jobs.items():
@@ -211,11 +212,13 @@ def _calibrating(source: Source, job: dict[str, Any]) -> Iterator[tuple[Account,
         yield predict_calibrating(source, job | {"batch": batch}), batch
 
 
-def _choosing(source: Source, plan: Plan, job: dict[str, Any]) -> Iterator[tuple[Account, Any]]:
+def _choosing(
+    source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm
+) -> Iterator[tuple[Account, Any]]:
     windows = windows_of(job)
     assert windows is not None, "GPTQ has a text"
     for thrift in _ways(windows.shape[0]):
-        yield predict_choosing(source, plan, windows.shape, thrift), thrift
+        yield predict_choosing(source, plan, windows.shape, thrift, algorithm=algorithm), thrift
 
 
 def _ways(windows: int) -> Iterator[Thrift]:

@@ -222,12 +222,13 @@ def _tuned(
     target = next(leaf for leaf in tree_leaves(wanted) if isinstance(leaf, Tensor))
 
     def loss(start: int) -> Tensor:
-        part = replace(now, start=now.start + start, stop=min(now.start + start + now.batch, now.stop))
+        stop = min(start + tuning.windows, count)
+        part = replace(now, start=now.start + start, stop=now.start + stop, batch=tuning.windows)
         with versions.given({name: learner.weight for name, learner in learners.items()}):
             out = next(leaf for leaf in tree_leaves(part.first()) if isinstance(leaf, Tensor))
         return relative_error(out, spill.rows(target, slice(start, start + out.shape[0])))
 
-    before, after = tune(learners, loss, list(range(0, count, now.batch)), tuning=tuning)
+    before, after = tune(learners, loss, list(range(0, count, tuning.windows)), tuning=tuning)
     if after > before:
         return {name: learner.found for name, learner in learners.items()}
     return {name: learner.result() for name, learner in learners.items()}

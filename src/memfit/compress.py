@@ -30,6 +30,7 @@ from memfit.plan.price import Prices, importance_of, prices
 from memfit.source.source import Source
 from memfit.technique.quantize import Quantized, learned, quantize
 from memfit.technique.smoothing import Smoothing, find_smoothing
+from memfit.technique.tune import Tuning
 
 KV_WINDOWS: Final = 2
 """Windows that a KV cache is priced on: every position of them is compared, none is sampled."""
@@ -121,7 +122,7 @@ def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
 
 def choose_integers(
     source: Source, plan: Plan, statistics: Statistics | None, windows_WT: Tensor, integers: Integers, *, watch: Watch,
-    thrift: Thrift | None = None, scratch: Path | None = None,
+    thrift: Thrift | None = None, scratch: Path | None = None, tuning: Tuning | None = None,
 ) -> None:  # fmt: skip
     """Choose the integers of the plan's linear layers by GPTQ, block after block; see `compensate`.
 
@@ -138,7 +139,7 @@ def choose_integers(
 
     compensate(
         source, windows_WT, plan.schemes(), integers, watch=watch, thrift=thrift, scratch=scratch,
-        importance=importance,
+        importance=importance, tuning=tuning,
     )  # fmt: skip
 
 

@@ -36,7 +36,9 @@ from memfit.source.check import check
 from memfit.source.live import fake_copy
 from memfit.source.source import open_source
 from memfit.steps import (
+    BY_TEXT,
     Algorithm,
+    asked_plainly,
     calibration_job,
     calibration_key,
     choosing_job,
@@ -200,7 +202,8 @@ def fit(
         given: a plan made before, carried out within the budget and for the task that stand in it.
         uniform: no search: everything in the first scheme of `allowed` that can hold it.
         algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
-            loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text.
+            loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text;
+            `tuned`: and each block then learns on it, in some five times the time.
             Default: `gptq` where there is a text, else `search`.
         enforce: measure under a hard limit of the budget; more memory is refused by the system.
         max_kl: the quality gate, nats a token.
@@ -245,18 +248,21 @@ def fit(
             require_fit(study, nbytes)
     texts = text_of(text, source)
     algorithm = algorithm or ("search" if texts is None else "gptq")
-    if algorithm == "gptq" and texts is None:
-        raise UsageError("GPTQ chooses integers for a text, and there is none. Give one (--text FILE).")
+    if algorithm in BY_TEXT and texts is None:
+        raise UsageError(f"{algorithm} chooses integers for a text, and there is none. Give one (--text FILE).")
     key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure]}
     work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work:
         job = calibration_job(study, texts, work.path, reference=measure, threads=threads)
         cap = None
-        if ram_nbytes is not None:
+        if ram_nbytes is None:
+            job = asked_plainly(job, study, given, algorithm, uniform=uniform)
+        else:
             progress("finding out what fits in the cap")
             cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform)
         before = "going on with what a stopped run has calibrated"
-        progress(before if work.holds("calibrated") else "calibrating, and asking the original")
+        first = "asking the original" if job["do"] == "reference" else "calibrating, and asking the original"
+        progress(before if work.holds("calibrated") else first)
         calibrated = work.once("calibrated", lambda: run_job(job) if job["wanted"] else {})
         if given is None:
             progress("searching the plan")
@@ -271,12 +277,13 @@ def fit(
         else:
             predicted_fit = predict_fit(source, chosen, job, algorithm=algorithm)
         chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
-        jobs, integers, rounding = {"calibrate": calibrated}, None, None
-        if algorithm == "gptq":
+        jobs: dict[str, Any] = {"calibrate": calibrated} if "account" in calibrated else {}
+        integers, rounding = None, None
+        if algorithm in BY_TEXT:
             progress("choosing integers, block by block")
-            choosing = choosing_job(chosen, job) | ({} if cap is None else cap.told("choose"))
+            choosing = choosing_job(chosen, job, algorithm=algorithm) | ({} if cap is None else cap.told("choose"))
             jobs["choose"] = found = run_job(choosing)
-            integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"])
+            integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"], algorithm)
         progress("compressing")
         compressing = compression_job(chosen, job, integers=integers, algorithm=algorithm)
         jobs["compress"] = compressed = run_job(compressing | ({} if cap is None else cap.told("compress")))

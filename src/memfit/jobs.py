@@ -201,19 +201,23 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.format.integers import Integers
     from memfit.plan.plan import read_plan
     from memfit.source.source import open_source
+    from memfit.technique.tune import Tuning
 
     _prepare(job)
     work = Path(job["work"])
     source, plan = open_source(job["model"]), read_plan(work / "plan.json")
     integers, watch, file = Integers(Path(job["integers"])), _watch(job), work / "statistics.safetensors"
     thrift = Thrift(**job["thrift"]) if job.get("thrift") else None
+    tuning = Tuning(**job["tuning"]) if job.get("tuning") else None
     with within(job):
         reset_resident_peak()
         with watch.phase("compensate"):
             source = _smoothed(source, work)
             statistics = Statistics.read(file) if file.exists() else None
             windows = _windows(job)["calibration"]
-        choose_integers(source, plan, statistics, windows, integers, watch=watch, thrift=thrift, scratch=work)
+        choose_integers(
+            source, plan, statistics, windows, integers, watch=watch, thrift=thrift, scratch=work, tuning=tuning
+        )
         return _seen(watch) | {"damping": integers.damping}
 
 

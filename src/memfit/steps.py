@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -23,7 +23,7 @@ from memfit.account.settle import settle
 from memfit.account.structure import stacked_blocks
 from memfit.calibrate.statistics import Statistics
 from memfit.compensate import Thrift
-from memfit.compress import calibrate, choose_integers, compress
+from memfit.compress import Calibrated, calibrate, choose_integers, compress
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
 from memfit.format.gguf import write_gguf
@@ -39,11 +39,14 @@ from memfit.report.report import Report
 from memfit.source.source import Source
 from memfit.study import Study
 from memfit.technique.gptq import DAMPING
+from memfit.technique.tune import Tuning
 from memfit.text import Text, write_windows
 
-Algorithm = Literal["rtn", "search", "gptq"]
-"""How integers are chosen: each weight to the nearest of the usual scale, of the searched one, or making up for errors
-before it."""
+Algorithm = Literal["rtn", "search", "gptq", "tuned"]
+"""How integers are chosen: each weight to the nearest of the usual scale, of the searched one, making up for errors
+before it, or learning from there with all of its block."""
+BY_TEXT: Final = ("gptq", "tuned")
+"""What goes through the text block by block, to choose integers."""
 
 
 def calibration_key(study: Study, text: Text | None, threads: int) -> dict[str, Any]:
@@ -86,12 +89,15 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
     """The account of calibrating, choosing integers and compressing: the same functions, on fake tensors."""
     with _on_fakes() as follow:
         ids = _fake_ids(windows_of(job))
-        found = calibrate(source, ids, Allowed.from_json(job["allowed"]), batch=job["batch"], watch=follow)
+        found = Calibrated(statistics=None, prices={}, kv_prices={})
+        if job["do"] == "calibrate":
+            allowed = None if job["allowed"] is None else Allowed.from_json(job["allowed"])
+            found = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
         source = found.smoothing.of_source(source)
         integers = None
-        if algorithm == "gptq" and ids is not None:
-            integers = Integers(None)
-            choose_integers(source, chosen, found.statistics, ids, integers, watch=follow)
+        if algorithm in BY_TEXT and ids is not None:
+            integers, tuning = Integers(None), tuning_of(algorithm)
+            choose_integers(source, chosen, found.statistics, ids, integers, watch=follow, tuning=tuning)
         compress(
             source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers,
             search=algorithm != "rtn",
@@ -107,13 +113,16 @@ def predict_calibrating(source: Source, job: dict[str, Any]) -> Account:
     return settle(follow.ledger)
 
 
-def predict_choosing(source: Source, chosen: Plan, windows: torch.Size, thrift: Thrift) -> Account:
+def predict_choosing(
+    source: Source, chosen: Plan, windows: torch.Size, thrift: Thrift, *, algorithm: Algorithm = "gptq"
+) -> Account:
     """The account of the job that chooses integers alone."""
     with _on_fakes() as follow:
         ids = torch.zeros(windows, dtype=torch.int64)
         choose_integers(
-            source, chosen, None, ids, Integers(None), watch=follow, thrift=thrift, scratch=Path("dry")
-        )
+            source, chosen, None, ids, Integers(None), watch=follow, thrift=thrift, scratch=Path("dry"),
+            tuning=tuning_of(algorithm),
+        )  # fmt: skip
     return settle(follow.ledger)
 
 
@@ -186,14 +195,34 @@ def reads_statistics(source: Source, chosen: Plan, algorithm: Algorithm) -> bool
     )
 
 
-def choosing_job(chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
+def tuning_of(algorithm: Algorithm) -> Tuning | None:
+    """How blocks learn by this algorithm, if they do."""
+    return Tuning() if algorithm == "tuned" else None
+
+
+def asked_plainly(
+    job: dict[str, Any], study: Study, given: Plan | None, algorithm: Algorithm, *, uniform: bool
+) -> dict[str, Any]:
+    """The job of calibration without what a plan in one setting has no use for: prices, which would decide nothing, and
+    statistics, unless rounding reads them."""
+    if not uniform or given is None or study.allowed.activations == 8:
+        return job
+    if reads_statistics(study.source, given, algorithm):
+        return job | {"allowed": None}
+    return job | {"do": "reference", "wanted": job["reference"]}
+
+
+def choosing_job(chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> dict[str, Any]:
     """The job that chooses integers by GPTQ; the plan goes to `work`, and integers to a directory of the plan's own."""
     work = Path(job["work"])
     (work / "plan.json").write_text(dumps(chosen), encoding="utf-8")
-    schemes = json.dumps(["corrected", *([name, scheme.to_json()] for name, scheme in chosen.schemes().items())])
+    tuning = tuning_of(algorithm)
+    learned = None if tuning is None else asdict(tuning)
+    kinds = ([name, scheme.to_json()] for name, scheme in chosen.schemes().items())
+    schemes = json.dumps(["corrected", learned, *kinds])
     integers = work / f"integers-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
     told = {key: job[key] for key in ("model", "work", "threads")}
-    return told | {"do": "choose", "integers": str(integers)}
+    return told | {"do": "choose", "integers": str(integers), "tuning": learned}
 
 
 def compression_job(
@@ -215,12 +244,14 @@ def move_written(job: dict[str, Any], output: OutputDirectory) -> None:
         os.rename(file, output.path / file.name)
 
 
-def rounding_line(chosen: Plan, damping: dict[str, float]) -> str:
-    """What is to be told of the algorithm: how many layers went by GPTQ, and where H needed more damping."""
+def rounding_line(chosen: Plan, damping: dict[str, float], algorithm: Algorithm) -> str:
+    """What is to be told of the algorithm: how many layers went by GPTQ, where H needed more damping, what learned."""
     most = max(damping.values(), default=0.0)
     raised = sum(value > DAMPING for value in damping.values())
     told = f"GPTQ: {len(damping)} of {len(chosen.schemes())} quantized modules, damping {DAMPING:g}"
-    return told + (f", up to {most:g} in {raised} that needed more" if raised else "")
+    tuning = tuning_of(algorithm)
+    after = "" if tuning is None else f"; then {tuning.steps} steps of learning for each block"
+    return told + (f", up to {most:g} in {raised} that needed more" if raised else "") + after
 
 
 def write_companions(source: Source, chosen: Plan, output: OutputDirectory) -> None:

@@ -117,7 +117,7 @@ def test_the_error_of_a_token_is_relative_to_that_token() -> None:
     assert float(relative_error(out, target)) == pytest.approx(0.01, rel=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"rate": 0.0}, {"rate": 2.0}, {"scale_rate": -0.1}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"windows": 0}, {"rate": 0.0}, {"rate": 2.0}, {"scale_rate": -0.1}])
 def test_settings_without_sense_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="must be"):
         Tuning(**wrong)

@@ -62,6 +62,7 @@ class Rounding(StrEnum):
     rtn = "rtn"
     search = "search"
     gptq = "gptq"
+    tuned = "tuned"
 
 
 class Technique(StrEnum):

@@ -194,7 +194,7 @@ def fit(
         Rounding | None,
         typer.Option(
             help="rtn: to the nearest; search: with searched scales; gptq: and rounding errors are made up for on the "
-            "text. Default: gptq with a text, else search.",
+            "text; tuned: and each block then learns on it. Default: gptq with a text, else search.",
             show_default=False,
         ),
     ] = None,

@@ -47,10 +47,12 @@ class Tuning:
     """Of offsets at the first step, in levels; it falls to 0 linearly."""
     scale_rate: float = 0.001
     """Of β at the first step."""
+    windows: int = 4
+    """Windows of the text that a step is made for."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.steps < 1 or self.windows < 1:
+            raise ValueError(f"steps and windows must be at least 1, got {self.steps} and {self.windows}")
         if not 0 < self.rate <= 1 or not 0 <= self.scale_rate <= 1:
             raise ValueError(f"rates must be above 0 and at most 1, got {self.rate:g} and {self.scale_rate:g}")
 
