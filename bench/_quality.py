@@ -24,7 +24,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "torchao": ("rtn", "hqq"),
     "llamacpp": ("plain", "imatrix", "iq"),
 }
-ASIDE = ("start", "reading the model", "asking the original", "searching", "predicting", "measuring", "proving")
+ASIDE = ("start", "reading the model", "asking the original", "finding out", "searching", "predicting", "measuring", "proving")
 """Beginnings of stages of `memfit fit` that no peer has: they plan, and prove."""
 CANNOT = 3
 
@@ -180,13 +180,13 @@ def run_case(case: Case, model: Model, python: str, work: Path, *, group: int, t
 
 
 def memfit_words(case: Case, model: Model, out: Path, *, group: int, threads: int) -> list[str]:
-    """`memfit fit` as a user would call it."""
+    """`memfit fit` as a user would call it; with a cap it does without a record of every allocation."""
     options = ["--keep", "embeddings"] if case.scope == "layers" else []
     if case.algorithm.endswith(CODEBOOK):
         options += ["--values", "codebook"]
     return [
         sys.executable, "-c", "from memfit.cli import main; main()", "fit", str(model.directory),
-        "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--no-measure",
+        "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--no-measure", "--ram", "16GiB",
         "--algorithm", case.algorithm.removesuffix(CODEBOOK), "--window", str(TOKENS), "--windows", str(WINDOWS),
         "--text", str(model.text), "--threads", str(threads), "-o", str(out), *options,
     ]  # fmt: skip
