@@ -24,7 +24,10 @@ PEERS: dict[str, tuple[str, ...]] = {
     "torchao": ("rtn", "hqq"),
     "llamacpp": ("plain", "imatrix", "iq"),
 }
-ASIDE = ("start", "reading the model", "asking the original", "finding out", "searching", "predicting", "measuring", "proving")
+ASIDE = (
+    "start", "reading the model", "asking the original", "finding out", "searching", "predicting", "measuring",
+    "proving",
+)  # fmt: skip
 """Beginnings of stages of `memfit fit` that no peer has: they plan, and prove."""
 CANNOT = 3
 
