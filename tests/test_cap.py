@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from memfit.compress import compress
 from memfit.errors import DoesNotFit, OverBudget
 from memfit.format.integers import Integers
 from memfit.format.safetensors import TensorSpec, Writer
+from memfit.models import load_model
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import dumps
@@ -36,6 +38,7 @@ from memfit.source.source import open_source
 from memfit.steps import predict_choosing
 from memfit.study import Study
 from memfit.technique.quantize import dequantize, quantize
+from memfit.technique.tune import Tuning
 
 worker = importlib.import_module("memfit.worker")
 ALLOWED = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("embeddings", "lm_head"))
@@ -70,6 +73,34 @@ def test_what_the_fastest_and_the_leanest_way_take_is_predicted(planned, tmp_pat
         assert told.peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.02)
         peaks.append(told.peak_nbytes)
     assert peaks[1] < 0.8 * peaks[0]
+
+
+def test_blocks_that_learn_come_nearer_and_what_that_takes_is_predicted(model, tmp_path: Path) -> None:
+    allowed = replace(ALLOWED, bits=(2,), groups={2: (64,)})
+    source = open_source(model)
+    plan = uniform_plan(Study(source, TASK, allowed), 1 << 40)
+    schemes = plan.schemes()
+    ids = torch.randint(0, 200, (8, 48), generator=torch.Generator().manual_seed(0))
+    told = predict_choosing(source, plan, ids.shape, Thrift(), algorithm="tuned")
+    errors = []
+    for tuning in (None, Tuning(steps=30)):
+        meter, integers = Meter(), Integers(tmp_path / f"integers-{tuning}")
+        compensate(source, ids, schemes, integers, watch=meter, tuning=tuning)
+        errors.append(error_of(source, {name: integers.weight(name, schemes[name]) for name in schemes}, ids))
+    assert told.peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.02)
+    assert errors[1] < 0.98 * errors[0]
+
+
+@torch.no_grad()
+def error_of(source, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> float:
+    """Mean square of what the last block gives less than the original."""
+    states = []
+    for new in ({}, weights):
+        model = load_model(source, dtype=torch.bfloat16)
+        for name, weight in new.items():
+            model.get_submodule(name).weight.copy_(weight)
+        states.append(model.model(ids, use_cache=False).last_hidden_state.float())
+    return float((states[0] - states[1]).square().mean())
 
 
 def job_of(model: Path, work: Path) -> dict:
