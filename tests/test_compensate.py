@@ -120,6 +120,25 @@ def test_the_first_layers_are_those_of_their_inputs(tmp_path: Path) -> None:
         assert (found.q != right.q).float().mean() < 0.01  # sums in another order: a tie may fall otherwise
 
 
+def test_rows_looked_up_are_those_of_the_whole_table(tmp_path: Path, monkeypatch) -> None:
+    """A codebook is learned from all of a table, and the text's first tokens are not all of it."""
+    scheme = Scheme(bits=2, group=32, values="codebook")
+    source = made("llama", tmp_path / "model")
+    looked_up = []
+
+    def heard(quantized):
+        looked_up.append(dequantize(quantized))
+        return looked_up[-1]
+
+    monkeypatch.setattr("memfit.compensate.dequantize", heard)
+    monkeypatch.setattr("memfit.compensate._TOKENS", 50)
+    schemes = layers_of(source) | {"model.embed_tokens": scheme}
+    chosen(source, schemes, tmp_path / "integers")
+    table = source.read_parameter("model.embed_tokens.weight", dtype=torch.bfloat16)
+    found, right = torch.cat(looked_up), dequantize(quantize(table, scheme))[windows().flatten()]
+    assert torch.equal(found, right)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "t5"])
 def test_killed_after_any_block_it_goes_on_to_the_same_bytes(name: str, tmp_path: Path, monkeypatch) -> None:
     source = made(name, tmp_path / "model")

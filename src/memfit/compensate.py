@@ -37,7 +37,7 @@ from memfit.packed.fake import blocks_to_run, is_fake, repeated
 from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor, gptq
-from memfit.technique.quantize import Quantized, dequantize, quantize
+from memfit.technique.quantize import Quantized, dequantize, learned, quantize
 from memfit.technique.tune import Learner, Tuning, is_tunable, relative_error, tune
 
 _SUMS: Final = 32
@@ -108,10 +108,12 @@ def compensate(
     def rounded(name: str, rows_ND: Tensor) -> Tensor:
         # A table of positions is looked up once for all windows, and stays as it was.
         if name in schemes and rows_ND.shape[0] == twice_WT.numel():
-            now = rows_ND[rows_ND.shape[0] // 2 :]
+            scheme, wanted, now = schemes[name], importance(name), rows_ND[rows_ND.shape[0] // 2 :]
+            # A codebook is the whole table's, whatever the text looks up of it.
+            levels = learned(scheme, (rows for _, rows in streamed.rows(f"{name}.weight")), wanted)
             for start in blocks_to_run(range(0, now.shape[0], _TOKENS)):
                 part = now[start : start + _TOKENS]
-                part.copy_(dequantize(quantize(part, schemes[name], importance=importance(name))))
+                part.copy_(dequantize(quantize(part, scheme, importance=wanted, table=levels)))
         spill.let_go(rows_ND)
         return rows_ND
 
