@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,12 @@ from memfit import demo
 from memfit.account.account import Account, Phase
 from memfit.account.meter import Meter
 from memfit.account.watch import Unwatched
-from memfit.cap import Cap, keep
+from memfit.cap import Cap, cap_of_jobs, keep
 from memfit.compensate import Thrift, compensate
 from memfit.compress import compress
 from memfit.errors import DoesNotFit, OverBudget
 from memfit.format.integers import Integers
+from memfit.format.resume import WorkDirectory
 from memfit.format.safetensors import TensorSpec, Writer
 from memfit.models import load_model
 from memfit.packed.scheme import Scheme
@@ -146,6 +147,20 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
     assert least.ways["choose"].batch == 1 and least.ways["calibrate"] == 2
     with pytest.raises(DoesNotFit, match=str(least.nbytes)):
         kept(least.nbytes - 1)
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_what_smoothing_asks_for_is_gathered_within_a_cap_too(smooth: bool, model, tmp_path, monkeypatch) -> None:
+    """To the nearest, in one setting, statistics and prices decide nothing else."""
+    allowed = Allowed(bits=(8,), kv_bits=(16,), activations=8, smooth=smooth)
+    study = Study(open_source(model), TASK, allowed)
+    job = job_of(model, tmp_path / "work") | {"reference": False, "allowed": asdict(allowed)}
+    idle = {"now": 400 * MIB, "kernel_nbytes": MIB}
+    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
+    with WorkDirectory(tmp_path / "out", key={"smooth": smooth}, resume=False) as work:
+        cap, told = cap_of_jobs(work, 1 << 40, study, None, job, account(0), "rtn", uniform=True)
+    assert told["wanted"] == smooth and (told["allowed"] is not None) == smooth
+    assert ("calibrate" in cap.predicted) == smooth
 
 
 def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:
@@ -325,6 +340,7 @@ from memfit.account.watch import Unwatched
 from memfit.compensate import Thrift, compensate
 from memfit.compress import compress
 from memfit.format.integers import Integers
+from memfit.format.resume import WorkDirectory
 from memfit.plan.plan import read_plan
 from memfit.source.source import open_source
 

@@ -19,18 +19,22 @@ import memfit
 from memfit.account.meter import Meter
 from memfit.account.watch import Unwatched
 from memfit.calibrate.statistics import Moments, Statistics
-from memfit.compress import Calibrated, calibrate, compress
+from memfit.compensate import Thrift
+from memfit.compress import Calibrated, calibrate, choose_integers, compress
+from memfit.format.integers import Integers
 from memfit.models import load_model
 from memfit.packed.integer import IntegerWeight
 from memfit.packed.modules import packed_modules
 from memfit.packed.scheme import Scheme
+from memfit.plan.groups import find_groups
 from memfit.plan.plan import dumps, loads
 from memfit.planning import account_of, make_plan, plan_files, uniform_plan
 from memfit.report.terminal import render_plan
 from memfit.source.load import load
 from memfit.source.source import open_source, source_from_config
+from memfit.steps import predict_choosing, predict_compressing
 from memfit.study import Study
-from memfit.technique.smoothing import Smoothing, find_smoothing
+from memfit.technique.smoothing import Smoothing, find_smoothing, smoothing_of_all
 
 A8, ROW = Scheme(bits=8, group=None, activations=8), Scheme(bits=8, group=None)
 ALLOWED = memfit.Allowed(bits=(8,), kv_bits=(16,), activations=8)
@@ -170,6 +174,23 @@ def test_a_smoothed_source_is_the_same_model(kind: str) -> None:
     made = smoothing.columns[layer]
     assert torch.allclose(smaller.inputs * made.square(), statistics.moments[layer].inputs)
     assert find_smoothing(source, statistics, frozenset({"lm_head"}), watch=Unwatched()) == Smoothing()
+
+
+def test_what_smoothed_weights_take_is_predicted_before_they_are_found(model: Path, tmp_path: Path) -> None:
+    source, windows = open_source(model), torch.randint(3, 512, (4, 32), generator=torch.Generator().manual_seed(0))
+    plan, members = uniform_plan(Study(source, TASK, ALLOWED), 10**9), ALLOWED.smoothed(find_groups(source.build()))
+    before, later = smoothing_of_all(source, members), found(model, ALLOWED).smoothing
+    assert before.columns.keys() == later.columns.keys() and len(members) == 14
+    meter, integers = Meter(), Integers(tmp_path / "integers")
+    read, expected = later.of_source(source), before.of_source(source)
+    choose_integers(read, plan, None, windows, integers, watch=meter, thrift=Thrift(batch=2))
+    told = predict_choosing(expected, plan, windows.shape, Thrift(batch=2))
+    assert told.peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.01)
+    meter = Meter()
+    (tmp_path / "out").mkdir()
+    compress(read, plan, None, tmp_path / "out", watch=meter)
+    told = predict_compressing(expected, plan, {"work": str(tmp_path)}, algorithm="search")
+    assert told.peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.01)
 
 
 def test_smoothing_is_read_as_it_was_written(model: Path, tmp_path: Path) -> None:

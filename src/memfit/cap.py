@@ -6,6 +6,7 @@ oneDNN makes for each shape of a product; and with what the job's dry run tells,
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 from memfit.account.account import Account
@@ -26,6 +27,7 @@ from memfit.steps import (
     windows_of,
 )
 from memfit.study import Study
+from memfit.technique.smoothing import smoothed_in, smoothing_of_all
 from memfit.units import format_size
 from memfit.worker import run_job
 
@@ -127,12 +129,14 @@ def cap_of_jobs(
         cap = cap_of(nbytes, job)
         # The original answers with all its weights in memory, or not at all.
         asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
-        wanted = not uniform or reads_statistics(source, plan, algorithm) or asks
+        smoothed = study.allowed.smoothed(study.groups) if windows_of(job) is not None else frozenset()
+        wanted = not uniform or reads_statistics(source, plan, algorithm) or bool(smoothed) or asks
         # Prices of a plan in one setting would decide nothing.
         changes: dict[str, Any] = {"reference": asks, "wanted": wanted}
-        if uniform and study.allowed.activations == 16:  # else what calibration finds of norms is wanted
+        if uniform and not smoothed:
             changes["allowed"] = None
-        keep(cap, source, plan, job | changes, algorithm, calibrates=wanted)
+        read = smoothing_of_all(source, smoothed).of_source(source) if smoothed else source
+        keep(cap, source, plan, job | changes, algorithm, calibrates=wanted, read=read)
         return {"cap": cap.kept(), "changes": changes | (cap.told("calibrate") if wanted else {})}
 
     found = work.once("cap", find)
@@ -149,7 +153,7 @@ def keep_as_planned(
     """
 
     def find() -> dict[str, Any]:
-        keep(cap, source, plan, job, algorithm, calibrates=False)
+        keep(cap, source, plan, job, algorithm, calibrates=False, read=smoothed_in(Path(job["work"]), source))
         return cap.kept()
 
     found = Cap.of_kept(work.once("cap-as-planned", find))
@@ -164,21 +168,26 @@ def keep_as_planned(
     )
 
 
-def keep(cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm, *, calibrates: bool) -> None:
+def keep(
+    cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm, *, calibrates: bool,
+    read: Source | None = None,
+) -> None:  # fmt: skip
     """Find how each job keeps to the cap, the fastest way first.
 
     Args:
         calibrates: whether there is a calibration still to be run.
+        read: what integers are chosen of, the source as it was smoothed; default: `source`.
 
     Raises:
         DoesNotFit: one of them cannot; told is the smallest cap for all.
     """
     refusals: list[DoesNotFit] = []
+    read = read or source
     jobs: dict[str, Callable[[], Iterator[tuple[Account, Any]]]] = {
-        "compress": lambda: iter([(predict_compressing(source, plan, job, algorithm=algorithm), None)])
+        "compress": lambda: iter([(predict_compressing(read, plan, job, algorithm=algorithm), None)])
     }
     if algorithm in BY_TEXT:
-        jobs["choose"] = lambda: _choosing(source, plan, job, algorithm)
+        jobs["choose"] = lambda: _choosing(read, plan, job, algorithm)
     if calibrates:
         jobs["calibrate"] = lambda: _calibrating(source, job)
     for name, ways in jobs.items():

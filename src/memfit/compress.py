@@ -73,12 +73,9 @@ def calibrate(
         return Calibrated(statistics=statistics, prices={}, kv_prices={})
     schemes = {group.name: allowed.schemes(group) for group in groups}
     smoothing = Smoothing()
-    if statistics is not None and allowed.smooth:
-        integers = {group for group in groups if any(scheme.activations == 8 for scheme in schemes[group.name])}
-        members = frozenset(member for group in integers for member in group.members)
-        if members:
-            smoothing = find_smoothing(source, statistics, members, watch=watch)
-            source, statistics = smoothing.of_source(source), smoothing.of_statistics(statistics)
+    if statistics is not None and (members := allowed.smoothed(groups)):
+        smoothing = find_smoothing(source, statistics, members, watch=watch)
+        source, statistics = smoothing.of_source(source), smoothing.of_statistics(statistics)
     # One of each kind is enough to know what pricing takes.
     priced = {group.shapes: group for group in groups}.values() if dry else groups
     pairs = _complete(groups, statistics)

@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from memfit.limits import RUNTIME_NBYTES, limited
-
-SMOOTHING: Final = "smoothing.safetensors"
-"""In the work directory: how the model's norms were smoothed."""
 
 
 @contextmanager
@@ -147,6 +144,7 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.compress import calibrate, priced_by
     from memfit.plan.allowed import Allowed
     from memfit.source.source import open_source
+    from memfit.technique.smoothing import SMOOTHING
 
     _prepare(job)
     source = open_source(job["model"])
@@ -201,6 +199,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.format.integers import Integers
     from memfit.plan.plan import read_plan
     from memfit.source.source import open_source
+    from memfit.technique.smoothing import smoothed_in
     from memfit.technique.tune import Tuning
 
     _prepare(job)
@@ -212,7 +211,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     with within(job):
         reset_resident_peak()
         with watch.phase("compensate"):
-            source = _smoothed(source, work)
+            source = smoothed_in(work, source)
             statistics = Statistics.read(file) if file.exists() else None
             windows = _windows(job)["calibration"]
         choose_integers(
@@ -287,6 +286,7 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.format.integers import Integers
     from memfit.plan.plan import read_plan
     from memfit.source.source import open_source
+    from memfit.technique.smoothing import smoothed_in
 
     _prepare(job)
     work = Path(job["work"])
@@ -297,7 +297,7 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
         reset_resident_peak()
         statistics = None
         with watch.phase("compress"):
-            source = _smoothed(source, work)
+            source = smoothed_in(work, source)
             if file.exists():
                 statistics = Statistics.read(file)
         integers = Integers(Path(job["integers"])) if job.get("integers") else None
@@ -349,14 +349,6 @@ def _kernel_nbytes(job: dict[str, Any]) -> dict[str, Any]:
             before = resident_nbytes()["now"]
         torch.mm(left[:rows], right)
     return {"nbytes": max(0, resident_nbytes()["now"] - before) // shapes}
-
-
-def _smoothed(source: Any, work: Path) -> Any:
-    """The source as calibration has smoothed it: what there is of statistics is of that."""
-    from memfit.technique.smoothing import Smoothing
-
-    file = work / SMOOTHING
-    return Smoothing.read(file).of_source(source) if file.exists() else source
 
 
 def _windows(job: dict[str, Any]) -> Any:

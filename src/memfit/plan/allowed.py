@@ -1,6 +1,6 @@
 """What the search may choose from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -57,6 +57,11 @@ class Allowed:
             group, bits=bits, groups=self.groups, symmetric=self.symmetric, values=self.values,
             activations=self.activations,
         )  # fmt: skip
+
+    def smoothed(self, groups: Iterable[Group]) -> frozenset[str]:
+        """The layers whose inputs are to be evened out, where there is a text: those that may get them in 8 bits."""
+        wanted = [group for group in groups if any(scheme.activations == 8 for scheme in self.schemes(group))]
+        return frozenset(member for group in wanted for member in group.members) if self.smooth else frozenset()
 
     @staticmethod
     def keeps(part: str, group: Group) -> bool:

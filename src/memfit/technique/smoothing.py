@@ -22,6 +22,8 @@ from memfit.source.smoothed import smoothed, stored_alone
 from memfit.source.source import Source
 from memfit.technique.smooth import Feed, Reader, choose, find_feeds, folded
 
+SMOOTHING: Final = "smoothing.safetensors"
+"""In the work directory: how the model's norms were smoothed."""
 ROWS: Final = 128
 """Rows of each layer on which the error of a share is measured."""
 
@@ -68,6 +70,12 @@ class Smoothing:
         return cls(**parts)
 
 
+def smoothed_in(work: Path, source: Source) -> Source:
+    """The source as calibration has smoothed it, if it did: what there is of statistics in `work` is of that."""
+    file = work / SMOOTHING
+    return Smoothing.read(file).of_source(source) if file.exists() else source
+
+
 def find_smoothing(source: Source, statistics: Statistics, wanted: frozenset[str], *, watch: Watch) -> Smoothing:
     """The best share for each norm that feeds one of the `wanted` layers, by the statistics of a text.
 
@@ -83,6 +91,19 @@ def find_smoothing(source: Source, statistics: Statistics, wanted: frozenset[str
     return found
 
 
+def smoothing_of_all(source: Source, wanted: frozenset[str]) -> Smoothing:
+    """Every norm that can be smoothed, by factors of 1: to read with these takes what it takes with those found later.
+
+    No weight is read.
+    """
+    found = Smoothing()
+    for feed in feeds_of(source):
+        if wanted.intersection(feed.layers) and _are_stored_alone(source, feed):
+            for layer in feed.layers:
+                found.columns[layer] = torch.ones(row_shape(source, f"{layer}.weight")[1])
+    return found
+
+
 def feeds_of(source: Source) -> tuple[Feed, ...]:
     """The norms of a model that may be smoothed. No weight is read."""
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), values_as_usual():
@@ -92,9 +113,12 @@ def feeds_of(source: Source) -> tuple[Feed, ...]:
 
 
 def _can_be_read_so(source: Source, feed: Feed, statistics: Statistics) -> bool:
-    known = all(layer in statistics.pairs() for layer in feed.layers)
+    return all(layer in statistics.pairs() for layer in feed.layers) and _are_stored_alone(source, feed)
+
+
+def _are_stored_alone(source: Source, feed: Feed) -> bool:
     names = [f"{feed.norm}.weight", *(f"{layer}.weight" for layer in feed.layers)]
-    return known and all(stored_alone(source, name) for name in names)
+    return all(stored_alone(source, name) for name in names)
 
 
 def _smooth(source: Source, feed: Feed, moments: Mapping[str, Moments], into: Smoothing) -> None:
