@@ -28,7 +28,10 @@ def _fake(mode: FakeTensorMode, meta: Tensor) -> Tensor:
     made: FakeTensor = Tensor._make_subclass(
         FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=_CPU
     )
-    torch._C._set_throw_on_mutable_data_ptr(made)
+    if mode._allow_unsafe_data_ptr_access:
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)  # `copy.deepcopy` asks, and clones what has none
+    else:
+        torch._C._set_throw_on_mutable_data_ptr(made)
     vars(made).update(_ATTRIBUTES, fake_mode=mode)
     return made
 
