@@ -7,7 +7,8 @@ data: the account assumes that all get alike, and so experts are measured twice,
 peak is predicted
 and measured for two recipes of each kind of model, twice as wide and deep, each in a fresh process. Beside it:
 DeepSpeed's estimator for ZeRO-2 on one device (4 bytes and 16 for each parameter) and accelerate's (four times the
-weights). Then: planning a Llama-3-8B shape.
+weights). Then: planning a Llama-3-8B shape, which `--planning` does alone, into `train_planning.json`. Beside the time
+by the clock it tells the processor's: on a busy machine the clock's is others' too.
 """
 
 import argparse
@@ -272,7 +273,7 @@ def planning() -> list[dict[str, Any]]:
     assert isinstance(source, Source)
     found = []
     for budget in (200, 100, 60, 40, 20, 8):
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         try:
             plan = plan_training(
                 lambda recipe: load_to_train(source, recipe), "Llama-3-8B", Train(batch=8, sequence=2048),
@@ -281,10 +282,21 @@ def planning() -> list[dict[str, Any]]:
             how, peak = describe(plan.recipe, 32), plan.peak_nbytes
         except DoesNotFit as error:
             how, peak = str(error), error.smallest_nbytes
-        row = {"budget_gib": budget, "seconds": time.perf_counter() - started, "peak_nbytes": peak, "how": how}
+        row = {
+            "budget_gib": budget, "seconds": time.perf_counter() - started,
+            "processor_seconds": time.process_time() - worked, "peak_nbytes": peak, "how": how,
+        }  # fmt: skip
         print(row, file=sys.stderr)
         found.append(row)
     return found
+
+
+def judge_planning(found: list[dict[str, Any]]) -> dict[str, Any]:
+    each = "; ".join(
+        f"{row['budget_gib']} GiB: {row['seconds']:.1f} s, {row['processor_seconds']:.1f} of the processor"
+        for row in found
+    )
+    return verdict("planning Llama-3-8B in 10 s", max(row["seconds"] for row in found) <= 10, each)
 
 
 def error(pair: list[int]) -> float:
@@ -296,19 +308,24 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SPECS))
     parser.add_argument("--measure")
     parser.add_argument("--resident", nargs=2)
-    parser.add_argument("--planning", action="store_true")
+    parser.add_argument("--plans", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--planning", action="store_true", help="only the plans, to train_planning.json")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     for answer in (
         given.measure and measure_model(given.measure),
         given.resident and measure_resident(*given.resident),
-        given.planning and planning(),
+        given.plans and planning(),
     ):
         if answer:
             print(json.dumps(answer))
             return
     if given.resident:
         print("null")
+        return
+    if given.planning:
+        found = fresh("--plans")
+        write_result("train_planning", {"verdicts": [judge_planning(found)], "planning": found}, output=given.output)
         return
     rows: list[dict[str, Any]] = []
     for name in given.only.split(","):
@@ -333,7 +350,7 @@ def main() -> None:
         print(f"{name}: median error {statistics.median(found):.1%}, largest {max(found):.1%}")
     fell = max((error(row["as_it_fell"]), row["model"], row["recipe"]) for row in rows)
     print(f"tokens to experts as the router has it: largest error {fell[0]:.4%} ({fell[1]}, {fell[2]})")
-    times = fresh("--planning")
+    times = fresh("--plans")
     exact = sum(e == 0 for e in errors)
     verdicts = [
         verdict(
@@ -347,9 +364,7 @@ def main() -> None:
             f"{statistics.median(error(r['resident']) for r in resident):.2%}",
         ),
         verdict("median within 0.01 %", statistics.median(errors) <= 1e-4, f"{statistics.median(errors):.6%}"),
-        verdict(
-            "planning Llama-3-8B in 10 s", max(t["seconds"] for t in times) <= 10, str([t["seconds"] for t in times])
-        ),
+        judge_planning(times),
     ]  # fmt: skip
     result = {"cases": rows, "resident": resident, "others": others, "planning": times, "verdicts": verdicts}
     write_result("train_account", result, output=given.output)
