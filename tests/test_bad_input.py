@@ -60,6 +60,13 @@ def test_a_text_that_says_nothing_is_refused_before_anything_is_written(what: st
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(make_llama, tmp_path: Path) -> None:
+    small = open_source(make_llama(hidden_size=64, intermediate_size=96, vocab_size=300))
+    with pytest.raises(UsageError, match=r"the tokenizer gives the id \d+, and the model knows 300 ids"):
+        write_windows(small, text(WORDS, WORDS), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_was_there_stays_when_the_text_is_too_short(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     file.write_text("mine")

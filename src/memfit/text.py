@@ -51,15 +51,26 @@ def text_of(text: Text | str | Path | None, source: Source) -> Text | None:
 
 
 def write_windows(source: Source, text: Text, work: Path) -> None:
-    """Cut the text into windows and leave them in `work`, for the jobs."""
+    """Cut the text into windows and leave them in `work`, for the jobs.
+
+    Raises:
+        UsageError: a part of the text is too short or says nothing; the tokenizer does not match the model.
+    """
     tokenizer = source.tokenizer()
-    vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1)
-    affordable = max(1, _LOGITS_NBYTES // (2 * vocabulary * text.length))
+    vocabulary: int | None = getattr(source.config.get_text_config(), "vocab_size", None)
+    affordable = max(1, _LOGITS_NBYTES // (2 * (vocabulary or 1) * text.length))
     evaluated = text.evaluation_windows or min(16, affordable)
     cut = {
         "calibration": _windows(tokenizer, "calibrate", text.calibration, text.length, text.calibration_windows),
         "evaluation": _windows(tokenizer, "evaluate", text.evaluation, text.length, evaluated),
     }
+    largest = max(int(windows_WT.max()) for windows_WT in cut.values())
+    if vocabulary is not None and largest >= vocabulary:
+        # A table's rows are looked up as they pass by: what is not among them would be left as memory happens to be.
+        raise UsageError(
+            f"{source.name}: the tokenizer gives the id {largest}, and the model knows {vocabulary} ids: they do not "
+            "belong together. Give the model's own tokenizer."
+        )
     torch.save(cut, work / "windows.pt")
 
 
