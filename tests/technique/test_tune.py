@@ -80,6 +80,10 @@ def test_of_levels_a_step_is_worth_what_lies_between_them(values: str, bits: int
     slope = [(table[min(u + 1, last)] - table[max(u - 1, 0)]) / (1 + (0 < u < last)) for u in place.view(-1)]
     right = torch.stack(slope).view(6, 64).masked_fill(held, 0.0) * found.scale.double().repeat_interleave(32, 1)
     assert learner.offset.grad.double() == pytest.approx(right, rel=1e-5, abs=1e-6)
+    if values == "codebook":
+        scale = found.scale.double().repeat_interleave(32, 1).view(-1)
+        of_level = torch.zeros(2**bits, dtype=torch.float64).index_add_(0, place.view(-1), scale)
+        assert learner.levels.grad.double() == pytest.approx(of_level, rel=1e-5)
 
 
 def test_values_whose_codes_are_in_no_order_are_refused() -> None:

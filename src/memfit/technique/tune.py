@@ -6,7 +6,7 @@
 Legend of shapes: N outputs (rows), K inputs, G groups of a row.
 
 Of NF4 and codebooks q_k + round(o_k) is the place in the sorted levels, and what a step of o_k is worth is half of what
-lies between the levels on both sides.
+lies between the levels on both sides. A codebook's levels learn too.
 
 The rounding is passed straight through by gradients, as in SignRound (Cheng et al. 2023); unlike there, integers begin
 where GPTQ has left them, which is far lower than the nearest ones: o_k begins as the part of a step by which the weight
@@ -79,8 +79,9 @@ class Learner:
         self.found = found
         self.offset = torch.empty(found.q.shape, dtype=torch.float32)
         self.offset.zero_()
+        self.levels = None if found.table is None else found.table.to(torch.float32)
         for rows in _blocks(found.q):
-            value, slope = _values(found, self.offset, None, rows)
+            value, slope, _ = _values(found, self.offset, None, self.levels, rows)
             by_group = (value.shape[0], found.scale.shape[1], -1)
             scale = found.scale[rows].to(torch.float32).unsqueeze(-1)
             off = weight[rows].to(torch.float32).view(by_group).div(scale).view(value.shape)
@@ -94,12 +95,13 @@ class Learner:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What learns: offsets [N, K], growth of scales [N, G], and with zero points their shifts [N, G]."""
-        return [self.offset, self.growth] + ([] if self.shift is None else [self.shift])
+        """What learns: offsets [N, K], growth of scales [N, G]; shifts of zero points [N, G], a codebook's levels."""
+        return [self.offset, self.growth, *(part for part in (self.shift, self.levels) if part is not None)]
 
     def weight(self) -> Tensor:
         """ŵ [N, K], bf16, with gradients to what learns."""
-        made: Tensor = _Weight.apply(self.offset, self.growth, self.shift, self.found)  # type: ignore[no-untyped-call]
+        learned = (self.offset, self.growth, self.shift, self.levels)
+        made: Tensor = _Weight.apply(*learned, self.found)  # type: ignore[no-untyped-call]
         return made
 
     @torch.no_grad()
@@ -110,36 +112,40 @@ class Learner:
             q[rows] = _codes(found, self.offset, rows)[0]
         scale = _scale(found, self.growth).to(torch.bfloat16)
         zero = None if self.shift is None else _zero(found, self.shift)[0].to(torch.int8)
-        return Quantized(scheme=found.scheme, q=q, scale=scale, zero=zero, table=found.table)
+        table = found.table if self.levels is None else self.levels.to(torch.bfloat16)
+        return Quantized(scheme=found.scheme, q=q, scale=scale, zero=zero, table=table)
 
 
 class _Weight(torch.autograd.Function):
     """ŵ of a learner; the backward pass makes levels anew, some rows at a time, so that none are kept."""
 
     @staticmethod
-    def forward(ctx: Any, offset: Tensor, growth: Tensor, shift: Tensor | None, found: Quantized) -> Tensor:
-        ctx.save_for_backward(offset, growth, shift)
+    def forward(
+        ctx: Any, offset: Tensor, growth: Tensor, shift: Tensor | None, levels: Tensor | None, found: Quantized
+    ) -> Tensor:
+        ctx.save_for_backward(offset, growth, shift, levels)
         ctx.found = found
         scale = _scale(found, growth)
         zero = None if shift is None else _zero(found, shift)[0]
         out = torch.empty(found.q.shape, dtype=torch.bfloat16)
         for rows in _blocks(found.q):
-            value = _values(found, offset, zero, rows)[0]
+            value = _values(found, offset, zero, levels, rows)[0]
             by_group = value.view(value.shape[0], scale.shape[1], -1)
             out[rows] = by_group.mul_(scale[rows].unsqueeze(-1)).view(value.shape)
             del value, by_group
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        offset, growth, shift = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+        offset, growth, shift, levels = ctx.saved_tensors
         found: Quantized = ctx.found
         scale = _scale(found, growth)
         zero, free = (None, None) if shift is None else _zero(found, shift)
         to_offset, to_growth = torch.empty_like(offset), torch.empty_like(growth)
         to_shift = None if shift is None else torch.empty_like(shift)
+        to_levels = None if levels is None else torch.zeros_like(levels)
         for rows in _blocks(found.q):
-            value, slope = _values(found, offset, zero, rows)
+            value, slope, place = _values(found, offset, zero, levels, rows)
             g = gradient[rows].to(torch.float32)
             by_group = (g.shape[0], scale.shape[1], -1)
             g_groups = g.view(by_group)
@@ -147,9 +153,11 @@ class _Weight(torch.autograd.Function):
             g_groups.mul_(scale[rows].unsqueeze(-1))
             if to_shift is not None and free is not None:
                 to_shift[rows] = g_groups.sum(-1).neg_().mul_(free[rows])
+            if to_levels is not None and place is not None:
+                to_levels.index_add_(0, place, g.view(-1))
             to_offset[rows] = g.mul_(slope)
-            del value, slope, g, g_groups
-        return to_offset, to_growth, to_shift, None
+            del value, slope, place, g, g_groups
+        return to_offset, to_growth, to_shift, to_levels, None
 
 
 def tune(
@@ -207,22 +215,25 @@ def _codes(found: Quantized, offset: Tensor, rows: slice) -> tuple[Tensor, Tenso
     return code.clamp_(-half, half - 1), inside
 
 
-def _values(found: Quantized, offset: Tensor, zero: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
-    """What some rows are before they are scaled, fp32, and how much that changes with the offset."""
+def _values(
+    found: Quantized, offset: Tensor, zero: Tensor | None, levels: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What some rows are before they are scaled, fp32; how much that changes with the offset; the places of levels."""
     code, inside = _codes(found, offset, rows)
     if found.scheme.values == "int":
         zero = found.zero if zero is None else zero
         if zero is not None:
             by_group = code.view(code.shape[0], zero.shape[1], -1)
             by_group.sub_(zero[rows].unsqueeze(-1))
-        return code, inside
-    table = (level_table(found.scheme) if found.table is None else found.table).to(torch.float32)
+        return code, inside, None
+    table = level_table(found.scheme) if levels is None else levels.to(torch.bfloat16)
+    table = table.to(torch.float32)
     slopes = torch.empty_like(table)
     slopes[1:-1] = (table[2:] - table[:-2]) / 2
     slopes[0], slopes[-1] = table[1] - table[0], table[-1] - table[-2]
     place = code.add_(2 ** (found.scheme.bits - 1)).to(torch.int32).view(-1)
     value, slope = (of.index_select(0, place).view(code.shape) for of in (table, slopes))
-    return value, slope.mul_(inside)
+    return value, slope.mul_(inside), place
 
 
 def _scale(found: Quantized, growth: Tensor) -> Tensor:
