@@ -24,6 +24,7 @@ from memfit.planning import plan_files, predict
 from memfit.source import check, load, open_source, source_from_config
 from memfit.source.source import Source
 from memfit.task.infer import Infer
+from memfit.technique.gptq import gptq
 from memfit.technique.quantize import dequantize, quantize
 
 FP8, FP8_64 = Scheme(bits=8, group=None, values="fp8"), Scheme(bits=8, group=64, values="fp8")
@@ -166,13 +167,25 @@ def test_parts_that_do_not_fit_are_refused(
         load(open_source(tmp_path / "out"))
 
 
-def test_chosen_values_are_kept_with_their_codebook(tmp_path: Path) -> None:
+def test_chosen_values_are_kept_with_their_codebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows at a time, all with the levels that the whole weight was given."""
+    monkeypatch.setattr("memfit.format.integers._ROWS_NBYTES", 64 * 20)
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
-    found = {scheme.name: quantize(weight, scheme) for scheme in (NF, FP8, MX, CODEBOOK)}
-    Integers(tmp_path).write("block", found, dict.fromkeys(found, 0.01))
-    kept = Integers(tmp_path)
+    factor, integers = torch.cov(weight.t()) + torch.eye(64), Integers(tmp_path)
+    found = {scheme.name: gptq(weight, factor, scheme, rows=7).quantized for scheme in (NF, FP8, MX, CODEBOOK)}
     for name, made in found.items():
-        assert torch.equal(dequantize(kept.read(name, made.scheme)), dequantize(made))
+        integers.add("block", name, made)
+    integers.finish("block", dict.fromkeys(found, 0.01))
+    kept = Integers(tmp_path)
+    assert torch.equal(found[CODEBOOK.name].table, quantize(weight, CODEBOOK, importance=factor.diagonal()).table)
+    for name, made in found.items():
+        right = dequantize(made)
+        assert torch.equal(right, dequantize(gptq(weight, factor, made.scheme).quantized))
+        assert torch.equal(dequantize(kept.read(name, made.scheme)), right)
+        assert torch.equal(kept.weight(name, made.scheme), right)
+        parts = list(kept.rows(name, made.scheme))
+        assert [start for start, _ in parts] == [0, 20, 40]
+        assert torch.equal(torch.cat([dequantize(part) for _, part in parts]), right)
 
 
 @pytest.mark.parametrize(("change", "told"), [
