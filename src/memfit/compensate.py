@@ -231,7 +231,7 @@ def _tuned(
         return relative_error(out, spill.rows(target, slice(start, start + out.shape[0])))
 
     before, after = tune(learners, loss, list(range(0, count, tuning.windows)), tuning=tuning)
-    if after > before:
+    if not after <= before:  # of NaN too
         return {name: learner.found for name, learner in learners.items()}
     return {name: learner.result() for name, learner in learners.items()}
 

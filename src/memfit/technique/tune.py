@@ -77,8 +77,7 @@ class Learner:
         if not is_tunable(found.scheme):
             raise ValueError(f"{found.scheme.name}: its codes are not in the order of their values, so none has a next")
         self.found = found
-        self.offset = torch.empty(found.q.shape, dtype=torch.float32)
-        self.offset.zero_()
+        self.offset = torch.zeros(found.q.shape, dtype=torch.float32)
         self.levels = None if found.table is None else found.table.to(torch.float32)
         for rows in _blocks(found.q):
             value, slope, _ = _values(found, self.offset, None, self.levels, rows)
