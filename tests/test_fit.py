@@ -328,7 +328,8 @@ def test_gptq_is_what_a_text_brings_and_is_predicted_and_told(fitted, model, pla
 
 def test_one_setting_for_everything_is_rounding_as_anyone_would(model, tmp_path):
     setting = memfit.Allowed(bits=(4,), groups={4: (64,)}, symmetric=False, kv_bits=(16,), keep=("embeddings",))
-    memfit.fit(model, "100%", tmp_path / "out", task=TASK, allowed=setting, uniform=True, algorithm="rtn", threads=1)
+    told = {"task": TASK, "allowed": setting, "uniform": True}
+    memfit.fit(model, "100%", tmp_path / "out", algorithm="rtn", measure=False, threads=1, **told)
     schemes = read_plan(tmp_path / "out" / "plan.json").schemes()
     source = open_source(model)
     found, right = memfit.load(tmp_path / "out"), source.build(dtype=torch.bfloat16)
@@ -338,6 +339,6 @@ def test_one_setting_for_everything_is_rounding_as_anyone_would(model, tmp_path)
         plain = quantize(source.read_parameter(f"{name}.weight", dtype=torch.bfloat16), schemes[name], search=False)
         assert torch.equal(found.get_submodule(name).store.dense_rows(0, plain.q.shape[0]), dequantize(plain)), name
     with pytest.raises(memfit.DoesNotFit, match="needed with this setting") as refused:
-        memfit.fit(model, 1000, tmp_path / "no", task=TASK, allowed=setting, uniform=True)
-    assert memfit.plan(model, refused.value.smallest_nbytes, task=TASK, allowed=setting, uniform=True).predicted
+        memfit.fit(model, 1000, tmp_path / "no", **told)
+    assert memfit.plan(model, refused.value.smallest_nbytes, **told).predicted
     assert not (tmp_path / "no").exists()
