@@ -123,7 +123,7 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
     job = job_of(model, tmp_path / "work")
     room = importlib.import_module("memfit.cap")
 
-    def choosing(source, plan, windows, thrift: Thrift) -> Account:
+    def choosing(source, plan, windows, thrift: Thrift, *, algorithm: str) -> Account:
         return account((200 + 100 * thrift.batch // windows[0] + 300 * thrift.hold + 100 * (not thrift.spill)) * MIB)
 
     monkeypatch.setattr(room, "predict_choosing", choosing)

@@ -249,7 +249,8 @@ def fit(
     texts = text_of(text, source)
     algorithm = algorithm or ("search" if texts is None else "gptq")
     if algorithm in BY_TEXT and texts is None:
-        raise UsageError(f"{algorithm} chooses integers for a text, and there is none. Give one (--text FILE).")
+        how = f"GPTQ chooses integers for a text (--algorithm {algorithm})"
+        raise UsageError(f"{how}, and there is none. Give one (--text FILE).")
     key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure]}
     work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work:
