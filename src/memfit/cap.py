@@ -34,6 +34,7 @@ from memfit.worker import run_job
 _SHARE: Final = 0.03
 _NBYTES: Final = 24 << 20
 """What a job may take beyond its prediction: a share of that, and holes in the heap."""
+_PAGES_NBYTES: Final = 4 << 20
 _BATCHES: Final = (4, 2, 1)
 """Windows that calibration runs at once."""
 _FEW_ROWS: Final = 256
@@ -107,7 +108,9 @@ class Cap:
 def cap_of(nbytes: int, job: Mapping[str, Any]) -> Cap:
     """The cap for jobs like this one: asks a process of their kind what it holds before it begins."""
     found = run_job({"do": "idle"} | {key: job[key] for key in ("model", "threads")})
-    return Cap(nbytes=nbytes, idle_nbytes=found["now"], kernel_nbytes=found["kernel_nbytes"])
+    # Rounded up: from one process to the next it differs by some pages, and what is told to be enough must stay so.
+    idle_nbytes = -(-found["now"] // _PAGES_NBYTES) * _PAGES_NBYTES
+    return Cap(nbytes=nbytes, idle_nbytes=idle_nbytes, kernel_nbytes=found["kernel_nbytes"])
 
 
 def cap_of_jobs(
@@ -211,7 +214,7 @@ def _first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) -
     raise DoesNotFit(
         f"{format_size(cap.nbytes)} allowed (--ram), {format_size(needed)} needed at the least to {job} "
         f"({format_size(cap.idle_nbytes)} of it Python and its libraries, {format_size(least.peak_nbytes)} tensors). "
-        f"The smallest cap that works is {needed} bytes.",
+        f"The smallest cap that works is {needed} bytes. Shorter or fewer windows (--window, --windows) take less.",
         smallest_nbytes=needed,
     )
 

@@ -270,7 +270,10 @@ def fit(
             chosen = _planned(study, nbytes, calibrated)
         else:
             chosen = study.adopt(given, _prices(calibrated), _kv_prices(calibrated))
-            chosen = replace(chosen, predicted=given.predicted, smoothed=_smoothed(calibrated))
+            chosen = replace(
+                chosen, predicted=given.predicted, smoothed=_smoothed(calibrated),
+                priced_by=calibrated.get("priced_by", chosen.priced_by),
+            )  # fmt: skip
         predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
         if cap is not None:

@@ -40,6 +40,8 @@ def allowed_by(
     if said(context, "smooth") and activations == 16:
         raise UsageError("--smooth and --no-smooth say something of activations of 8 bits: add --activations 8.")
 
+    if said(context, "bits"):
+        bits = bits_of(values, bits)
     widths = _numbers(bits, "--bits", (16, 8, 6, 5, 4, 3, 2))
     kinds: Any = tuple(values.split(","))
     if unknown := [kind for kind in kinds if kind not in get_args(Values)]:

@@ -196,7 +196,7 @@ def render_report(report: Report) -> RenderableType:
     parts.append(Text())
     if report.measured is not None:
         parts.append(render_comparison(report.predicted, report.measured, title="Running it"))
-    else:
+    elif not (report.plan or {}).get("predicted"):  # else it stands with the plan
         parts.append(render_account(report.predicted, budget_nbytes=report.budget_nbytes))
     if report.predicted_fit is not None and report.measured_fit is not None:
         parts += [Text(), render_comparison(report.predicted_fit, report.measured_fit, title="Fitting it")]
@@ -276,11 +276,14 @@ def _plan_title(plan: Mapping[str, Any]) -> str:
         parts.append(f"{bits:.2f} bits a weight")
     if (kv_bits := plan.get("kv_bits")) is not None:
         parts.append(f"KV cache {kv_bits} bits")
-    if (kl := plan.get("expected_kl")) is not None:
+    choices = [choice for choice in plan.get("choices", ()) if choice.get("scheme")]
+    if choices and not any(choice.get("price") for choice in choices):
+        parts.append("not priced")
+    elif (kl := plan.get("expected_kl")) is not None:
         parts.append(f"expected KL {kl:.2g}" if 0 < kl < 1e-3 else f"expected KL {kl:.4f}")
         if plan.get("priced_by") == "weights":
             parts.append("priced by the weights, without a text")
-    elif plan.get("choices"):
+    elif choices:
         parts.append("expected KL unknown: some choices have no price")
     return parts[0] + ": " + ", ".join(parts[1:]) if len(parts) > 1 else parts[0]
 
