@@ -199,8 +199,8 @@ def one_thread():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sparing_memory_changes_no_byte(name: str, tmp_path: Path, one_thread) -> None:
-    """Weights read for each use, states in files, few rows at once: the same integers. On one thread, as several share a
-    product by its rows, and sum in another order where there are few."""
+    """Weights read for each use, states in files, few rows at once: the same integers. On one thread, as several share
+    a product by its rows, and sum in another order where there are few."""
     source = made(name, tmp_path / "model")
     schemes = layers_of(source) | {
         name: SCHEME
