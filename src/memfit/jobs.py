@@ -129,15 +129,6 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {"account": account.to_json(), "resident": resident, "resident_after_load": loaded}, model
 
 
-def _account(meter: Any) -> dict[str, Any]:
-    """What the meter has counted, and this process's resident peak."""
-    from memfit.account.meter import resident_nbytes
-
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    found: dict[str, Any] = account.to_json()
-    return found
-
-
 def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     """Statistics into the work directory, prices into the answer; if asked, the original's own answers."""
     from memfit.account.meter import reset_resident_peak
@@ -239,16 +230,16 @@ def _gguf(job: dict[str, Any]) -> dict[str, Any]:
         open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
         windows_WT=None if text is None else text["calibration"], watch=meter, overwrite=job["overwrite"],
     )  # fmt: skip
-    account = _account(meter)
+    seen = _seen(meter)
     kinds = Counter(tensor.kind for tensor in tensors)
-    return {"account": account, "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
+    return {"account": seen["account"], "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
 
 
 def _onnx(job: dict[str, Any]) -> dict[str, Any]:
     """A fitted directory as ONNX, into another one."""
     from dataclasses import asdict
 
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import Meter, reset_resident_peak
     from memfit.format.onnx import write_onnx
     from memfit.source.source import open_source
 
@@ -256,8 +247,7 @@ def _onnx(job: dict[str, Any]) -> dict[str, Any]:
     meter = Meter()
     reset_resident_peak()
     made = write_onnx(open_source(job["model"]), Path(job["target"]), watch=meter)
-    account = replace(meter.account(), resident_nbytes=resident_nbytes()["peak"])
-    return {"account": account.to_json(), "written": asdict(made)}
+    return {"account": _seen(meter)["account"], "written": asdict(made)}
 
 
 def _onnx_proof(job: dict[str, Any]) -> dict[str, Any]:
