@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from memfit.format.packed import FLOAT, MXFP4, OWN, stored_as
+from memfit.packed.forms import Form
 from memfit.packed.scheme import Scheme
 
 Path = tuple[str, ...]
@@ -16,7 +17,7 @@ Path = tuple[str, ...]
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], *, ignore: Iterable[str] = (), embeddings: Iterable[str] = ()
+    schemes: Mapping[str, Form], *, ignore: Iterable[str] = (), embeddings: Iterable[str] = ()
 ) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors: a config group for each scheme and format.
 
@@ -33,7 +34,7 @@ def quantization_config(
         raise ValueError(f"both quantized and ignored: {', '.join(both)}")
     if unknown := sorted(embeddings - schemes.keys()):
         raise ValueError(f"embeddings that no scheme is given for: {', '.join(unknown)}")
-    modules_of: dict[tuple[Scheme, str], list[str]] = defaultdict(list)
+    modules_of: dict[tuple[Form, str], list[str]] = defaultdict(list)
     for module, scheme in schemes.items():
         modules_of[scheme, stored_as(scheme, embedding=module in embeddings)].append(module)
     groups: dict[str, Any] = {}
@@ -57,8 +58,10 @@ def quantization_config(
     }
 
 
-def _weights(scheme: Scheme, form: str) -> dict[str, Any]:
-    """What a config group says of its weights: the arguments of compressed-tensors."""
+def _weights(scheme: Form, form: str) -> dict[str, Any]:
+    """What a config group says of its weights: the arguments of compressed-tensors, or a form of memfit's own."""
+    if not isinstance(scheme, Scheme):
+        return scheme.to_json()
     kinds = {FLOAT: "float", MXFP4: "float", OWN: scheme.values}
     told: dict[str, Any] = {
         "num_bits": 8 if form == FLOAT else scheme.bits,
@@ -71,12 +74,14 @@ def _weights(scheme: Scheme, form: str) -> dict[str, Any]:
     return told | ({"scale_dtype": "torch.uint8"} if form == MXFP4 else {})
 
 
-def _widest_first(scheme: Scheme, form: str) -> tuple[int, int, bool, str, int, str]:
+def _widest_first(scheme: Form, form: str) -> tuple[int, int, bool, str, int, str]:
+    if not isinstance(scheme, Scheme):
+        return -scheme.bits, 0, True, scheme.name, 0, form
     # The None of a row-wise group does not compare with a number.
     return -scheme.bits, scheme.group or 0, scheme.symmetric, scheme.values, -scheme.activations, form
 
 
-def _input_activations(scheme: Scheme) -> dict[str, Any] | None:
+def _input_activations(scheme: Form) -> dict[str, Any] | None:
     """Symmetric integers with one scale for each token, found as it comes; None: activations stay as they are."""
     if scheme.activations == 16:
         return None
@@ -89,7 +94,7 @@ def _input_activations(scheme: Scheme) -> dict[str, Any] | None:
 def model_config(
     config: PretrainedConfig,
     *,
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, Form],
     version: str,
     ignore: Iterable[str] = (),
     embeddings: Iterable[str] = (),
@@ -117,9 +122,13 @@ def model_config(
         data["quantization_config"] = quantization_config(schemes, ignore=ignore, embeddings=embeddings)
     data["memfit"] = {"version": version, "tied": dict(tied or {}), "kv_bits": kv_bits}
     # Stored as FP8 in groups of 32, and no config group can say that they are more than that.
-    if mx := [name for name in embeddings if name in schemes and schemes[name].values == "mxfp4"]:
+    if mx := [name for name in embeddings if name in schemes and _is_mxfp4(schemes[name])]:
         data["memfit"]["mxfp4"] = module_patterns(mx)
     return data
+
+
+def _is_mxfp4(scheme: Form) -> bool:
+    return isinstance(scheme, Scheme) and scheme.values == "mxfp4"
 
 
 def module_patterns(modules: Iterable[str]) -> list[str]:

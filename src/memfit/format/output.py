@@ -10,8 +10,8 @@ from torch import nn
 from memfit.format.packed import OWN, packed_buffers, packed_specs, stored_as
 from memfit.format.safetensors import TensorSpec
 from memfit.packed.experts import WEIGHTS
+from memfit.packed.forms import Form
 from memfit.packed.modules import is_experts
-from memfit.packed.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Stored:
         return (*self.packed, *self.plain, *self.extra)
 
 
-def stored_tensors(model: nn.Module, schemes: Mapping[str, Scheme]) -> Stored:
+def stored_tensors(model: nn.Module, schemes: Mapping[str, Form]) -> Stored:
     """What a model with these schemes stores.
 
     Args:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memfit.format.safetensors import TensorSpec
 from memfit.packed.bits import pack_values
+from memfit.packed.forms import Form, LowRank
 from memfit.packed.levels import level_table, scale_values
 from memfit.packed.scheme import OWN_VALUES, Scheme
 from memfit.technique.quantize import Quantized
@@ -21,7 +22,7 @@ OWN: Final = "memfit"
 """No format of compressed-tensors: stock transformers must not find such weights, or it would draw random ones."""
 
 
-def stored_as(scheme: Scheme, *, embedding: bool) -> str:
+def stored_as(scheme: Form, *, embedding: bool) -> str:
     """The format of compressed-tensors that stock transformers can read a weight of this scheme in, or `OWN`.
 
     `pack-quantized` where it works. transformers 5.24 with compressed-tensors 0.20 fails on it for embeddings
@@ -32,7 +33,7 @@ def stored_as(scheme: Scheme, *, embedding: bool) -> str:
     pair of 4 bits. FP8 is `float-quantized`. MXFP4 has a format of its own, which fails for embeddings as the packed
     one does; theirs is `float-quantized`, as E4M3 holds its levels exactly.
     """
-    if scheme.values in OWN_VALUES:
+    if not isinstance(scheme, Scheme) or scheme.values in OWN_VALUES:
         return OWN
     if scheme.values != "int":
         return MXFP4 if scheme.values == "mxfp4" and not embedding else FLOAT
@@ -40,7 +41,7 @@ def stored_as(scheme: Scheme, *, embedding: bool) -> str:
 
 
 def packed_specs(
-    module: str, shape: Sequence[int], scheme: Scheme, *, embedding: bool = False, tied: Sequence[str] = ()
+    module: str, shape: Sequence[int], scheme: Form, *, embedding: bool = False, tied: Sequence[str] = ()
 ) -> tuple[TensorSpec, ...]:
     """The tensors that a quantized weight [N, K] has in a file, in file order; `embedding`: it is a table.
 
@@ -50,8 +51,16 @@ def packed_specs(
     `mxfp4-pack-quantized`: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32], exponents. memfit's own:
     `weight_packed` int32, the codes u packed as integers are, `weight_scale` bf16 [N, G], of a codebook
     `weight_codebook` bf16 [2^b]; nothing for tied modules. Else the modules of `tied` share an embedding's table, and
-    have scales and zero points of their own, equal to its.
+    have scales and zero points of their own, equal to its. Of a form that is no scheme, its `parts`; integers that factors
+    go beside are in memfit's own form, too, with zero points `weight_zero_point` int8 [N, G].
     """
+    if not isinstance(scheme, Scheme):
+        parts = [
+            TensorSpec(name=f"{module}.{part}", dtype=dtype, shape=size)
+            for part, (dtype, size) in scheme.parts((shape[0], shape[1])).items()
+        ]
+        base = scheme.base if isinstance(scheme, LowRank) else None
+        return (*(() if base is None else _own_specs(module, shape, base)), *parts)
     rows, columns = shape
     scales = (rows, scheme.groups(columns))
     form = stored_as(scheme, embedding=embedding)
@@ -61,14 +70,7 @@ def packed_specs(
             TensorSpec(name=f"{module}.weight_scale", dtype=torch.uint8, shape=scales),
         )
     if form == OWN:
-        words = (rows, columns * scheme.bits // 32)
-        own = [
-            TensorSpec(name=f"{module}.weight_packed", dtype=torch.int32, shape=words),
-            TensorSpec(name=f"{module}.weight_scale", dtype=torch.bfloat16, shape=scales),
-        ]
-        if scheme.values == "codebook":
-            own.append(TensorSpec(name=f"{module}.weight_codebook", dtype=torch.bfloat16, shape=(1 << scheme.bits,)))
-        return tuple(own)
+        return _own_specs(module, shape, scheme)
     if form == PACKED:
         words = (rows, math.ceil(columns * scheme.bits / 32))
         # Widest dtype first, so that each tensor starts where it is aligned.
@@ -84,6 +86,21 @@ def packed_specs(
         if not scheme.symmetric:
             specs.append(TensorSpec(name=f"{name}.weight_zero_point", dtype=torch.int8, shape=scales))
     return tuple(specs)
+
+
+def _own_specs(module: str, shape: Sequence[int], scheme: Scheme) -> tuple[TensorSpec, ...]:
+    """Codes as integers are packed, scales, and what there is beside them."""
+    rows, columns = shape
+    scales = (rows, scheme.groups(columns))
+    own = [
+        TensorSpec(name=f"{module}.weight_packed", dtype=torch.int32, shape=(rows, columns * scheme.bits // 32)),
+        TensorSpec(name=f"{module}.weight_scale", dtype=torch.bfloat16, shape=scales),
+    ]
+    if not scheme.symmetric:
+        own.append(TensorSpec(name=f"{module}.weight_zero_point", dtype=torch.int8, shape=scales))
+    if scheme.values == "codebook":
+        own.append(TensorSpec(name=f"{module}.weight_codebook", dtype=torch.bfloat16, shape=(1 << scheme.bits,)))
+    return tuple(own)
 
 
 def stored_values(quantized: Quantized, form: str) -> Tensor:

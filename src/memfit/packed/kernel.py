@@ -4,6 +4,7 @@ import math
 from typing import Final, Literal
 
 from memfit.packed import nibbles
+from memfit.packed.forms import Form, LowRank
 from memfit.packed.qlinear import integer_kernel, prepacked_nbytes
 from memfit.packed.scheme import Scheme
 
@@ -39,13 +40,17 @@ def choose_kernel(scheme: Scheme, shape: tuple[int, ...], *, aligned: int | None
     return "planes"
 
 
-def runtime_nbytes(scheme: Scheme, shape: tuple[int, ...], *, kernel: Kernel | None = None) -> int:
+def runtime_nbytes(scheme: Form, shape: tuple[int, ...], *, kernel: Kernel | None = None) -> int:
     """Bytes of the buffers of a weight [..., N, K], on `kernel` or the one that would be chosen.
 
     As `scheme.nbytes`, but a zero point takes a byte, rows are padded to a multiple of 64 for the int4
     kernel, and levels are there whether a file holds them or not. For products of integers oneDNN says what its order
-    takes, and a scale is float32.
+    takes, and a scale is float32. Forms that are no schemes are kept as they are stored.
     """
+    if isinstance(scheme, LowRank) and scheme.base is not None:
+        return scheme.nbytes(shape) + runtime_nbytes(scheme.base, shape) - scheme.base.nbytes(shape)
+    if not isinstance(scheme, Scheme):
+        return scheme.nbytes(shape)
     if scheme.values != "int":
         return scheme.nbytes(shape) + (0 if scheme.values == "codebook" else 2 << scheme.bits)
     rows, inputs = math.prod(shape[:-1]), shape[-1]

@@ -12,10 +12,17 @@ from memfit.errors import UsageError
 from memfit.packed.blocks import Read
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.experts import PackedExperts
+from memfit.packed.forms import Form, LowRank, Sparse
 from memfit.packed.integer import IntegerWeight
+from memfit.packed.low_rank import LowRankWeight
 from memfit.packed.scheme import Scheme
+from memfit.packed.sparse import SparseWeight
 from memfit.packed.store import PackedWeight
 
+Store = PackedWeight | IntegerWeight | SparseWeight | LowRankWeight
+"""What holds a weight."""
+Table = PackedWeight | SparseWeight | LowRankWeight
+"""What holds a table, which is looked up by rows."""
 _READ_DIRECTLY = ("dt_proj",)
 """Linear layers whose model reads `.weight` itself instead of calling them (Mamba's)."""
 
@@ -28,14 +35,14 @@ class PackedLinear(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        scheme: Scheme,
+        scheme: Form,
         bias: bool = False,
-        store: PackedWeight | IntegerWeight | None = None,
+        store: Store | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.tied = store is not None
-        self.store: PackedWeight | IntegerWeight = store or store_of((out_features, in_features), scheme)
+        self.store: Store = store or store_of((out_features, in_features), scheme)
         if self.store.shape != (out_features, in_features):
             raise UsageError(
                 f"a head of {out_features} x {in_features} cannot share a weight of {self.store.shape}"
@@ -78,15 +85,17 @@ class PackedEmbedding(nn.Module):
         num_embeddings: int,
         embedding_dim: int,
         *,
-        scheme: Scheme,
+        scheme: Form,
         padding_idx: int | None = None,
         embed_scale: Tensor | float | None = None,
-        store: PackedWeight | None = None,
+        store: Table | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.tied = store is not None
-        self.store = store if store is not None else PackedWeight((num_embeddings, embedding_dim), scheme)
+        made = store if store is not None else store_of((num_embeddings, embedding_dim), scheme)
+        assert not isinstance(made, IntegerWeight), "a table cannot have a scheme with activations"
+        self.store: Table = made
         if isinstance(embed_scale, Tensor):
             self.register_buffer("embed_scale", embed_scale, persistent=False)
         else:
@@ -114,12 +123,16 @@ class PackedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
 
 
-def store_of(shape: tuple[int, int], scheme: Scheme) -> PackedWeight | IntegerWeight:
-    """What holds a weight of a linear layer in `scheme`, without storage yet."""
+def store_of(shape: tuple[int, int], scheme: Form) -> Store:
+    """What holds a weight in `scheme`, without storage yet."""
+    if isinstance(scheme, Sparse):
+        return SparseWeight(shape, scheme)
+    if isinstance(scheme, LowRank):
+        return LowRankWeight(shape, scheme)
     return IntegerWeight(shape, scheme) if scheme.activations == 8 else PackedWeight(shape, scheme)
 
 
-def why_not_packed(module: nn.Module, name: str, scheme: Scheme) -> str | None:
+def why_not_packed(module: nn.Module, name: str, scheme: Form) -> str | None:
     """Why `module` cannot run from weights packed as `scheme`; None if it can. It names name and shape."""
     kind = type(module)
     if isinstance(module, nn.Linear | nn.Embedding):
@@ -162,7 +175,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def pack_module_skeleton(
-    model: nn.Module, schemes: Mapping[str, Scheme], *, tied: Mapping[str, str] | None = None
+    model: nn.Module, schemes: Mapping[str, Form], *, tied: Mapping[str, str] | None = None
 ) -> None:
     """Swap modules of `model`, in place, for packed ones without storage; `load_from` fills them.
 
@@ -197,7 +210,7 @@ def pack_module_skeleton(
             _replace(model, name, _packed(model.get_submodule(name), scheme, down, None))
     for name, owner in ties.items():
         store = model.get_submodule(owner).store
-        assert isinstance(store, PackedWeight | IntegerWeight)
+        assert isinstance(store, Store)
         _replace(model, name, _packed(model.get_submodule(name), store.scheme, store.scheme, store))
 
 
@@ -207,11 +220,11 @@ def packed_modules(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def _by_module(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple[Scheme, Scheme]]:
+def _by_module(model: nn.Module, schemes: Mapping[str, Form]) -> dict[str, tuple[Form, Form]]:
     """Module name to its scheme and, for experts, that of `down_proj`."""
     modules = dict(model.named_modules())
-    wanted: dict[str, tuple[Scheme, Scheme]] = {}
-    halves: dict[str, dict[str, Scheme]] = {}
+    wanted: dict[str, tuple[Form, Form]] = {}
+    halves: dict[str, dict[str, Form]] = {}
     for name, scheme in schemes.items():
         parent, _, last = name.rpartition(".")
         if name in modules:
@@ -247,9 +260,7 @@ def _find_ties(model: nn.Module, wanted: Mapping[str, object]) -> dict[str, str]
     return ties
 
 
-def _packed(
-    module: nn.Module, scheme: Scheme, down: Scheme, store: PackedWeight | IntegerWeight | None
-) -> nn.Module:
+def _packed(module: nn.Module, scheme: Form, down: Form, store: Store | None) -> nn.Module:
     if isinstance(module, nn.Linear):
         linear = PackedLinear(module.in_features, module.out_features, scheme=scheme, store=store)
         linear.bias = module.bias
@@ -264,6 +275,7 @@ def _packed(
             embed_scale=getattr(module, "embed_scale", None),
             store=store,
         ).train(module.training)
+    assert isinstance(scheme, Scheme) and isinstance(down, Scheme), "fused experts have no other form"
     return PackedExperts(module, gate_up=scheme, down=down).train(module.training)
 
 

@@ -10,6 +10,7 @@ from typing import Final, Literal
 from torch import nn
 
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
+from memfit.packed.forms import Form
 from memfit.packed.modules import is_experts, why_not_packed
 from memfit.packed.scheme import BITS, BITS_OF, GROUPS, MX_GROUP, Scheme, Values
 
@@ -69,11 +70,11 @@ class Group:
     def weights(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def nbytes(self, scheme: Scheme | None) -> int:
+    def nbytes(self, scheme: Form | None) -> int:
         """Stored bytes in `scheme`; None: 2 bytes a weight."""
         return 2 * self.weights if scheme is None else sum(scheme.nbytes(shape) for shape in self.shapes)
 
-    def why_not(self, scheme: Scheme) -> str | None:
+    def why_not(self, scheme: Form) -> str | None:
         """Why the group cannot be stored in `scheme`; None if it can."""
         if self.blocked is not None:
             return self.blocked

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from memfit.errors import BrokenInput
+from memfit.packed.forms import Form, form_of
 from memfit.packed.scheme import BITS, Scheme, Values
 
 VERSION: Final = 1
@@ -22,7 +23,7 @@ class GroupChoice:
     name: str
     members: tuple[str, ...]
     """Names of the modules that share the choice."""
-    scheme: Scheme | None
+    scheme: Form | None
     """None: as it is, in 16 bits."""
     weights: int
     """Values in the group; tied ones once."""
@@ -75,8 +76,8 @@ class Plan:
         """Stored bytes of all groups."""
         return sum(choice.nbytes for choice in self.choices)
 
-    def schemes(self) -> dict[str, Scheme]:
-        """Module name to scheme, of all that is quantised."""
+    def schemes(self) -> dict[str, Form]:
+        """Module name to scheme, of all that does not stay as it is."""
         return {
             member: choice.scheme
             for choice in self.choices
@@ -190,7 +191,12 @@ def _choice(check: "_Check", n: int, data: Any) -> GroupChoice:
     )
 
 
-def _scheme(check: "_Check", where: str, data: Any) -> Scheme:
+def _scheme(check: "_Check", where: str, data: Any) -> Form:
+    if isinstance(data, Mapping) and "form" in data:
+        try:
+            return form_of(data)
+        except (ValueError, TypeError) as error:
+            raise check.broken(where, str(error)) from error
     if isinstance(data, Mapping):  # plans of earlier versions do not say what may be left out
         data = {"activations": 16, "values": "int"} | dict(data)
     check.keys(data, {field.name for field in fields(Scheme)}, where)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memfit.packed.scheme import Scheme
+from memfit.packed.forms import form_of
 
 _LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<leaf>.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -115,9 +115,9 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def scheme_name(scheme: Mapping[str, Any] | None) -> str:
     """`int4 g128`, or `bf16` for what stays as it is."""
-    return "bf16" if scheme is None else Scheme(**scheme).name
+    return "bf16" if scheme is None else form_of(scheme).name
 
 
 def bits_of(scheme: Mapping[str, Any] | None) -> int:
     """Bits of one value."""
-    return 16 if scheme is None else int(scheme["bits"])
+    return 16 if scheme is None else form_of(scheme).bits

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from memfit.errors import BrokenInput
+from memfit.packed.forms import Form, LowRank
 from memfit.packed.scheme import OWN_VALUES, Scheme
 from memfit.source.checkpoint import SafetensorsCheckpoint, TensorInfo
 from memfit.source.layout import check_pieces
@@ -74,15 +75,24 @@ def _stray_parts(source: Source) -> list[str]:
     ]
 
 
-def _check_packed(source: Source, prefix: str, scheme: Scheme, shape: tuple[int, ...]) -> None:
+def _check_packed(source: Source, prefix: str, scheme: Form, shape: tuple[int, ...]) -> None:
     """The parts of one packed weight [..., N, K], as compressed-tensors stores them."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
     if (reason := scheme.why_not(shape)) is not None:
         raise BrokenInput(
             f"{source.name}: {prefix!r} {shape} cannot be {scheme.name}: {reason}. Correct config.json."
         )
-    groups = scheme.groups(columns)
     tied = prefix in source.tied
+    if not isinstance(scheme, Scheme):
+        if tied:
+            return
+        for part, (dtype, due) in scheme.parts(shape).items():
+            _check_part(source, f"{prefix}.{part}", scheme.name, shape, due, dtype)
+        base = scheme.base if isinstance(scheme, LowRank) else None
+        if base is None:
+            return
+        scheme = base
+    groups = scheme.groups(columns)
     if tied and scheme.values in OWN_VALUES:
         return
     wanted: dict[str, tuple[int, int, torch.dtype | None]] = {"weight_scale": (rows, groups, None)}
@@ -102,25 +112,28 @@ def _check_packed(source: Source, prefix: str, scheme: Scheme, shape: tuple[int,
         wanted["weight_codebook"] = (1, 1 << scheme.bits, torch.bfloat16)
     if not scheme.symmetric:
         wanted["weight_zero_point"] = zeros
-    for part, (count, width, dtype) in wanted.items():
-        info = source.stored_info(f"{prefix}.{part}")
-        if info is None:
-            raise source.missing(f"{prefix}.{part}")
-        fits = math.prod(info.shape[:-1]) == count and info.shape[-1:] == (width,)
-        if not fits:
-            raise BrokenInput(
-                f"{info.file}: tensor {info.name!r} has the shape {info.shape}; {scheme.name} of "
-                f"{shape} takes "
-                f"{(count, width)}. Config and weights do not belong together: fetch both again."
-            )
-        if (dtype is not None and info.dtype != dtype) or (
-            dtype is None and not info.dtype.is_floating_point
-        ):
-            raise BrokenInput(
-                f"{info.file}: tensor {info.name!r} has the dtype {info.dtype}; {dtype or 'a float'} "
-                "was due. "
-                "Config and weights do not belong together: fetch both again."
-            )
+    for part, (count, width, due_dtype) in wanted.items():
+        _check_part(source, f"{prefix}.{part}", scheme.name, shape, (count, width), due_dtype)
+
+
+def _check_part(
+    source: Source, name: str, scheme: str, shape: tuple[int, ...], due: tuple[int, ...], dtype: torch.dtype | None
+) -> None:
+    """One part: there, of the size `due` (experts' parts have one more dimension), and of `dtype`, None: any float."""
+    info = source.stored_info(name)
+    if info is None:
+        raise source.missing(name)
+    folded = (math.prod(info.shape[:-1]), *info.shape[-1:]) if len(due) == 2 else info.shape
+    if folded != due:
+        raise BrokenInput(
+            f"{info.file}: tensor {info.name!r} has the shape {info.shape}; {scheme} of {shape} takes {due}. Config and "
+            "weights do not belong together: fetch both again."
+        )
+    if (dtype is not None and info.dtype != dtype) or (dtype is None and not info.dtype.is_floating_point):
+        raise BrokenInput(
+            f"{info.file}: tensor {info.name!r} has the dtype {info.dtype}; {dtype or 'a float'} was due. Config and "
+            "weights do not belong together: fetch both again."
+        )
 
 
 def _check_copies(source: Source, checkpoint: SafetensorsCheckpoint | QuantizedCheckpoint, *, own: bool) -> None:

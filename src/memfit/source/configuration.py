@@ -8,6 +8,7 @@ from typing import Any, Final
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from memfit.errors import BrokenInput
+from memfit.packed.forms import Form, form_of
 from memfit.packed.scheme import MX_GROUP, OWN_VALUES, Scheme, Values
 from memfit.source.safetensors import check_within, read_json
 
@@ -79,7 +80,7 @@ def _refuse_counts(raw: Mapping[str, Any], file: Path) -> None:
 
 def parse_schemes(
     raw: Mapping[str, Any], modules: Iterable[str] | Mapping[str, str], *, file: Path = Path("config.json")
-) -> dict[str, Scheme]:
+) -> dict[str, Form]:
     """The scheme of each module that a config's `quantization_config` covers; empty where there is none.
 
     A target is a module's name, `re:` and an expression that matches a name from its start, or the name of a
@@ -100,7 +101,7 @@ def parse_schemes(
     classes = modules if isinstance(modules, Mapping) else dict.fromkeys(modules, "Linear")
     own = raw.get("memfit")
     mx = _strings((own.get("mxfp4") if isinstance(own, dict) else None) or [], "memfit.mxfp4", file)
-    schemes: dict[str, Scheme] = {}
+    schemes: dict[str, Form] = {}
     for module, kind in classes.items():
         if min((_rank(target, module, kind) for target in ignore), default=_NEVER) < _NEVER:
             continue
@@ -135,7 +136,7 @@ def _rank(target: str, module: str, kind: str) -> int:
     return 2 if target == kind else _NEVER
 
 
-def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str], Scheme]], list[str]]:
+def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str], Form]], list[str]]:
     """The groups of a quantization_config, targets and scheme, and the modules that it leaves alone."""
     if not isinstance(quantization, dict):
         raise _refuse(file, "quantization_config is no object")
@@ -172,10 +173,15 @@ def _checked_groups(quantization: Any, file: Path) -> tuple[list[tuple[list[str]
     return checked, _strings(quantization.get("ignore") or [], "ignore", file)
 
 
-def _scheme(group: Mapping[str, Any], name: str, form: str, file: Path) -> Scheme:
+def _scheme(group: Mapping[str, Any], name: str, form: str, file: Path) -> Form:
     weights = group.get("weights")
     if not isinstance(weights, dict):
         raise _refuse(file, f"config group {name!r} has no weights")
+    if "form" in weights and form == "memfit":
+        try:
+            return form_of(weights)
+        except (ValueError, TypeError) as error:
+            raise _refuse(file, f"config group {name!r}: {error}") from error
     kind, strategy, bits = weights.get("type", "int"), weights.get("strategy"), weights.get("num_bits")
     if kind not in _FORMATS[form] or type(bits) is not int:
         raise _refuse(

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 from memfit.errors import BrokenInput, UsageError
 from memfit.packed.fake import is_fake
 from memfit.packed.levels import part_of
+from memfit.packed.forms import FORM_PARTS, Form, LowRank
 from memfit.packed.scheme import Scheme
 from memfit.source.chance import random_checkpoint
 from memfit.source.checkpoint import Checkpoint, TensorInfo
@@ -24,7 +25,7 @@ from memfit.source.quantized import METHODS, quantization_of, unpack
 from memfit.source.safetensors import check_within, open_checkpoint, read_json
 from memfit.source.skeleton import build_skeleton, config_dtype, tie_modules, ties_of
 
-PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_codebook")
+PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_codebook", *FORM_PARTS)
 """What compressed-tensors, or memfit itself, stores for a quantized module, in place of `weight`."""
 
 
@@ -76,7 +77,7 @@ class Source:
         return int(bits)
 
     @cached_property
-    def schemes(self) -> Mapping[str, Scheme]:
+    def schemes(self) -> Mapping[str, Form]:
         """The scheme of each module that is stored packed; empty for a model that is not."""
         if not self.quantized:
             return {}
@@ -209,7 +210,7 @@ class Source:
         known = (torch.int8, torch.float8_e4m3fn)
         return info.dtype if info is not None and info.dtype in known else None
 
-    def scheme_of(self, module: str) -> Scheme:
+    def scheme_of(self, module: str) -> Form:
         """The scheme of a packed module, or of a weight of fused experts."""
         return self.schemes.get(module) or self.schemes[module.rpartition(".")[0]]
 
@@ -226,6 +227,10 @@ class Source:
         if part == "weight_packed" and by_value is not None:
             name = f"{module}.weight"
         stored = self.read_stored(name, start, stop)
+        if isinstance(scheme, LowRank):
+            scheme = scheme.base or scheme
+        if not isinstance(scheme, Scheme) or part in FORM_PARTS:
+            return stored
         try:
             return part_of(part, stored, scheme)
         except ValueError as error:
@@ -278,7 +283,7 @@ class Source:
         tie_modules(model, {target: source for target, source in self.tied.items() if target not in schemes})
         return model
 
-    def _schemes_of(self, model: nn.Module) -> dict[str, Scheme]:
+    def _schemes_of(self, model: nn.Module) -> dict[str, Form]:
         if not self.quantized:
             return {}
         classes: dict[str, str] = {}
