@@ -34,10 +34,12 @@ from memfit.calibrate.stream import Streamed
 from memfit.calibrate.versions import Versions
 from memfit.format.integers import Integers
 from memfit.packed.fake import blocks_to_run, is_fake, repeated
-from memfit.packed.scheme import Scheme
+from memfit.packed.forms import Form
 from memfit.source.source import Source
-from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor, gptq
-from memfit.technique.quantize import Quantized, dequantize, learned, quantize
+from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor
+from memfit.technique.made import Made
+from memfit.technique.making import make, make_for, of_tensors, shared_by_rows, tensors_of, weight_of
+from memfit.technique.quantize import Quantized, dequantize
 from memfit.technique.tune import Learner, Tuning, is_tunable, relative_error, tune
 
 _SUMS: Final = 32
@@ -69,7 +71,7 @@ class Thrift:
 def compensate(
     source: Source,
     windows_WT: Tensor,
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, Form],
     integers: Integers,
     *,
     watch: Watch,
@@ -110,10 +112,10 @@ def compensate(
         if name in schemes and rows_ND.shape[0] == twice_WT.numel():
             scheme, wanted, now = schemes[name], importance(name), rows_ND[rows_ND.shape[0] // 2 :]
             # A codebook is the whole table's, whatever the text looks up of it.
-            levels = learned(scheme, (rows for _, rows in streamed.rows(f"{name}.weight")), wanted)
+            levels = shared_by_rows(scheme, (rows for _, rows in streamed.rows(f"{name}.weight")), wanted)
             for start in blocks_to_run(range(0, now.shape[0], _TOKENS)):
                 part = now[start : start + _TOKENS]
-                part.copy_(dequantize(quantize(part, scheme, importance=wanted, table=levels)))
+                part.copy_(weight_of(make(part, scheme, importance_K=wanted, shared=levels)))
         spill.let_go(rows_ND)
         return rows_ND
 
@@ -174,7 +176,7 @@ def compensate(
 
 
 def _choose(
-    block: str, versions: Versions, was: Run, now: Run, schemes: Mapping[str, Scheme], integers: Integers,
+    block: str, versions: Versions, was: Run, now: Run, schemes: Mapping[str, Form], integers: Integers,
     damping: float, random: torch.Generator, *, rows: int | None,
     learn: Callable[[Mapping[str, Learner]], dict[str, Quantized]] | None,
 ) -> None:  # fmt: skip
@@ -184,7 +186,7 @@ def _choose(
     """
 
     def become(name: str) -> None:
-        versions.become(name, lambda: integers.weight(name, schemes[name]))
+        versions.become(name, lambda: integers.weight(name, schemes[name], versions.shape(name)))
 
     if integers.holds(block):
         for name in versions.layers:
@@ -201,7 +203,7 @@ def _choose(
             weight = corrected(versions.was(name), moved.pop(name).mul_(share), made, rows=rows or _ROWS)
             quantized = _rounded(name, weight, made, schemes[name], rows)
             used[name] = made.damping
-            if learn is None or not is_tunable(schemes[name]):
+            if learn is None or not isinstance(quantized, Quantized) or not is_tunable(quantized.scheme):
                 integers.add(block, name, quantized)
                 become(name)
             else:
@@ -236,16 +238,15 @@ def _tuned(
     return {name: learner.result() for name, learner in learners.items()}
 
 
-def _rounded(name: str, weight: Tensor, made: Factor, scheme: Scheme, rows: int | None) -> Quantized:
-    """What `gptq` makes of a weight; a dry run tells it from an equal one."""
+def _rounded(name: str, weight: Tensor, made: Factor, scheme: Form, rows: int | None) -> Quantized | Made:
+    """What is made of a weight; a dry run tells it from an equal one."""
 
-    def call() -> tuple[Tensor | None, ...]:
-        found = gptq(weight, made, scheme, rows=rows).quantized
-        return found.q, found.scale, found.zero, found.table
+    def call() -> tuple[Any, ...]:
+        return tensors_of(make_for(weight, scheme, made, rows=rows))
 
     given = lambda: (weight, made.order, made.coupling, made.weights, made.importance, made.dead)  # noqa: E731
-    q, scale, zero, table = repeated(("gptq", scheme, rows), None, name, given, call)
-    return Quantized(scheme=scheme, q=q, scale=scale, zero=zero, table=table)
+    tensors = repeated(("made", scheme, rows), None, name, given, call)
+    return of_tensors(scheme, (weight.shape[0], weight.shape[1]), tensors)
 
 
 def _stages(layers: Mapping[str, nn.Linear], run: Run) -> list[list[str]]:

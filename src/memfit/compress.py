@@ -19,15 +19,18 @@ from memfit.calibrate.stream import row_shape, rows_of
 from memfit.compensate import Thrift, compensate
 from memfit.format.integers import Integers
 from memfit.format.output import Stored, stored_tensors, weights_of
-from memfit.format.packed import stored_as, stored_scale, stored_values
+from memfit.format.packed import OWN, stored_as, stored_scale, stored_values
 from memfit.format.safetensors import Writer
 from memfit.packed.fake import is_fake
+from memfit.packed.forms import FORM_PARTS, LowRank, Sparse
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import Plan, PricedBy
 from memfit.plan.price import Prices, importance_of, prices
 from memfit.source.source import Source
+from memfit.technique.made import Made, joined
+from memfit.technique.making import make, shared_by_rows
 from memfit.technique.quantize import Quantized, learned, quantize
 from memfit.technique.smoothing import Smoothing, find_smoothing
 from memfit.technique.tune import Tuning
@@ -184,11 +187,18 @@ def compress(
                     parameter = _parameter_of(model, module, name)
                     importance = None if pairs is None else importance_of(group, parameter, pairs)
                     scheme = schemes[module]
-                    if integers is not None and module in integers:
-                        rounded = integers.rows(module, scheme)
+                    shape = row_shape(source, parameter)
+                    chosen = integers if integers is not None and module in integers else None
+                    if not isinstance(scheme, Scheme):
+                        made = None if chosen is None else chosen.made(module, scheme, shape)
+                        _write_made(writer, source, stored, name, parameter, scheme, made, importance, search=search)
+                        continue
+                    if chosen is not None:
+                        rounded = chosen.rows(module, scheme)
                     else:
                         rounded = _rounded(source, parameter, scheme, importance, search=search)
-                    _write_packed(writer, stored, name, row_shape(source, parameter), scheme, rounded)
+                    form = stored_as(scheme, embedding=name in stored.embeddings)
+                    _write_packed(writer, stored, name, shape, scheme, rounded, form)
                 else:
                     _write_plain(writer, source, model, name)
     return {shard.name: shard.sha256 for shard in writer.shards}
@@ -225,6 +235,44 @@ def _rounded(
         del block
 
 
+def _write_made(
+    writer: Writer, source: Source, stored: Stored, name: str, parameter: str, form: Sparse | LowRank,
+    made: Made | None, importance: Tensor | None, *, search: bool,
+) -> None:  # fmt: skip
+    """Write the parts of a form that is no scheme: those that are made, or what its rows become some at a time."""
+    shape = row_shape(source, parameter)
+    if made is None:
+        made = _made(source, parameter, form, importance, search=search)
+    for part, tensor in made.parts.items():
+        if not writer.has(f"{name}.{part}"):
+            writer.write(f"{name}.{part}", tensor)
+    if made.base is not None:
+        _write_packed(writer, stored, name, shape, made.base.scheme, iter([(0, made.base)]), OWN)
+
+
+def _made(
+    source: Source, parameter: str, form: Sparse | LowRank, importance: Tensor | None, *, search: bool
+) -> Made:
+    """The parts of a parameter [N, K], made some rows at a time."""
+    rows, inputs = row_shape(source, parameter)
+    importance = importance if search else None
+    shared = shared_by_rows(form, (block for _, block in rows_of(source, parameter, dtype=torch.bfloat16)), importance)
+    parts = {part: torch.empty(shape, dtype=dtype) for part, (dtype, shape) in form.parts((rows, inputs)).items()}
+    base: list[Quantized] = []
+    for start, block in rows_of(source, parameter, dtype=torch.bfloat16):
+        some = make(block, form, importance_K=importance, search=search, shared=shared)
+        assert isinstance(some, Made)
+        for part, tensor in some.parts.items():
+            if part == "weight_right":
+                parts[part] = tensor
+            else:
+                first = start * parts[part].shape[0] // rows
+                parts[part][first : first + tensor.shape[0]] = tensor
+        base += [] if some.base is None else [some.base]
+        del some, block
+    return Made(form=form, shape=(rows, inputs), parts=parts, base=joined(base) if base else None)
+
+
 def _write_packed(
     writer: Writer,
     stored: Stored,
@@ -232,10 +280,10 @@ def _write_packed(
     shape: tuple[int, int],
     scheme: Scheme,
     rounded: Iterator[tuple[int, Quantized]],
+    form: str,
 ) -> None:
-    """Pack the integers of one weight [N, K] by blocks of rows, then write its parts."""
+    """Pack the integers of one weight [N, K] by blocks of rows, then write its parts in a format's form."""
     rows, width = shape
-    form = stored_as(scheme, embedding=name in stored.embeddings)
     due = {spec.name.rpartition(".")[2]: spec for spec in stored.specs if spec.name in stored.packed[name]}
     values, scale = (
         torch.empty(spec.shape, dtype=spec.dtype)
@@ -253,7 +301,7 @@ def _write_packed(
         del made
     for part_name in stored.packed[name]:
         kind = part_name.rpartition(".")[2]
-        if writer.has(part_name):
+        if writer.has(part_name) or kind in FORM_PARTS:
             continue
         if kind == "weight_shape":
             writer.write(part_name, torch.tensor([rows, width], dtype=torch.int64))

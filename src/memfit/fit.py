@@ -25,6 +25,7 @@ from memfit.format.directory import OutputDirectory
 from memfit.format.resume import WorkDirectory
 from memfit.models import load_model, load_to_train, loader_for
 from memfit.outside import known_outside, outside_of_machine
+from memfit.packed.forms import LowRank, Sparse
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
@@ -417,8 +418,21 @@ def _smoothed(answer: dict[str, Any]) -> tuple[str, ...]:
 
 def _allowed_by(given: Plan | None) -> Allowed:
     """What a given plan takes for granted."""
-    rounded = given is not None and any(scheme.activations == 8 for scheme in given.schemes().values())
-    return Allowed(activations=8, smooth=bool(given.smoothed)) if given and rounded else Allowed()
+    if given is None:
+        return Allowed()
+    found = dict.fromkeys(given.schemes().values())
+    pruned = tuple(form for form in found if isinstance(form, Sparse))
+    factors = [form for form in found if isinstance(form, LowRank)]
+    rounded = any(isinstance(form, Scheme) or (isinstance(form, LowRank) and form.base) for form in found)
+    used = {"quantize": rounded, "prune": pruned, "low-rank": factors}
+    allowed = Allowed(
+        techniques=tuple(name for name, uses in used.items() if uses) or ("quantize",), sparse=pruned,
+        ranks=tuple(form.rank for form in factors if form.base is None),
+        residual_ranks=tuple(form.rank for form in factors if form.base is not None),
+    )  # fmt: skip
+    if any(form.activations == 8 for form in found):
+        return replace(allowed, activations=8, smooth=bool(given.smoothed))
+    return allowed
 
 
 __all__ = ["Text", "account", "fit", "load", "plan"]

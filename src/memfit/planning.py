@@ -87,7 +87,7 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
     Raises:
         DoesNotFit: that is more than the budget.
     """
-    nothing = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
+    nothing: Prices = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
     chosen = {group.name: min(1, len(study.schemes[group.name])) for group in study.groups}
     if study.kv_nbytes:
         chosen["kv_cache"] = len(study.kv_choices()) - 1

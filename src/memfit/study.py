@@ -25,10 +25,10 @@ from memfit.format.output import weights_of
 from memfit.format.packed import packed_specs
 from memfit.models import load_model
 from memfit.moments import fake_weights, kind_of, moments
+from memfit.packed.forms import Form
 from memfit.packed.kernel import runtime_nbytes
 from memfit.packed.levels import part_of
 from memfit.packed.modules import pack_module_skeleton
-from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import GroupChoice, Plan
@@ -69,7 +69,7 @@ class Study:
         self._alone: dict[Any, int] = {}
         self._builds: dict[str, Any] = {}
         self._caches: dict[int, Option] = {}
-        self._transients: dict[tuple[str, Scheme | None], dict[str, int]] = {}
+        self._transients: dict[tuple[str, Form | None], dict[str, int]] = {}
         self._later = self._loaded_later()
         full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
         for (phase, _), nbytes in self.running.items():
@@ -118,14 +118,14 @@ class Study:
             for scheme in self.schemes[group.name]
         ]
 
-    def _transient(self, group: Group, scheme: Scheme | None) -> dict[str, int]:
+    def _transient(self, group: Group, scheme: Form | None) -> dict[str, int]:
         """Bytes over the phase's base that are alive while the group's modules run."""
         key = (group.name, scheme)
         if key not in self._transients:
             self._transients[key] = self._over_base(group, scheme)
         return self._transients[key]
 
-    def _over_base(self, group: Group, scheme: Scheme | None) -> dict[str, int]:
+    def _over_base(self, group: Group, scheme: Form | None) -> dict[str, int]:
         over = {}
         for phase, rest in self.rest.items():
             if phase not in self._binding:
@@ -145,7 +145,7 @@ class Study:
             over[phase] = max(0, most - rest)
         return over
 
-    def _loading(self, group: Group, scheme: Scheme | None) -> int:
+    def _loading(self, group: Group, scheme: Form | None) -> int:
         """Bytes alive while the group's weights are read, beyond those that stay."""
         if scheme is None:
             return 0
@@ -157,7 +157,7 @@ class Study:
             found = max(found, self._alone[key])
         return found
 
-    def _load_alone(self, member: str, scheme: Scheme, *, table: bool) -> int:
+    def _load_alone(self, member: str, scheme: Form, *, table: bool) -> int:
         holder = nn.ModuleDict({"it": copy.deepcopy(self.skeleton.get_submodule(member))})
         pack_module_skeleton(holder, {"it": scheme}, tied={})
         specs = {
@@ -181,7 +181,7 @@ class Study:
         account = settle(follow.ledger, heap=False)
         return account.peak_nbytes - account.phases[0].end_nbytes
 
-    def alone(self, member: str, phase: str, scheme: Scheme | None) -> int:
+    def alone(self, member: str, phase: str, scheme: Form | None) -> int:
         """Peak bytes of one module run alone on the inputs it has in `phase`, weights and inputs left out."""
         arguments = self._calls.get((phase, kind_of(member)))
         if arguments is None:
@@ -199,7 +199,7 @@ class Study:
             self._builds[member] = (type(module), shapes)
         return self._builds[member]
 
-    def _run_alone(self, member: str, arguments: tuple[Any, ...], scheme: Scheme | None) -> int:
+    def _run_alone(self, member: str, arguments: tuple[Any, ...], scheme: Form | None) -> int:
         holder = nn.ModuleDict({"it": copy.deepcopy(self.skeleton.get_submodule(member))})
         if scheme is not None:
             pack_module_skeleton(holder, {"it": scheme}, tied={})

@@ -20,6 +20,8 @@ from memfit.packed.fake import blocks_to_run
 from memfit.packed.modules import is_experts
 from memfit.source.source import Source
 
+_TOGETHER: Final = 64
+"""Rows that forms may lay out together: a block of rows ends on a multiple."""
 ROWS_NBYTES: Final = 8 << 20
 """Bytes of a table's rows read at a time."""
 
@@ -299,6 +301,7 @@ def rows_of(source: Source, parameter: str, *, dtype: torch.dtype) -> Iterator[t
     """(first row, rows [R, K] in `dtype`) of a parameter [N, K], all dimensions but the last taken as one."""
     total, width = row_shape(source, parameter)
     step = max(1, ROWS_NBYTES // (width * dtype.itemsize))
+    step -= step % _TOGETHER if step > _TOGETHER else 0
     whole = (
         None
         if _stored_whole(source, parameter)

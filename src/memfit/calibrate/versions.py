@@ -34,6 +34,11 @@ class Versions:
         self._read_now[name] = now
         self._held.pop((name, True), None)
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """Outputs and inputs of a layer."""
+        layer = self.layers[name]
+        return layer.out_features, layer.in_features
+
     def was(self, name: str) -> Tensor:
         """A layer's weight as it was."""
         return self._version(name, new=False)

@@ -1,6 +1,6 @@
 """The command line: `memfit COMMAND ...`."""
 
-from . import run, training
+from . import fit, run, training
 from .app import main
 
-__all__ = ["main", "run", "training"]
+__all__ = ["fit", "main", "run", "training"]

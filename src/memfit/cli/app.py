@@ -57,18 +57,26 @@ class Device(StrEnum):
 
 
 class Rounding(StrEnum):
-    """How integers are chosen."""
+    """How integers are chosen; what pruning keeps; how factors are found."""
 
     rtn = "rtn"
     search = "search"
     gptq = "gptq"
     tuned = "tuned"
+    magnitude = "magnitude"
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+    svd = "svd"
+    scaled = "scaled"
+    whitened = "whitened"
 
 
 class Technique(StrEnum):
     """What is applied to everything, with one setting."""
 
     quantize = "quantize"
+    prune = "prune"
+    low_rank = "low-rank"
 
 
 class Routing(StrEnum):
@@ -100,6 +108,13 @@ ValuesOption = Annotated[
         "--values",
         help="What codes may stand for: int, nf4, fp8 (E4M3), mxfp4, codebook (levels learned for a tensor). What has "
         "nf4 or codebooks is written for memfit alone.",
+    ),
+]
+Allow = Annotated[
+    str,
+    typer.Option(
+        help="Techniques that the search may mix, group by group: quantize, prune, low-rank. What is pruned or "
+        "factored is written for memfit alone."
     ),
 ]
 KvBits = Annotated[str, typer.Option(help="KV-cache widths that may be chosen, of 16, 8, 4, 2.")]
@@ -235,3 +250,11 @@ def refuse_beside_a_plan(context: typer.Context, own: tuple[str, ...]) -> None:
         if said(context, name):
             option = name.replace("_", "-")
             raise UsageError(f"--{option} beside --plan: the plan has its own. Leave it out, or edit the plan.")
+
+
+def plan_json(made: Any) -> dict[str, Any]:
+    """A plan as JSON for a program: its account, its choices, whether it fits."""
+    predicted = dict(made.predicted or {})
+    data = {key: value for key, value in made.to_json().items() if key not in ("predicted", "predicted_fit")}
+    fits = predicted["peak_nbytes"] <= made.budget_nbytes
+    return predicted | data | {"fits": fits}

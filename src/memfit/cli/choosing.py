@@ -1,6 +1,7 @@
 """From options to what the search may choose from."""
 
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, get_args
 
 import typer
 
@@ -28,9 +29,56 @@ def require_one_setting(bits: str, groups: str | None, kv_bits: str, values: str
             raise UsageError(f"--technique quantize has one setting: give one {option}, got {given or 'none'}.")
 
 
+ALGORITHMS: Final = {
+    "quantize": ("rtn", "search", "gptq", "tuned"),
+    "prune": {"magnitude": "rtn", "wanda": "search", "sparsegpt": "gptq"},
+    "low-rank": {"svd": "rtn", "scaled": "search", "whitened": "gptq"},
+}
+"""By technique, names of how it decides: by the weights alone, by what their inputs are on a text, making up for errors
+on it."""
+
+
+def algorithm_of(name: str | None, techniques: Iterable[str]) -> str | None:
+    """The algorithm that a name means, of one that some technique has."""
+    if name is None:
+        return None
+    techniques = tuple(techniques)
+    for technique in techniques:
+        known = ALGORITHMS[technique]
+        if name in known:
+            return known[name] if isinstance(known, dict) else name
+    known_names = [word for technique in techniques for word in ALGORITHMS[technique]]
+    raise UsageError(f"--algorithm {name}: {' and '.join(techniques)} has {', '.join(known_names)}. Take one of these.")
+
+
+def setting_of(technique: str, sparsity: float | None, pattern: str | None, rank: str | None) -> dict[str, Any]:
+    """What `Allowed` is told of a technique that is no quantization, in one setting."""
+    from memfit.packed.forms import Sparse
+
+    if technique == "prune":
+        if sparsity is None and pattern != "2:4":
+            raise UsageError("--technique prune has one setting: give --sparsity, as 0.5, or --pattern 2:4.")
+        try:
+            form = Sparse(pattern=pattern or "any", sparsity=0.5 if sparsity is None else sparsity)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UsageError(f"--technique prune: {error}.") from error
+        return {"sparse": (form,)}
+    if rank is None:
+        raise UsageError("--technique low-rank has one setting: give --rank, a number, or a share of the bytes as 80%.")
+    return {"ranks": (_rank(rank),), "residual_ranks": ()}
+
+
+def _rank(text: str) -> int | float:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError as error:
+        raise UsageError(f"--rank {text!r}: write a number, as 64, or a share of the bytes, as 80%.") from error
+
+
 def allowed_by(
     context: typer.Context, bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool,
-    values: str, activations: int, smooth: bool, *, uniform: bool = False,
+    values: str, activations: int, smooth: bool, *, allow: str = "quantize", uniform: bool = False,
+    setting: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """What the options let the search choose from."""
 
@@ -56,6 +104,8 @@ def allowed_by(
         every = {*widths, *(BITS_OF[kind] for kind in kinds if kind in BITS_OF)}
         sizes = {width: (None,) if width == 8 and not uniform else chosen for width in every if width != 16}
     return memfit.Allowed(
+        techniques=tuple(allow.split(",")),
+        **dict(setting or {}),
         bits=tuple(width for width in widths if width != 16),
         groups=sizes,
         symmetric=not asymmetric,

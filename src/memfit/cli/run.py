@@ -1,16 +1,17 @@
-"""The commands that make a model fit to run: account, plan, fit, eval, report."""
+"""The commands about running a model: account, plan, eval, report."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from memfit.errors import OverBudget, QualityMissed, UsageError
+from memfit.errors import UsageError
 
 from .app import (
     Activations,
     AdaptersOnly,
+    Allow,
     Asymmetric,
     Batch,
     Bits,
@@ -26,31 +27,26 @@ from .app import (
     Optimizer,
     Prompt,
     Quiet,
-    Rounding,
     Routing,
     Sequence,
     Slowdown,
     Smooth,
     Task,
     TaskOption,
-    Technique,
     TextFile,
     Threads,
     ValuesOption,
     app,
+    plan_json,
     print_json,
     progress_to,
-    refuse_beside_a_plan,
     refuse_both,
     said,
     show,
     write,
 )
-from .choosing import allowed_by, bits_of, require_one_setting
+from .choosing import allowed_by
 from .training import show_training_plan, training_task
-
-COMPRESSED_TENSORS = "compressed-tensors"
-ONNX = "onnx"
 
 
 @app.command()
@@ -121,6 +117,7 @@ def plan(
     asymmetric: Asymmetric = False,
     activations: Activations = 16,
     smooth: Smooth = True,
+    allow: Allow = "quantize",
     device: Device = Device.cpu,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan's JSON here.")] = None,
     as_json: Json = False,
@@ -147,185 +144,16 @@ def plan(
         budget,
         task=memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens),
         text=text,
-        allowed=allowed_by(context, bits, groups, kv_bits, keep, asymmetric, values, activations, smooth),
+        allowed=allowed_by(context, bits, groups, kv_bits, keep, asymmetric, values, activations, smooth, allow=allow),
         device=device.value,
         progress=progress_to(quiet),
     )
     if output is not None:
         write(output, dumps(made))
     if as_json:
-        print_json(_plan_json(made))
+        print_json(plan_json(made))
         return
     show(render_plan(made.to_json()))
-
-
-@app.command()
-def fit(
-    context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(help="As elsewhere; left out: the demo model, offline.", show_default=False),
-    ] = None,
-    budget: Budget = "50%",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The directory to write. Default: NAME-fitted, here.")
-    ] = None,
-    batch: Batch = 1,
-    prompt: Prompt = 512,
-    new_tokens: NewTokens = 32,
-    text: TextFile = None,
-    bits: Bits = "8,6,5,4,3,2",
-    groups: GroupSizes = None,
-    values: ValuesOption = "int",
-    kv_bits: KvBits = "16,8,4",
-    keep: Keep = None,
-    asymmetric: Asymmetric = False,
-    activations: Activations = 16,
-    smooth: Smooth = True,
-    plan_file: Annotated[
-        Path | None,
-        typer.Option("--plan", help="Carry out this plan: its budget, task and schemes; the rest is computed anew."),
-    ] = None,
-    technique: Annotated[
-        Technique | None,
-        typer.Option(help="Everything in one setting, plainly: quantize, with one of --bits; no plan is searched."),
-    ] = None,
-    algorithm: Annotated[
-        Rounding | None,
-        typer.Option(
-            help="rtn: to the nearest; search: with searched scales; gptq: and rounding errors are made up for on the "
-            "text; tuned: and each block then learns on it. Default: gptq with a text, else search.",
-            show_default=False,
-        ),
-    ] = None,
-    form: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="compressed-tensors; onnx: for ONNX Runtime; or a file for llama.cpp: gguf:q4_k_m and its other "
-            "mixtures.",
-        ),
-    ] = COMPRESSED_TENSORS,
-    window: Annotated[int, typer.Option(help="Tokens of a window of the text.", min=8)] = 256,
-    windows: Annotated[int, typer.Option(help="Windows to calibrate on, at the most.", min=1)] = 16,
-    enforce: Annotated[
-        bool,
-        typer.Option("--enforce", help="Measure under a hard limit: more memory is refused by the system."),
-    ] = False,
-    max_kl: Annotated[float | None, typer.Option(help="Exit with 5 if the KL divergence is larger.")] = None,
-    ram: Annotated[
-        str | None,
-        typer.Option(
-            help="What making it may be resident with, as 4GiB: the rest waits on the disk. Default: no cap.",
-            show_default=False,
-        ),
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Run the fitted model, and judge it beside the original.")
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with what the same run has left when it was stopped.")
-    ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model at --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and stop; nothing is written.")] = False,
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Make a model fit a budget, write it, measure it, and show prediction and measurement side by side."""
-    import memfit
-    from memfit import demo
-    from memfit.export_onnx import export_onnx, require_widths
-    from memfit.plan.plan import read_plan
-    from memfit.report.terminal import onnx_lines, render_plan, render_report
-    from memfit.source.source import open_source
-    from memfit.steps import default_output
-
-    task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens)
-    source = str(demo.model_directory()) if model is None else model
-    shape = {"length": window, "calibration_windows": windows}
-    cut = None
-    if text is not None:
-        cut = memfit.Text.from_file(text, **shape)
-    elif model is None:
-        cut = memfit.Text.of_demo(**shape)
-    if form not in (COMPRESSED_TENSORS, ONNX):
-        plainly: dict[str, Any] = {"text": cut, "overwrite": overwrite, "threads": threads}
-        _export(context, source, form, out, as_json=as_json, quiet=quiet, **plainly)
-        return
-    given = None
-    if plan_file is not None:
-        refuse_beside_a_plan(context, _IN_THE_PLAN)
-        given = read_plan(plan_file)
-    uniform = technique is not None
-    if uniform:
-        budget = budget if said(context, "budget") else "100%"
-        kv_bits = kv_bits if said(context, "kv_bits") else "16"
-        bits = bits_of(values, bits if said(context, "bits") else "")
-        require_one_setting(bits, groups, kv_bits, values)
-    if form == ONNX:
-        # What ONNX Runtime has; another width that is asked for is refused by name.
-        bits, kv_bits = bits if said(context, "bits") else "8,4,2", kv_bits if said(context, "kv_bits") else "16"
-    settings = (bits, groups, kv_bits, keep, asymmetric, values, activations, smooth)
-    allowed = allowed_by(context, *settings, uniform=uniform) if given is None else None
-    if form == ONNX:
-        require_widths(allowed, given)
-    if dry_run:
-        progress = progress_to(quiet)
-        made = memfit.plan(
-            source, budget, task=task, text=cut, allowed=allowed, given=given, uniform=uniform, progress=progress
-        )
-        if as_json:
-            print_json(_plan_json(made))
-        else:
-            show(render_plan(made.to_json()))
-        return
-    how: dict[str, Any] = {
-        "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "enforce": enforce,
-        "algorithm": None if algorithm is None else algorithm.value, "overwrite": overwrite, "max_kl": max_kl,
-        "ram": ram, "measure": measure, "resume": resume, "threads": threads, "progress": progress_to(quiet),
-    }  # fmt: skip
-    lines: list[str] = []
-    try:
-        if form == ONNX:
-            exported = export_onnx(source, budget, out, **how)
-            out, report, told = Path(exported.out), exported.report, exported.to_json()
-            lines = [f"{name}  {value}" for name, value in onnx_lines(told["onnx"])]
-        else:
-            out = out or default_output(open_source(source))
-            report = memfit.fit(source, budget, out, **how)
-            told = report.to_json()
-    except (OverBudget, QualityMissed) as error:
-        if isinstance(error.report, memfit.Report) and not as_json:
-            show(render_report(error.report))
-        raise
-    if as_json:
-        print_json(told)
-        return
-    show(render_report(report))
-    for line in lines:
-        show(line)
-    show(f"\nWritten to {out}. The same as a page: {out / 'report.html'}")
-
-
-def _export(
-    context: typer.Context, source: str, form: str, out: Path | None, *, as_json: bool, quiet: bool, **how: Any
-) -> None:
-    """Write a file for another program, and show what it is."""
-    from memfit.export import export, mixture_of
-    from memfit.report.terminal import render_export
-
-    mixture_of(form)
-    for name in _OF_A_PLAN:
-        if said(context, name):
-            raise UsageError(
-                f"--{name.replace('_', '-')} beside --format {form}: a mixture has widths of its own. Leave it out."
-            )
-    made = export(source, form, out, progress=progress_to(quiet), **how)
-    if as_json:
-        print_json(made.to_json())
-        return
-    show(render_export(made.to_json()))
 
 
 @app.command(name="eval")
@@ -395,20 +223,9 @@ def report(
         show(shown)
 
 
-_IN_THE_PLAN = (
-    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "technique",
-    "activations", "smooth",
-)  # fmt: skip
-"""What a plan says itself."""
-_OF_A_PLAN = (
-    *_IN_THE_PLAN, "plan_file", "algorithm", "enforce", "max_kl", "dry_run", "ram", "measure", "resume",
-)  # fmt: skip
-"""What a file for another program has no use for."""
-
-
 _OF_RUNNING = (
     "prompt", "new_tokens", "text", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "routing",
-    "activations", "smooth",
+    "activations", "smooth", "allow",
 )  # fmt: skip
 _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
 
@@ -422,10 +239,3 @@ def _refuse_of_the_other_task(context: typer.Context, task: Task) -> None:
                 f"--{name.replace('_', '-')} says something of --task {other}, and this is --task {task.value}. Leave "
                 "one of them out."
             )
-
-
-def _plan_json(made: Any) -> dict[str, Any]:
-    predicted = dict(made.predicted or {})
-    data = {key: value for key, value in made.to_json().items() if key not in ("predicted", "predicted_fit")}
-    fits = predicted["peak_nbytes"] <= made.budget_nbytes
-    return predicted | data | {"fits": fits}

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run
+from memfit.packed.forms import FORM_PARTS, Form, LowRank, Sparse
 from memfit.packed.scheme import Scheme
 from memfit.source.checkpoint import Checkpoint
 from memfit.source.planned import planned_checkpoint
 from memfit.source.safetensors import open_checkpoint
+from memfit.technique.made import Made, dense
 from memfit.technique.quantize import Quantized, dequantize
 
 from .safetensors import TensorSpec, Writer
@@ -59,12 +61,21 @@ class Integers:
         return block in self._blocks
 
     def read(self, module: str, scheme: Scheme) -> Quantized:
-        """What was chosen for a module."""
+        """The integers that were chosen for a module."""
         rows = self._files[module].tensors[f"{module}.q"].shape[0]
         return self._read(module, scheme, 0, rows)
 
-    def weight(self, module: str, scheme: Scheme) -> Tensor:
-        """ŵ [N, K] of a module in bf16; beside it some rows of its integers are in memory."""
+    def made(self, module: str, form: Sparse | LowRank, shape: tuple[int, int]) -> Made:
+        """The parts that were made of a module, of a weight of this shape."""
+        file = self._files[module]
+        parts = {part: file.read(name) for part in FORM_PARTS if (name := f"{module}.{part}") in file.tensors}
+        base = form.base if isinstance(form, LowRank) else None
+        return Made(form=form, shape=shape, parts=parts, base=None if base is None else self.read(module, base))
+
+    def weight(self, module: str, scheme: Form, shape: tuple[int, int]) -> Tensor:
+        """ŵ [N, K] of a module in bf16; beside it some rows of its integers, or its parts, are in memory."""
+        if not isinstance(scheme, Scheme):
+            return dense(self.made(module, scheme, shape))
         out = torch.empty(self._files[module].tensors[f"{module}.q"].shape, dtype=torch.bfloat16)
         for start, some in self.rows(module, scheme):
             out[start : start + some.q.shape[0]] = dequantize(some)
@@ -85,7 +96,7 @@ class Integers:
         table = file.read(f"{module}.table") if scheme.values == "codebook" else None
         return Quantized(scheme=scheme, q=q, scale=scale, zero=zero, table=table)
 
-    def add(self, block: str, module: str, quantized: Quantized) -> None:
+    def add(self, block: str, module: str, quantized: Quantized | Made) -> None:
         """Keep what was chosen for a module of a block that is not done yet, in place of what was chosen before."""
         tensors = dict(_parts(module, quantized))
         specs = [TensorSpec(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
@@ -123,7 +134,13 @@ class Integers:
         self._files[path.name] = found
 
 
-def _parts(module: str, quantized: Quantized) -> Iterator[tuple[str, Tensor]]:
+def _parts(module: str, quantized: Quantized | Made) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(quantized, Made):
+        for part, tensor in quantized.parts.items():
+            yield f"{module}.{part}", tensor
+        if quantized.base is not None:
+            yield from _parts(module, quantized.base)
+        return
     yield f"{module}.q", quantized.q
     yield f"{module}.scale", quantized.scale
     if quantized.zero is not None:

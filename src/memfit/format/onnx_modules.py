@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from memfit.errors import UsageError
+from memfit.packed.forms import Form
 from memfit.packed.modules import PackedEmbedding, PackedLinear, is_experts, packed_modules, why_not_packed
 from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
@@ -64,9 +65,13 @@ def block_of(scheme: Scheme, inputs: int) -> int:
     return next(block for block in _BLOCKS if group % block == 0)
 
 
-def require_onnx_scheme(scheme: Scheme, name: str) -> None:
-    """Raise UsageError where ONNX Runtime has no form for the scheme of module `name`."""
-    if scheme.values != "int" or scheme.activations != 16:
+def require_onnx_scheme(scheme: Form, name: str) -> Scheme:
+    """The scheme of module `name`.
+
+    Raises:
+        UsageError: ONNX Runtime has no form for it.
+    """
+    if not isinstance(scheme, Scheme) or scheme.values != "int" or scheme.activations != 16:
         raise UsageError(
             f"{name}: {scheme.name} cannot be in an ONNX file: ONNX Runtime multiplies floats with weights that are "
             "integers. Choose integers (--values int), and leave --activations out."
@@ -77,6 +82,7 @@ def require_onnx_scheme(scheme: Scheme, name: str) -> None:
             f"{name}: {scheme.name} cannot be in an ONNX file: ONNX Runtime multiplies integers of {known} bits. "
             f"Choose among these (--bits {','.join(map(str, ONNX_BITS))})."
         )
+    return scheme
 
 
 class _NBits(nn.Module):
@@ -88,7 +94,7 @@ class _NBits(nn.Module):
 
     def __init__(self, packed: PackedLinear | PackedEmbedding, owner: str, *, flat: bool) -> None:
         super().__init__()
-        scheme, (self.rows, self.inputs) = packed.store.scheme, packed.store.shape
+        scheme, (self.rows, self.inputs) = require_onnx_scheme(packed.store.scheme, owner), packed.store.shape
         self.scheme, self.owner, self.block = scheme, owner, block_of(scheme, self.inputs)
         blocks = self.inputs // self.block
         values = (self.inputs * scheme.bits // 8,) if flat else (blocks, self.block * scheme.bits // 8)

@@ -51,8 +51,8 @@ def packed_specs(
     `mxfp4-pack-quantized`: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32], exponents. memfit's own:
     `weight_packed` int32, the codes u packed as integers are, `weight_scale` bf16 [N, G], of a codebook
     `weight_codebook` bf16 [2^b]; nothing for tied modules. Else the modules of `tied` share an embedding's table, and
-    have scales and zero points of their own, equal to its. Of a form that is no scheme, its `parts`; integers that factors
-    go beside are in memfit's own form, too, with zero points `weight_zero_point` int8 [N, G].
+    have scales and zero points of their own, equal to its. Of a form that is no scheme, its `parts`;
+    integers that factors go beside are in memfit's own form, too, with zero points `weight_zero_point` int8 [N, G].
     """
     if not isinstance(scheme, Scheme):
         parts = [

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memfit.packed.bits import pack_values, pack_zeros
 from memfit.packed.fake import is_fake
+from memfit.packed.forms import FORM_PARTS, Form, LowRank
 from memfit.packed.scheme import Scheme
 
 NF4: Final = (
@@ -111,13 +112,17 @@ def words_of(stored: Tensor, scheme: Scheme) -> Tensor:
     return pack_values(stored, scheme.bits)
 
 
-def part_of(part: str, stored: Tensor, scheme: Scheme) -> Tensor:
+def part_of(part: str, stored: Tensor, scheme: Form) -> Tensor:
     """A stored part of a packed weight as `PackedWeight.load_from` takes it: `weight_packed` as `words_of`, MXFP4's
     `weight_scale` as E8M0's bytes, zero points packed along the rows.
 
     Raises:
         ValueError: what MXFP4 has no code for.
     """
+    if isinstance(scheme, LowRank) and scheme.base is not None and part not in FORM_PARTS:
+        scheme = scheme.base
+    if not isinstance(scheme, Scheme):
+        return stored
     if part == "weight_packed":
         return words_of(stored, scheme)
     if part == "weight_zero_point" and stored.dtype == torch.int8:

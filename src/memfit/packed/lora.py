@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memfit.errors import UsageError
 from memfit.packed.fake import blocks_to_run
-from memfit.packed.modules import PackedLinear
+from memfit.packed.modules import PackedLinear, device_of
 
 ADAPTER = "default"
 """peft's name of an only adapter; saved files do not have it."""
@@ -59,7 +59,7 @@ class AdaptedLinear(lora.Linear):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         if isinstance(base_layer, PackedLinear):  # its `weight` is on meta
-            return base_layer.store.scale.device, base_layer.weight.dtype
+            return device_of(base_layer.store), base_layer.weight.dtype
         return super()._get_base_layer_device_and_dtype(base_layer)  # type: ignore[no-any-return, no-untyped-call]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -214,7 +214,7 @@ def row_squares(base_layer: nn.Module) -> Tensor:
     """‖W‖² of each output's row, [N] in fp32 (fp64 for fp64), a tile of W at a time."""
     if isinstance(base_layer, PackedLinear):
         store = base_layer.store
-        (rows, inputs), dtype, device = store.shape, torch.float32, store.scale.device
+        (rows, inputs), dtype, device = store.shape, torch.float32, device_of(store)
     else:
         weight = _rows(base_layer)
         (rows, inputs), device = weight.shape, weight.device

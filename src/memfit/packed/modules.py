@@ -132,6 +132,11 @@ def store_of(shape: tuple[int, int], scheme: Form) -> Store:
     return IntegerWeight(shape, scheme) if scheme.activations == 8 else PackedWeight(shape, scheme)
 
 
+def device_of(store: Store) -> torch.device:
+    """Where a weight's buffers are."""
+    return next(store.buffers()).device
+
+
 def why_not_packed(module: nn.Module, name: str, scheme: Form) -> str | None:
     """Why `module` cannot run from weights packed as `scheme`; None if it can. It names name and shape."""
     kind = type(module)

@@ -18,7 +18,9 @@ class Parts(nn.Module):
     holds_weights = True
     """Its buffers are a model's weights, and are accounted for as such."""
 
-    def __init__(self, shape: tuple[int, int], scheme: Sparse | LowRank, *, device: str | torch.device = "meta") -> None:
+    def __init__(
+        self, shape: tuple[int, int], scheme: Sparse | LowRank, *, device: str | torch.device = "meta"
+    ) -> None:
         super().__init__()
         if (reason := scheme.why_not(shape)) is not None:
             raise UsageError(f"a weight of shape {list(shape)} cannot be {scheme.name}: {reason}")

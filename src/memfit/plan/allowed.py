@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from memfit.errors import UsageError
+from memfit.packed.forms import Form, Sparse
 from memfit.packed.scheme import BITS, Scheme, Values
 
 from .groups import Group, candidates
+from .other_forms import RANKS, RESIDUAL_RANKS, SPARSE, rank_candidates, residual_candidates, sparse_candidates
 
+TECHNIQUES: Final = ("quantize", "prune", "low-rank")
+"""What may be done to a group of weights."""
 EMBEDDINGS: Final = "embeddings"
 """In `Allowed.keep`: every table."""
 
@@ -17,6 +21,8 @@ EMBEDDINGS: Final = "embeddings"
 class Allowed:
     """What the search may choose from."""
 
+    techniques: tuple[str, ...] = ("quantize",)
+    """Of `TECHNIQUES`."""
     bits: tuple[int, ...] = BITS
     groups: Mapping[int, tuple[int | None, ...]] | None = None
     """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS` and `GROUPS_OF_VALUES`."""
@@ -28,10 +34,22 @@ class Allowed:
     """8: linear layers of 8 bits have activations of 8 bits, too, and are multiplied in integers."""
     smooth: bool = True
     """Where activations are of 8 bits and there is a text: even out their channels before, in the norms' weights."""
+    sparse: tuple[Sparse, ...] = SPARSE
+    """What pruning may leave."""
+    ranks: tuple[int | float, ...] = RANKS
+    """Of factors: whole numbers, or shares of the bytes in 16 bits."""
+    residual_ranks: tuple[int, ...] = RESIDUAL_RANKS
+    """Of factors beside integers, where both are allowed."""
     keep: tuple[str, ...] = ()
     """Groups that stay in 16 bits: a part of their names is enough; `embeddings` means all tables and what is tied."""
 
     def __post_init__(self) -> None:
+        if unknown := [name for name in self.techniques if name not in TECHNIQUES]:
+            raise UsageError(f"{unknown[0]!r} is no technique for weights; known: {', '.join(TECHNIQUES)}.")
+        if not self.techniques:
+            raise UsageError(f"nothing is allowed. Allow some of {', '.join(TECHNIQUES)}.")
+        if bad := [rank for rank in self.ranks if not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1)]:
+            raise UsageError(f"a rank is a whole number from 1, or a share of the bytes between 0 and 1; got {bad[0]}.")
         if self.activations not in (16, 8):
             raise UsageError(f"activations have 16 or 8 bits, got {self.activations}.")
         sizes = (None,) if self.groups is None else self.groups.get(8, (None,))
@@ -48,10 +66,17 @@ class Allowed:
                 "or leave --activations 8 out."
             )
 
-    def schemes(self, group: Group) -> tuple[Scheme, ...]:
-        """Schemes for one group; none if it is kept."""
+    def schemes(self, group: Group) -> tuple[Form, ...]:
+        """Schemes and other forms for one group; none if it is kept."""
         if any(self.keeps(part, group) for part in self.keep):
             return ()
+        integers = self._integers(group) if "quantize" in self.techniques else ()
+        pruned = sparse_candidates(group, self.sparse) if "prune" in self.techniques else ()
+        factors = rank_candidates(group, self.ranks) if "low-rank" in self.techniques else ()
+        beside = residual_candidates(group, integers, self.residual_ranks) if "low-rank" in self.techniques else ()
+        return (*integers, *pruned, *factors, *beside)
+
+    def _integers(self, group: Group) -> tuple[Scheme, ...]:
         bits = tuple(b for b in self.bits if b < 16)
         return candidates(
             group, bits=bits, groups=self.groups, symmetric=self.symmetric, values=self.values,
@@ -60,7 +85,7 @@ class Allowed:
 
     def smoothed(self, groups: Iterable[Group]) -> frozenset[str]:
         """The layers whose inputs are to be evened out, where there is a text: those that may get them in 8 bits."""
-        wanted = [group for group in groups if any(scheme.activations == 8 for scheme in self.schemes(group))]
+        wanted = [group for group in groups if any(scheme.activations == 8 for scheme in self._integers(group))]
         return frozenset(member for group in wanted for member in group.members) if self.smooth else frozenset()
 
     @staticmethod
@@ -76,6 +101,10 @@ class Allowed:
         groups = data["groups"]
         return cls(
             bits=tuple(data["bits"]),
+            techniques=tuple(data["techniques"]),
+            sparse=tuple(Sparse(**form) for form in data["sparse"]),
+            ranks=tuple(data["ranks"]),
+            residual_ranks=tuple(data["residual_ranks"]),
             groups=None if groups is None else {int(bits): tuple(sizes) for bits, sizes in groups.items()},
             symmetric=data["symmetric"],
             values=tuple(data["values"]),

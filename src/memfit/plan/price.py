@@ -22,9 +22,13 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import is_fake
+from memfit.packed.forms import Form, LowRank
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group
-from memfit.technique.quantize import Quantized, dequantize, quantize
+from memfit.technique.low_rank import errors_by_rank
+from memfit.technique.made import Made
+from memfit.technique.making import make, weight_of
+from memfit.technique.quantize import Quantized
 from memfit.technique.smooth import activation_noise
 
 SAMPLE_WEIGHTS: Final = 2**21
@@ -47,7 +51,7 @@ ACTIVE_EXPERTS: Final = 4
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Module name (experts: that of the parameter) to (H, G): float32 [K] and [N]; embeddings [V] and [D].
 Experts may have one for all, or [E, K] and [E, N]."""
-Prices = dict[tuple[str, Scheme], float]
+Prices = dict[tuple[str, Form], float]
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def importance_of(group: Group, parameter: str, statistics: Statistics | None) -
 
 def prices(
     groups: Sequence[Group],
-    candidates: Mapping[str, Sequence[Scheme]],
+    candidates: Mapping[str, Sequence[Form]],
     read_weight: Callable[[str], Tensor],
     statistics: Statistics | None = None,
     *,
@@ -107,29 +111,39 @@ def prices(
         for parameter, shape in zip(group.parameters, group.shapes, strict=True):
             weighting = _weighting(group, parameter, statistics)
             part = share[group.name] * math.prod(shape) / group.weights
-            sample = _sample(read_weight(parameter).detach(), weighting, rows=rows)
+            weight = read_weight(parameter).detach()
+            factors = [scheme for scheme in schemes if isinstance(scheme, LowRank)]
+            for base in dict.fromkeys(scheme.base for scheme in factors):
+                spectrum = _spectrum(weight, weighting, base)
+                for form in factors:
+                    if form.base == base:
+                        totals[form] += spectrum.price(form, share=part)
+            sample = _sample(weight, weighting, rows=rows)
+            del weight
             for scheme in schemes:
-                totals[scheme] += sample.price(scheme, share=part)
+                if not isinstance(scheme, LowRank):
+                    totals[scheme] += sample.price(scheme, share=part)
             del sample
         found |= {(group.name, scheme): price for scheme, price in totals.items()}
     return found
 
 
-def prices_without_weights(groups: Sequence[Group], candidates: Mapping[str, Sequence[Scheme]]) -> Prices:
+def prices_without_weights(groups: Sequence[Group], candidates: Mapping[str, Sequence[Form]]) -> Prices:
     """As `prices` without statistics, with normal weights for those that are not there.
 
     The relative error of a scheme on normal weights falls by about 4 with each bit; it is found by quantising
     a few of them, so that searched scales and group sizes tell.
     """
     share = shares(groups)
-    errors: dict[tuple[Scheme, int], float] = {}
+    errors: dict[tuple[Form, int], float] = {}
     found: Prices = {}
     for group in groups:
         for scheme in candidates.get(group.name, ()):
             price = 0.0
             for shape in group.shapes:
                 # Beyond 1024 inputs only a scale for the whole row still depends on their number, and slowly.
-                key = (scheme, min(shape[-1], 1024) if scheme.group is None else scheme.group)
+                group_ = scheme.group if isinstance(scheme, Scheme) else None
+                key = (scheme, min(shape[-1], 1024) if group_ is None else group_)
                 if key not in errors:
                     errors[key] = _relative_error_of_normal(*key)
                 part = share[group.name] * math.prod(shape) / group.weights
@@ -180,9 +194,8 @@ class _Sample:
     norm: float
     """Σ w² of the rows."""
 
-    def price(self, scheme: Scheme, *, share: float) -> float:
-        quantized = quantize(self.weight, scheme, importance=self.importance)
-        squares = _squares(self.weight, quantized)
+    def price(self, scheme: Form, *, share: float) -> float:
+        squares = _squares(self.weight, make(self.weight, scheme, importance_K=self.importance))
         if not self.terms:
             error = _number(squares.sum()) / max(self.norm, 1e-30) + _relative_noise(scheme, self.weight.shape[-1])
             return KL_OF_RELATIVE_ERROR * share * error
@@ -197,14 +210,40 @@ class _Sample:
         return price + 0.5 * math.fsum(noise)
 
 
-def _relative_noise(scheme: Scheme, inputs: int) -> float:
+@dataclass(frozen=True)
+class _Spectrum:
+    """What is lost of one tensor at every rank."""
+
+    errors: Tensor
+    """[min(N, K) + 1], weighed with the statistics, if there are any."""
+    weighed: bool
+
+    def price(self, form: LowRank, *, share: float) -> float:
+        error = _number(self.errors[form.rank])
+        if self.weighed:
+            return 0.5 * error
+        return KL_OF_RELATIVE_ERROR * share * error / max(_number(self.errors[0]), 1e-30)
+
+
+def _spectrum(weight: Tensor, weighting: _Weighting | None, base: Scheme | None) -> _Spectrum:
+    """Of a weight [N, K], or of what rounding it to `base` loses."""
+    importance = None if weighting is None else weighting.importance()
+    if base is not None:
+        weight = weight - weight_of(make(weight, base, importance_K=importance))
+    if weighting is None:
+        return _Spectrum(errors_by_rank(weight), weighed=False)
+    errors = [errors_by_rank(weight, importance_K=columns, rows_N=rows) for rows, columns in weighting.terms]
+    return _Spectrum(sum_of(errors), weighed=True)
+
+
+def _relative_noise(scheme: Form, inputs: int) -> float:
     """What rounding activations adds to the relative error of a product, where nothing is known of them."""
     return 0.0 if scheme.activations == 16 else _number(activation_noise(torch.ones(inputs)))
 
 
-def _squares(weight: Tensor, quantized: Quantized) -> Tensor:
+def _squares(weight: Tensor, made: Quantized | Made) -> Tensor:
     """(w − ŵ)² in float32, [n, K]."""
-    return weight.to(torch.float32, copy=True).sub_(dequantize(quantized)).square_()
+    return weight.to(torch.float32, copy=True).sub_(weight_of(made)).square_()
 
 
 def _sample(weight: Tensor, weighting: _Weighting | None, *, rows: int) -> _Sample:
@@ -265,11 +304,11 @@ def _of(statistics: Statistics, name: str, group: Group) -> tuple[Tensor, Tensor
     return statistics[name]
 
 
-def _relative_error_of_normal(scheme: Scheme, inputs: int) -> float:
+def _relative_error_of_normal(scheme: Form, inputs: int) -> float:
     """Σ(w − ŵ)²/Σw² of normal weights."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(max(8, 2**15 // inputs), inputs, generator=generator)
-    error = _squares(weight, quantize(weight, scheme)).sum() / weight.square().sum()
+    error = _squares(weight, make(weight, scheme)).sum() / weight.square().sum()
     return _number(error)
 
 

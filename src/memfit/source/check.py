@@ -126,8 +126,8 @@ def _check_part(
     folded = (math.prod(info.shape[:-1]), *info.shape[-1:]) if len(due) == 2 else info.shape
     if folded != due:
         raise BrokenInput(
-            f"{info.file}: tensor {info.name!r} has the shape {info.shape}; {scheme} of {shape} takes {due}. Config and "
-            "weights do not belong together: fetch both again."
+            f"{info.file}: tensor {info.name!r} has the shape {info.shape}; {scheme} of {shape} takes {due}. Config "
+            "and weights do not belong together: fetch both again."
         )
     if (dtype is not None and info.dtype != dtype) or (dtype is None and not info.dtype.is_floating_point):
         raise BrokenInput(

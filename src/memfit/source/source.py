@@ -14,9 +14,8 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from memfit.errors import BrokenInput, UsageError
 from memfit.packed.fake import is_fake
+from memfit.packed.forms import FORM_PARTS, Form
 from memfit.packed.levels import part_of
-from memfit.packed.forms import FORM_PARTS, Form, LowRank
-from memfit.packed.scheme import Scheme
 from memfit.source.chance import random_checkpoint
 from memfit.source.checkpoint import Checkpoint, TensorInfo
 from memfit.source.configuration import parse_schemes, read_config
@@ -227,10 +226,6 @@ class Source:
         if part == "weight_packed" and by_value is not None:
             name = f"{module}.weight"
         stored = self.read_stored(name, start, stop)
-        if isinstance(scheme, LowRank):
-            scheme = scheme.base or scheme
-        if not isinstance(scheme, Scheme) or part in FORM_PARTS:
-            return stored
         try:
             return part_of(part, stored, scheme)
         except ValueError as error:

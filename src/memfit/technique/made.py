@@ -3,7 +3,7 @@
 N outputs, K inputs, r rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,16 @@ class Made:
     """By name, as in `form.parts`."""
     base: Quantized | None = None
     """The integers that factors go beside."""
+
+
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """The integers of some rows, one below the other."""
+    first = parts[0]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Quantized(
+        scheme=first.scheme, q=torch.cat([part.q for part in parts]), scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else None, table=first.table,
+    )  # fmt: skip
 
 
 def dense(made: Made) -> Tensor:
