@@ -3,6 +3,8 @@
 N outputs, K inputs, r rank.
 """
 
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,7 @@ class LowRankWeight(Parts):
     Buffers: `left` A [N, r] and `right` B [r, K]; the integers are a store below, `base`.
     """
 
+    kernel: Final = "factors"
     left: Tensor
     right: Tensor
 

@@ -24,6 +24,7 @@ _NBYTES: Final = 4
 class SparseWeight(Parts):
     """A weight of which some values are kept. Buffers: `kept` and `mask`, of blocks `kept` and `index`."""
 
+    kernel: Final = "sparse"
     kept: Tensor
     mask: Tensor
     index: Tensor
