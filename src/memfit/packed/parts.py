@@ -1,5 +1,7 @@
 """A store whose buffers are the stored parts themselves, read some rows at a time."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +54,10 @@ class Parts(nn.Module):
             name, buffer = f"{prefix}.{part}", self.get_buffer(part.removeprefix("weight_"))
             row_nbytes = max(1, buffer.nbytes // max(shape[0], 1))
             for start, stop in blocks_to_run(blocks_of(shape[0], LOAD_NBYTES // row_nbytes, 1)):
-                found = read(name, start, stop) if by_rows else read(name)[start:stop]
                 due = (stop - start, *shape[1:])
+                # A file's rows are all dimensions but the last.
+                each = math.prod(shape[1:-1])
+                found = read(name, start * each, stop * each).view(due) if by_rows else read(name)[start:stop]
                 if found.dtype != dtype or tuple(found.shape) != due:
                     raise BrokenInput(
                         f"{name}: {found.dtype} {list(found.shape)} where {dtype} {list(due)} was expected"
