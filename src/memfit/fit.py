@@ -17,20 +17,18 @@ from memfit import demo
 from memfit.account.account import Account
 from memfit.account.dry_run import dry_run, no_collection
 from memfit.account.outside import Outside, predict_resident
+from memfit.answers import adopted, allowed_by, front_lines, kv_prices_of, planned, prices_of, smoothed_of, task_of
 from memfit.cap import cap_of_jobs, keep_as_planned
-from memfit.errors import DoesNotFit, OverBudget, QualityMissed, UsageError
+from memfit.errors import OverBudget, QualityMissed, UsageError
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.format.directory import OutputDirectory
 from memfit.format.resume import WorkDirectory
 from memfit.models import load_model, load_to_train, loader_for
 from memfit.outside import known_outside, outside_of_machine
-from memfit.packed.forms import LowRank, Sparse
-from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
-from memfit.plan.price import Prices
-from memfit.planning import account_of, make_plan, predict_with, require_fit, uniform_plan
+from memfit.planning import account_of, require_fit, uniform_plan
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.report import Report
 from memfit.source.check import check
@@ -53,7 +51,7 @@ from memfit.steps import (
     write_companions,
     write_papers,
 )
-from memfit.study import KV_PRICES, Study
+from memfit.study import Study
 from memfit.task.infer import Infer
 from memfit.text import Text, text_of
 from memfit.train.plan import TrainPlan
@@ -156,8 +154,8 @@ def plan_to_run(
     source = open_source(model)
     check(source)
     if given is not None:
-        study = Study(source, _task_of(given), allowed or _allowed_by(given), device=device)
-        return _adopted(study, given)
+        study = Study(source, task_of(given), allowed or allowed_by(given), device=device)
+        return adopted(study, given)
     share = isinstance(budget, str) and budget.strip().endswith("%")
     whole = account_of(source, task, device=device).peak_nbytes if share else None
     nbytes = parse_size(budget, whole_nbytes=whole)
@@ -167,11 +165,11 @@ def plan_to_run(
             return uniform_plan(study, nbytes)
         require_fit(study, nbytes)
         if source.checkpoint is None:
-            return _planned(study, nbytes, {})
+            return planned(study, nbytes, {})
     with tempfile.TemporaryDirectory(prefix="memfit-") as work:
         job = calibration_job(study, text_of(text, source), Path(work), reference=False)
         progress("pricing choices")
-        return _planned(study, nbytes, run_job(job))
+        return planned(study, nbytes, run_job(job))
 
 
 def fit(
@@ -236,13 +234,13 @@ def fit(
         raise UsageError("a quality gate needs a measurement: leave out --max-kl or --no-measure.")
     ram_nbytes = None if ram is None else parse_size(ram)
     threads = threads or torch.get_num_threads()
-    task = _task_of(given) if given is not None else task
+    task = task_of(given) if given is not None else task
     with _threads(threads):
         original = account_of(source, task)
         nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
-        study = Study(source, task, allowed or _allowed_by(given))
+        study = Study(source, task, allowed or allowed_by(given))
         if given is not None:
-            given = _adopted(study, given)
+            given = adopted(study, given)
         elif uniform:
             given = uniform_plan(study, nbytes)
         else:
@@ -266,13 +264,15 @@ def fit(
         first = "asking the original" if job["do"] == "reference" else "calibrating, and asking the original"
         progress(before if work.holds("calibrated") else first)
         calibrated = work.once("calibrated", lambda: run_job(job) if job["wanted"] else {})
+        lines: dict[str, Any] = {}
         if given is None:
             progress("searching the plan")
-            chosen = _planned(study, nbytes, calibrated)
+            chosen = planned(study, nbytes, calibrated)
+            lines = front_lines(study, calibrated)
         else:
-            chosen = study.adopt(given, _prices(calibrated), _kv_prices(calibrated))
+            chosen = study.adopt(given, prices_of(calibrated), kv_prices_of(calibrated))
             chosen = replace(
-                chosen, predicted=given.predicted, smoothed=_smoothed(calibrated),
+                chosen, predicted=given.predicted, smoothed=smoothed_of(calibrated),
                 priced_by=calibrated.get("priced_by", chosen.priced_by),
             )  # fmt: skip
         predicted = Account.from_json(dict(chosen.predicted or {}))
@@ -308,6 +308,7 @@ def fit(
             plan=chosen.to_json(),
             task=chosen.task,
             predicted=_with_resident(predicted, known_outside()),
+            fronts=lines,
             measured=Account.from_json(proof["account"]) if proof else None,
             predicted_fit=predicted_fit,
             measured_fit=joined(*(done["account"] for done in jobs.values())) if cap is None else None,
@@ -370,69 +371,6 @@ def _threads(count: int) -> Iterator[None]:
 
 def _with_resident(account: Account, outside: Outside | None) -> Account:
     return account if outside is None else predict_resident(account, outside)
-
-
-def _task_of(given: Plan) -> Infer:
-    settings = {key: value for key, value in given.task.items() if key != "task"}
-    return replace(Infer(**settings), kv_bits=16)
-
-
-def _adopted(study: Study, given: Plan) -> Plan:
-    """A given plan with its bytes anew and its prediction; it has no prices yet."""
-    plan = study.adopt(given, {}, KV_PRICES)
-    predicted = predict_with(study, plan)
-    if predicted.peak_nbytes > plan.budget_nbytes:
-        raise DoesNotFit(
-            f"the plan as given needs {predicted.peak_nbytes} bytes in {predicted.peak_phase}, and its budget_nbytes "
-            f"is {plan.budget_nbytes}. Raise that number, or choose fewer bits.",
-            smallest_nbytes=predicted.peak_nbytes,
-        )
-    return replace(plan, predicted=predicted.to_json())
-
-
-def _kv_prices(answer: dict[str, Any]) -> dict[int, float]:
-    return KV_PRICES | dict(answer.get("kv_prices", ()))
-
-
-def _prices(answer: dict[str, Any]) -> Prices:
-    return {(name, Scheme(**scheme)): price for name, scheme, price in answer.get("prices", ())}
-
-
-def _planned(study: Study, nbytes: int, answer: dict[str, Any]) -> Plan:
-    """The plan by what calibration answered; without an answer, by shapes alone."""
-    prices = _prices(answer)
-    made = make_plan(
-        study,
-        nbytes,
-        prices=prices or None,
-        kv_prices=_kv_prices(answer),
-        priced_by=answer.get("priced_by", "weights"),
-    )
-    return replace(made, smoothed=_smoothed(answer))
-
-
-def _smoothed(answer: dict[str, Any]) -> tuple[str, ...]:
-    """The norms that calibration found better smoothed."""
-    return tuple(norm for norm, alpha in answer.get("smoothed", {}).items() if alpha > 0)
-
-
-def _allowed_by(given: Plan | None) -> Allowed:
-    """What a given plan takes for granted."""
-    if given is None:
-        return Allowed()
-    found = dict.fromkeys(given.schemes().values())
-    pruned = tuple(form for form in found if isinstance(form, Sparse))
-    factors = [form for form in found if isinstance(form, LowRank)]
-    rounded = any(isinstance(form, Scheme) or (isinstance(form, LowRank) and form.base) for form in found)
-    used = {"quantize": rounded, "prune": pruned, "low-rank": factors}
-    allowed = Allowed(
-        techniques=tuple(name for name, uses in used.items() if uses) or ("quantize",), sparse=pruned,
-        ranks=tuple(form.rank for form in factors if form.base is None),
-        residual_ranks=tuple(form.rank for form in factors if form.base is not None),
-    )  # fmt: skip
-    if any(form.activations == 8 for form in found):
-        return replace(allowed, activations=8, smooth=bool(given.smoothed))
-    return allowed
 
 
 __all__ = ["Text", "account", "fit", "load", "plan"]

@@ -19,8 +19,10 @@ from memfit.errors import DoesNotFit
 from memfit.format.config import model_config
 from memfit.format.output import stored_tensors
 from memfit.models import load_model
+from memfit.packed.forms import techniques_of
 from memfit.packed.scheme import BITS
 from memfit.plan.allowed import Allowed
+from memfit.plan.front import Point, front
 from memfit.plan.plan import Plan
 from memfit.plan.price import Prices, prices_without_weights
 from memfit.plan.search import Option, merge, smallest_budget, solve
@@ -79,6 +81,35 @@ def make_plan(
     if excess <= 0:
         return plan
     raise _refusal(study, items, budget_nbytes)
+
+
+ALL_TOGETHER: Final = "all together"
+"""The front of everything that is allowed."""
+
+
+def fronts(
+    study: Study, *, prices: Prices, kv_prices: Mapping[int, float], count: int = 8
+) -> dict[str, tuple[Point, ...]]:
+    """Bytes at the peak against expected loss, for each technique that is allowed alone, and for all of them together.
+
+    The bytes are the search's, sums of parts: a plan that is made is traced whole.
+    """
+    items = study.items(prices, KV_PRICES | dict(kv_prices))
+    names = study.allowed.techniques if len(study.allowed.techniques) > 1 else ()
+    lines = {}
+    for name in (*names, ALL_TOGETHER):
+        kept = {
+            item: [
+                option
+                for option, form in zip(options, (None, *study.schemes.get(item, ())), strict=False)
+                if form is None or name == ALL_TOGETHER or techniques_of(form) == {name}
+            ]
+            if item in study.schemes
+            else options
+            for item, options in items.items()
+        }
+        lines[name] = front(merge(kept), bases=study.bases, count=count)
+    return lines
 
 
 def uniform_plan(study: Study, budget_nbytes: int) -> Plan:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memfit.plan.front import front
+from memfit.plan.front import Point, dominated, front
 from memfit.plan.search import Item, Option, Solution, merge, needed_nbytes, smallest_budget, solve, spread
 
 MOMENTS = ("load", "prefill")
@@ -164,3 +164,15 @@ def test_the_front_falls_from_the_smallest_budget_to_the_largest() -> None:
     for less, more in itertools.pairwise(points):
         assert less.budget_nbytes < more.budget_nbytes and less.price >= more.price
     assert points[-1].price == 0
+
+
+def test_a_line_is_dominated_by_one_that_is_nowhere_above_it_and_somewhere_below() -> None:
+    def line(*prices: float) -> list[Point]:
+        return [Point(budget_nbytes=n, needed_nbytes=n, price=price) for n, price in enumerate(prices, 1)]
+
+    lines = {"a": line(3, 2, 1), "b": line(3, 1, 1), "c": line(4, 0.5, 1), "d": line(3, 1, 1)}
+    assert dominated(lines, "a") == "b"  # as does d
+    assert dominated(lines, "b") is None, "an equal line does not dominate"
+    assert dominated(lines, "c") is None
+    late = [Point(budget_nbytes=3, needed_nbytes=3, price=0.0)]
+    assert dominated({"a": line(3, 2, 1), "late": late}, "a") is None, "it has nothing for the smaller budgets"

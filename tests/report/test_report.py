@@ -190,15 +190,21 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("changes", [{}, {"measured": None, "plan": None, "quality": None, "speed": None}])
 def test_the_page_is_whole_escaped_and_needs_nothing_outside_itself(changes: dict[str, Any]) -> None:
-    points = [{"nbytes": n * MiB, "kl": 1 / n, "kl_interval": [0.9 / n, 1.1 / n]} for n in (50, 75, 88)]
-    html = render_page(report(**changes), points=points)
+    points = [{"nbytes": n * MiB, "kl": 1 / n} for n in (50, 75, 88)]
+    lines = {
+        "<quantize>": {"points": points, "dominated_by": None},
+        "prune": {"points": [{**point, "kl": 2.0} for point in points], "dominated_by": "<quantize>"},
+    }
+    html = render_page(report(**changes, fronts=lines))
     page = Page()
     page.feed(html)
     assert page.open == [] and page.fetched == []
     assert "script" not in page.seen and {"svg", "rect", "circle"} <= page.seen
     assert "url(" not in html and "@import" not in html
     assert "<b>someone</b>" not in html and "&lt;b&gt;someone&lt;/b&gt;" in html
-    assert html == render_page(report(**changes), points=points)
+    assert html == render_page(report(**changes, fronts=lines))
+    assert "<quantize>" not in html and "prune is dominated by &lt;quantize&gt;." in html
+    assert html.count("polyline") == 2 and html.count("circle class") == 6 + (report(**changes).quality is not None)
 
 
 def test_the_card_names_its_base_only_where_the_hub_knows_it() -> None:

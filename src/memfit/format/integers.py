@@ -72,9 +72,11 @@ class Integers:
         base = form.base if isinstance(form, LowRank) else None
         return Made(form=form, shape=shape, parts=parts, base=None if base is None else self.read(module, base))
 
-    def weight(self, module: str, scheme: Form, shape: tuple[int, int]) -> Tensor:
-        """ŵ [N, K] of a module in bf16; beside it some rows of its integers, or its parts, are in memory."""
+    def weight(self, module: str, scheme: Form, shape: tuple[int, int] | None = None) -> Tensor:
+        """ŵ [N, K] of a module in bf16; beside it some rows of its integers, or its parts, are in memory. Parts do not
+        tell their `shape`."""
         if not isinstance(scheme, Scheme):
+            assert shape is not None
             return dense(self.made(module, scheme, shape))
         out = torch.empty(self._files[module].tensors[f"{module}.q"].shape, dtype=torch.bfloat16)
         for start, some in self.rows(module, scheme):

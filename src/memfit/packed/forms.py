@@ -149,6 +149,15 @@ FORM_PARTS: Final = ("weight_kept", "weight_mask", "weight_index", "weight_left"
 """Last names of what is stored of forms that are no schemes."""
 
 
+def techniques_of(form: Form) -> frozenset[str]:
+    """What is done to a weight that is stored so: `quantize`, `prune`, `low-rank`."""
+    if isinstance(form, Sparse):
+        return frozenset({"prune"})
+    if isinstance(form, LowRank):
+        return frozenset({"low-rank"} if form.base is None else {"low-rank", "quantize"})
+    return frozenset({"quantize"})
+
+
 def form_of(data: Mapping[str, Any]) -> Form:
     """The form of `to_json`'s object.
 

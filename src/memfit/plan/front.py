@@ -31,3 +31,24 @@ def front(items: Sequence[Item], *, bases: Mapping[str, int], count: int = 12) -
         assert found is not None, "no budget here is under the smallest that works"
         points.append(Point(budget_nbytes=budget, needed_nbytes=found.needed_nbytes, price=found.price))
     return tuple(points)
+
+
+def dominated(lines: Mapping[str, Sequence[Point]], name: str) -> str | None:
+    """The line that is nowhere above the one of this name, and somewhere below it; None if there is none.
+
+    At a point's bytes another line's price is that of its best point of no more bytes.
+    """
+    mine = lines[name]
+    for other, theirs in lines.items():
+        if other == name:
+            continue
+        pairs = [(point.price, _price_within(theirs, point.needed_nbytes)) for point in mine]
+        if all(price is not None and price <= own for own, price in pairs) and any(
+            price is not None and price < own for own, price in pairs
+        ):
+            return other
+    return None
+
+
+def _price_within(points: Sequence[Point], nbytes: int) -> float | None:
+    return min((point.price for point in points if point.needed_nbytes <= nbytes), default=None)

@@ -48,7 +48,8 @@ def is_hub_id(name: str) -> bool:
 
 def _own(report: Report) -> bool:
     """Whether memfit alone reads the weights."""
-    return any((choice.get("scheme") or {}).get("values") in OWN_VALUES for choice in report.choices)
+    schemes = [choice.get("scheme") or {} for choice in report.choices]
+    return any("form" in scheme or scheme.get("values") in OWN_VALUES for scheme in schemes)
 
 
 def _front_matter(base_model: str | None, license: str | None, pipeline_tag: str | None, *, own: bool) -> str:
@@ -120,7 +121,7 @@ model = memfit.load("DIRECTORY")
 
 _OWN_USE: Final = """## Use
 
-With memfit alone: no format that transformers or vLLM read holds NF4 values or codebooks.
+With memfit alone: no format that transformers or vLLM read holds NF4 values, codebooks, factors or what pruning left.
 
 ```python
 import memfit

@@ -4,6 +4,7 @@ Colours come from the page's style sheet (`--parameter`, `--ink` ...), so that t
 themes.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Final
@@ -70,40 +71,50 @@ def strip_of_bits(choices: Iterable[Mapping[str, Any]]) -> str:
     return _svg(_WIDTH, axis + 6, parts, "Bits of each tensor, by layer")
 
 
-def front(points: Sequence[Mapping[str, Any]], *, chosen_nbytes: int | None = None) -> str:
-    """KL against bytes: a point for each `{nbytes, kl, kl_interval}`; `chosen_nbytes` is filled."""
-    points = sorted((p for p in points if p.get("kl") is not None), key=lambda p: p["nbytes"])
-    if not points:
+_STYLES: Final = ("parameter", "activation", "kv-cache", "temporary", "buffer")
+_LEAST_KL: Final = 1e-6
+
+
+def fronts(lines: Mapping[str, Sequence[Mapping[str, Any]]], *, made: tuple[int, float] | None = None) -> str:
+    """KL against bytes, on a logarithmic scale: a line of points `{nbytes, kl}` for each name; `made`: bytes and KL
+    that were measured, a filled point."""
+    every = [(p["nbytes"], p["kl"]) for points in lines.values() for p in points] + ([made] if made else [])
+    if not every:
         return ""
-    height, left, bottom = 260, 70, 34
-    least, most = points[0]["nbytes"], points[-1]["nbytes"]
+    height, left, bottom = 280, 70, 34
+    least, most = min(nbytes for nbytes, _ in every), max(nbytes for nbytes, _ in every)
     span = max(most - least, 1)
-    tallest = max(max(p["kl"], (p.get("kl_interval") or (0, 0))[1]) for p in points) * 1.05 or 1.0
+    exponents = [math.log10(max(kl, _LEAST_KL)) for _, kl in every]
+    low, high = math.floor(min(exponents)), max(math.ceil(max(exponents)), math.floor(min(exponents)) + 1)
 
     def at(nbytes: float, kl: float) -> tuple[float, float]:
-        x = left + 12 + (_WIDTH - left - 50) * (nbytes - least) / span
-        return x, (height - bottom) * (1 - kl / tallest) + 6
+        x = left + 12 + (_WIDTH - left - 150) * (nbytes - least) / span
+        return x, (height - bottom) * (high - math.log10(max(kl, _LEAST_KL))) / (high - low) + 6
 
-    line = " ".join("{:.1f},{:.1f}".format(*at(p["nbytes"], p["kl"])) for p in points)
-    parts = [f'<polyline class="front" points="{line}"/>']
-    for tick in range(5):
-        kl = tallest * tick / 4
-        _, y = at(least, kl)
+    parts = []
+    for exponent in range(low, high + 1):
+        _, y = at(least, 10.0**exponent)
         parts.append(f'<line class="grid" x1="{left}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 6, y + 4, f"{kl:.3g}", anchor="end"))
-    for point in points:
-        x, y = at(point["nbytes"], point["kl"])
-        if point.get("kl_interval"):
-            (_, low), (_, high) = (at(point["nbytes"], kl) for kl in point["kl_interval"])
-            parts.append(f'<line class="interval" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
-        style = "chosen" if point["nbytes"] == chosen_nbytes else "point"
-        title = escape(f"{format_size(point['nbytes'])}: KL {point['kl']:.4f}")
-        parts.append(
-            f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{title}</title></circle>'
-        )
-    for point in (points[0], points[-1]):
-        x, _ = at(point["nbytes"], 0)
-        parts.append(_text(x, height - 8, format_size(point["nbytes"]), anchor="middle"))
+        parts.append(_text(left - 6, y + 4, f"{10.0**exponent:g}", anchor="end"))
+    for n, (name, points) in enumerate(lines.items()):
+        style = f"stroke:var(--{_STYLES[n % len(_STYLES)]})"
+        ordered = sorted((at(p["nbytes"], p["kl"]), p) for p in points)
+        line = " ".join(f"{x:.1f},{y:.1f}" for (x, y), _ in ordered)
+        parts.append(f'<polyline class="front" style="{style}" points="{line}"/>')
+        for (x, y), point in ordered:
+            title = escape(f"{name}, {format_size(point['nbytes'])}: KL {point['kl']:.4g}")
+            circle = f'<circle class="point" style="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
+            parts.append(f"{circle}<title>{title}</title></circle>")
+        parts.append(f'<line class="front" style="{style}" x1="{_WIDTH - 122}" x2="{_WIDTH - 104}" '
+                     f'y1="{14 + 18 * n}" y2="{14 + 18 * n}"/>')  # fmt: skip
+        parts.append(_text(_WIDTH - 98, 18 + 18 * n, name))
+    if made is not None:
+        x, y = at(*made)
+        title = escape(f"measured, {format_size(made[0])}: KL {made[1]:.4g}")
+        parts.append(f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{title}</title></circle>')
+    for nbytes in dict.fromkeys((least, most)):
+        x, _ = at(nbytes, 1.0)
+        parts.append(_text(x, height - 8, format_size(nbytes), anchor="middle"))
     return _svg(_WIDTH, height, parts, "KL divergence against bytes")
 
 

@@ -1,22 +1,20 @@
 """The report as one HTML page, with nothing outside itself: it opens offline, and can be sent as it is."""
 
-from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from memfit.account.account import Account
 from memfit.report.choices import rows
-from memfit.report.drawing import bars_at_peak, front, strip_of_bits
+from memfit.report.drawing import bars_at_peak, fronts, strip_of_bits
 from memfit.report.report import Report
 from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
 from memfit.units import format_size
 
 
-def render_page(report: Report, *, points: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page, HTML. `points`: other budgets' `{nbytes, kl, kl_interval}`, drawn as a front."""
+def render_page(report: Report) -> str:
+    """The page, HTML."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -46,8 +44,16 @@ def render_page(report: Report, *, points: Sequence[Mapping[str, Any]] = ()) -> 
         phases=report.best.phases,
         quality=quality_lines(report.quality) if report.quality else [],
         speed=speed_lines(report.speed, report.speed_original) if report.speed else [],
-        front=Markup(front(points, chosen_nbytes=report.best.peak_nbytes)) if points else "",
+        front=Markup(_fronts(report)) if report.fronts else "",
+        dominated={name: line["dominated_by"] for name, line in report.fronts.items() if line["dominated_by"]},
     )
+
+
+def _fronts(report: Report) -> str:
+    lines = {name: line["points"] for name, line in report.fronts.items()}
+    quality = report.quality
+    made = None if quality is None or quality.kl is None else (report.best.peak_nbytes, quality.kl)
+    return fronts(lines, made=made)
 
 
 def _comparisons(report: Report) -> list[tuple[str, list[tuple[str, str, str, str]], int]]:

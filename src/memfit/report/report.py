@@ -41,6 +41,8 @@ class Report:
     """What is to be told of how integers were chosen, if not by scales alone."""
     ram: Mapping[str, Any] | None = None
     """Of a fit within a cap: the cap, how it was kept to, and the resident peak of each job, predicted and measured."""
+    fronts: Mapping[str, Any] = field(default_factory=dict)
+    """Technique -> points of bytes at the peak and expected KL, and which other technique is nowhere worse."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File of weights -> sha256."""
     created: str | None = None
@@ -87,6 +89,7 @@ class Report:
             "machine": dict(self.machine),
             "versions": dict(self.versions),
             "rounding": self.rounding,
+            "fronts": dict(self.fronts),
             "ram": None if self.ram is None else dict(self.ram),
             "files": dict(self.files),
             "created": self.created,
@@ -115,6 +118,7 @@ class Report:
             versions=data["versions"],
             rounding=data.get("rounding"),
             ram=data.get("ram"),
+            fronts=data.get("fronts") or {},
             files=data["files"],
             created=data["created"],
         )

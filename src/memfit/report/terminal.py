@@ -206,6 +206,10 @@ def render_report(report: Report) -> RenderableType:
         parts += [Text(), render_quality(report.quality)]
     elif report.ram is not None and report.measured is not None:
         parts += [Text(), Text("Quality: not judged; the original cannot be asked within the cap. See `memfit eval`.")]
+    worse = [(name, line["dominated_by"]) for name, line in report.fronts.items() if line["dominated_by"]]
+    if worse:
+        told = "; ".join(f"{name} by {better}" for name, better in worse)
+        parts += [Text(), Text(f"Dominated at every budget, as far as is expected: {told}.")]
     if report.speed is not None:
         table = _table("Speed", header=False)
         for name, text in speed_lines(report.speed, report.speed_original):
