@@ -49,7 +49,7 @@ def runtime_nbytes(scheme: Form, shape: tuple[int, ...], *, kernel: Kernel | Non
     kernel, and levels are there whether a file holds them or not. For products of integers oneDNN says what its order
     takes, and a scale is float32. Forms that are no schemes are kept as they are stored.
     """
-    if isinstance(scheme, LowRank) and scheme.base is not None:
+    if isinstance(scheme, LowRank) and isinstance(scheme.base, Scheme):
         return scheme.nbytes(shape) + runtime_nbytes(scheme.base, shape) - scheme.base.nbytes(shape)
     if not isinstance(scheme, Scheme):
         return scheme.nbytes(shape)
