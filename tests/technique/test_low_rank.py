@@ -68,7 +68,9 @@ def test_factors_are_those_of_the_eigenvectors_of_h(shape: tuple[int, int], kind
     shape=st.sampled_from(SHAPES), kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6), weighed=st.booleans(),
     what=st.sampled_from(["any", "dead inputs", "one direction", "constant rows", "dead outputs"]),
 )  # fmt: skip
-def test_every_rank_errs_by_what_is_told(shape: tuple[int, int], kind: str, seed: int, weighed: bool, what: str) -> None:
+def test_every_rank_errs_by_what_is_told(
+    shape: tuple[int, int], kind: str, seed: int, weighed: bool, what: str
+) -> None:
     weight, hessian, rows = draw(seed, *shape)
     if what == "dead inputs":
         hessian[:4], hessian[:, :4] = 0.0, 0.0
@@ -144,7 +146,8 @@ def test_a_tall_weight_is_factored_as_its_rows_come(kind: str) -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     scheme=st.sampled_from([Scheme(bits=2, group=32), Scheme(bits=3, group=64, symmetric=False)]),
-    kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6), rank=st.integers(1, 12), shape=st.sampled_from([(40, 64), (80, 64)]),
+    kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6), rank=st.integers(1, 12),
+    shape=st.sampled_from([(40, 64), (80, 64)]),
 )  # fmt: skip
 def test_factors_beside_integers_err_less_than_the_integers_alone(
     scheme: Scheme, kind: str, seed: int, rank: int, shape: tuple[int, int]
@@ -192,7 +195,8 @@ def test_a_dry_run_takes_the_same_shapes() -> None:
         for form in (LowRank(rank=8), LowRank(rank=8, base=Scheme(bits=4, group=32))):
             found = factorize(weight, form, factor=made, rows_N=torch.empty(64))
             assert {part: (t.dtype, tuple(t.shape)) for part, t in found.parts.items()} == form.parts((64, 128))
-        right, lefts = streamed(lambda: [torch.empty(64, 32)] * 3, (192, 32), LowRank(rank=4), importance_K=torch.empty(32))
+        blocks, importance = [torch.empty(64, 32)] * 3, torch.empty(32)
+        right, lefts = streamed(lambda: blocks, (192, 32), LowRank(rank=4), importance_K=importance)
         assert right.shape == (4, 32) and [tuple(left.shape) for left, _ in lefts] == [(64, 4)] * 3
 
 

@@ -1,5 +1,5 @@
-"""A weight [N, K] as two factors [N, r] and [r, K], alone or beside a weight of its own or another's; the product is never
-formed.
+"""A weight [N, K] as two factors [N, r] and [r, K], alone or beside a weight of its own or another's; the product is
+never formed.
 
 N outputs, K inputs, r rank.
 """
@@ -86,10 +86,10 @@ Owner = PackedWeight | SparseWeight | LowRankWeight | WholeWeight
 
 
 class SharedWeight(Parts):
-    """A weight that has a factor, or all, of another module's store, which is a module below, `owner`, and loaded there.
+    """A weight that has a factor, or all, of another module's store: that is a module below, `owner`, and loaded there.
 
-    Buffers: `left` [N, r], where the right factor is common; `right` [r, K], where the left one is; both where the weight
-    is, or none.
+    Buffers: `left` [N, r], where the right factor is common; `right` [r, K], where the left one is; both where the
+    weight is, or none.
     """
 
     left: Tensor

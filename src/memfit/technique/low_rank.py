@@ -22,6 +22,7 @@ Legend of shapes: N outputs, K inputs, r rank, n the shorter of N and K, R rows 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -156,8 +157,8 @@ class Right:
 def right_of(
     blocks: RowBlocks, shape: tuple[int, ...], rank: int, metric: Metric | None = None, rows_N: Tensor | None = None
 ) -> Right:
-    """What the factors of a tall weight [N, K] are made with, from one pass over its rows: no more of them is held than a
-    block, and beside it a few matrices [K, K].
+    """What the factors of a tall weight [N, K] are made with, from one pass over its rows: no more of them is held than
+    a block, and beside it a few matrices [K, K].
 
     Raises:
         ValueError: rows that are not finite.
@@ -189,8 +190,8 @@ def streamed(
     blocks: RowBlocks, shape: tuple[int, int], form: LowRank, *, importance_K: Tensor | None = None,
     factor: Factor | None = None, rows_N: Tensor | None = None,
 ) -> tuple[Tensor, Iterator[tuple[Tensor, Quantized | None]]]:  # fmt: skip
-    """As `factorize` of a weight that comes in blocks of rows, in two passes: B first; then A of each block, in bf16, and
-    the integers that it goes beside.
+    """As `factorize` of a weight that comes in blocks of rows, in two passes: B first; then A of each block, in bf16,
+    and the integers that it goes beside.
 
     The integers are those of rounding alone, in one turn, and not a codebook's.
 
@@ -237,8 +238,8 @@ def _beside(
         del rest
         lost = _lost(weight_NK, base)
         left, right = rounded(lost, rank, metric, rows_N)
+        error = error_of(lost, partial(_product, left, right), metric, rows_N)
         wide = lost.dtype
-        error = error_of(lost, lambda part, a=left, b=right: a[part].to(wide) @ b.to(wide), metric, rows_N)  # type: ignore[misc]
         del lost
         if best is None or error < least:
             best, least = (base, left, right), error
@@ -248,6 +249,10 @@ def _beside(
         del base, left, right
     assert best is not None
     return best
+
+
+def _product(left: Tensor, right: Tensor, part: slice) -> Tensor:
+    return left[part].float() @ right.float()
 
 
 def _integers(weight: Tensor, scheme: Scheme, metric: Metric) -> Quantized:

@@ -43,11 +43,11 @@ def dense(made: Made, owner: "Made | Quantized | None" = None) -> Tensor:
     Raises:
         ValueError: something is shared, and no owner given.
     """
-    return _wide(made, owner).to(torch.bfloat16)
+    return read(made, owner).to(torch.bfloat16)
 
 
-def _wide(made: Made, owner: "Made | Quantized | None") -> Tensor:
-    """ŵ in fp32, or in bf16 where it is no sum."""
+def read(made: Made, owner: "Made | Quantized | None" = None) -> Tensor:
+    """As `dense`, but sums are not rounded: they stay in fp32."""
     form, parts = made.form, made.parts
     if isinstance(form, LowRank):
         product = parts["weight_left"].float() @ parts["weight_right"].float()
@@ -79,4 +79,4 @@ def _common(owner: "Made | Quantized") -> Tensor:
         return dequantize(owner.base)
     if "weight_whole" in owner.parts:
         return owner.parts["weight_whole"]
-    return _wide(owner, None)
+    return read(owner)

@@ -1,9 +1,9 @@
-"""The singular values of a weight as its inputs and outputs see it: what every rank errs by, and the vectors that err least.
+"""The singular values of a weight as its inputs and outputs see it: what every rank errs by, and what errs least.
 
     Y = G^½ W S,    H = S Sᵀ [K, K] = E[x xᵀ] of the inputs,  G [N] what errors of each output count
 
-Y is never decomposed itself: the eigenvalues of Y Yᵀ [N, N] or Yᵀ Y [K, K], the smaller of them, are its squared singular
-values, and what they add up to after the r-th is the error of rank r (Eckart and Young 1936).
+Y is never decomposed itself: the eigenvalues of Y Yᵀ [N, N] or Yᵀ Y [K, K], the smaller of them, are its squared
+singular values, and what they add up to after the r-th is the error of rank r (Eckart and Young 1936).
 
 Legend of shapes: N outputs, K inputs, r rank, n the shorter of N and K, R rows of a block.
 """
