@@ -40,7 +40,7 @@ def draw(seed: int, *shapes: tuple[int, int], kind: str = "scaled", one: bool = 
 @pytest.mark.parametrize("base", [None, Scheme(bits=4, group=32)], ids=["bf16", "int4"])
 def test_what_is_made_is_what_its_forms_tell(common: Common, rank: int, base: Scheme | None) -> None:
     if common != "weight" and (rank == 0 or base is not None):
-        with pytest.raises(ValueError, match="rank must be at least 1|integers go with"):
+        with pytest.raises(ValueError, match=r"rank must be at least 1|integers go with"):
             forms(["a", "b"], common, rank, base=base)
         return
     members = draw(0, (24, 32), (24, 32), (24, 32))
@@ -193,7 +193,8 @@ def test_what_cannot_be_shared_is_told() -> None:
     with pytest.raises(ValueError, match="two weights or more, got m0"):
         share(members((4, 8)), "right", 1)
     for common, shape in (("right", (4, 6)), ("left", (6, 8)), ("weight", (6, 8))):
-        with pytest.raises(ValueError, match=rf"m1 is \[{shape[0]}, {shape[1]}\] and m0 \[4, 8\].* no {common} in common"):
+        told = rf"m1 is \[{shape[0]}, {shape[1]}\] and m0 \[4, 8\].* no {common} in common"
+        with pytest.raises(ValueError, match=told):
             share(members((4, 8), shape), common, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"m1 is \[2, 4, 8\]"):
         share(members((4, 8), (2, 4, 8)), "weight", 1)

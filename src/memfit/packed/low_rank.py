@@ -63,6 +63,12 @@ class LowRankWeight(Parts):
         if self.base is not None:
             self.base.load_from(read, prefix, device=device)
 
+    def fill(self, parts: dict[str, Tensor]) -> None:
+        """Fill the factors from their parts, and a base that is whole; integers are filled as such."""
+        Parts.load_from(self, lambda name: parts[name.removeprefix(".")], "")
+        if isinstance(self.base, WholeWeight):
+            self.base.fill(parts)
+
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N], in the dtype of x."""
         y = _product(x, self.left, self.right)
@@ -72,7 +78,7 @@ class LowRankWeight(Parts):
         """Rows start to stop of what the product stands for, dense [stop − start, K], in fp32 until the end."""
         dense = self.left[start:stop].float() @ self.right.float()
         if self.base is not None:
-            dense.add_(self.base.dense_rows(start, stop, dtype=torch.float32))
+            dense.add_(self.base.dense_rows(start, stop))
         return dense.to(dtype)
 
     def rows(self, index: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -122,7 +128,7 @@ class SharedWeight(Parts):
         left, right = self._factors
         dense = left[start:stop].float() @ right.float()
         if self.scheme.common == "weight":
-            dense.add_(self.owner.dense_rows(start, stop, dtype=torch.float32))
+            dense.add_(self.owner.dense_rows(start, stop))
         return dense.to(dtype)
 
     def rows(self, index: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
