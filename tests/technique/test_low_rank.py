@@ -114,7 +114,7 @@ def test_rounded_factors_cost_little_more_than_is_told(
     weight, hessian, rows = draw(seed, *shape, dtype=torch.float32)
     arguments, meant = metric_of(kind, hessian)
     left, right = rounded(weight, rank, Metric(**arguments), rows)
-    assert left.dtype == right.dtype == torch.bfloat16
+    assert left.dtype == right.dtype == torch.bfloat16 and left.is_contiguous() and right.is_contiguous()
     told = errors_by_rank(weight, rows_N=rows, **arguments)
     measured = cost(weight.double() - left.double() @ right.double(), meant, rows)
     # What rounding w itself to bf16 would cost.

@@ -57,6 +57,7 @@ def test_what_is_made_is_what_its_forms_tell(common: Common, rank: int, base: Sc
         assert one.form == form
         due = form.parts((24, 32)) | (Whole().parts((24, 32)) if getattr(form, "base", None) == Whole() else {})
         assert {part: (t.dtype, tuple(t.shape)) for part, t in one.parts.items()} == due
+        assert all(t.is_contiguous() for t in one.parts.values())
         total += sum(t.nbytes for t in one.parts.values())
         total += one.base.scheme.nbytes((24, 32)) if one.base is not None else 0
     assert total == nbytes_of(dict.fromkeys(members, (24, 32)), common, rank, base=base)

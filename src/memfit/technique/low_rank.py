@@ -109,7 +109,7 @@ def rounded(
     wide = wide_of(weight_NK, metric)
     root_N = root_of(rows_N, wide)
     u_Nr = leading(left_gram(weight_NK, metric, root_N, wide), rank)
-    left = (u_Nr if root_N is None else u_Nr / root_N.unsqueeze(1)).to(torch.bfloat16)
+    left = (u_Nr if root_N is None else u_Nr / root_N.unsqueeze(1)).to(torch.bfloat16).contiguous()
     del u_Nr
     return balanced(left, fitted_right(left, weight_NK, root_N))
 
@@ -136,7 +136,7 @@ def fitted_right(left_Nr: Tensor, weight_NK: Tensor, root_N: Tensor | None) -> T
         block = weighed(weight_NK[part].to(wide), None if root_N is None else root_N[part])
         sums.addmm_(a_Nr[part].t(), block)
         del block
-    return _solve(gram, sums).to(torch.bfloat16)
+    return _solve(gram, sums).to(torch.bfloat16).contiguous()
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def right_of(
 
 def right_factor(v_Kr: Tensor, metric: Metric) -> Right:
     """B = Vᵀ S⁻¹, rounded, and what fits A to it."""
-    right = metric.divided(v_Kr.t()).to(torch.bfloat16)
+    right = metric.divided(v_Kr.t()).to(torch.bfloat16).contiguous()
     return fitted_left(right, metric, v_Kr.dtype)
 
 

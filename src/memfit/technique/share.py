@@ -189,7 +189,7 @@ def _shared_left(members: Members, form_of: Mapping[str, Any], rank: int) -> dic
     wide = _wide(members)
     vectors = leading(_joined_gram(members, wide), rank)
     common = _common_root(members, wide)
-    left = (vectors if common is None else vectors / common.unsqueeze(1)).to(torch.bfloat16)
+    left = (vectors if common is None else vectors / common.unsqueeze(1)).to(torch.bfloat16).contiguous()
     made: dict[str, Made | Quantized] = {}
     for name, member in members.items():
         right = fitted_right(left, member.weight, root_of(member.rows, wide))
