@@ -123,7 +123,7 @@ def test_what_is_shared_is_in_the_files_and_in_memory_once(fitted: tuple[Path, n
     told = sum(form.nbytes(shapes[f"{name}.weight"]) for name, form in forms.items())
     told += sum(2 * math.prod(shape) for name, shape in shapes.items() if name.rpartition(".")[0] not in forms)
     assert sum(t.nbytes for t in tensors.values()) == told
-    assert not any(name.startswith("model.layers.1.self_attn.o_proj") for name in tensors), "of rank 0 it is the other's"
+    assert not any(name.startswith("model.layers.1.self_attn.o_proj") for name in tensors), "it is the other's"
     held = {id(t): t.nbytes for t in (*model.buffers(), *model.parameters())}
     held_once = sum(held.values()) - sum(b.nbytes for n, b in model.named_buffers() if "store" not in n)
     assert held_once == told

@@ -165,7 +165,7 @@ class LowRank:
         return None if self.base is None else self.base.why_not(shape)
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
-        """What is stored of the factors: `weight_left` bf16 [N, r] and `weight_right` bf16 [r, K]; the base has its own."""
+        """What is stored of the factors: `weight_left` bf16 [N, r], `weight_right` bf16 [r, K]; a base has its own."""
         return _factors(shape, self.rank)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -182,7 +182,7 @@ class Shared:
 
         right     ŵ = A B′       the owner's right factor: a basis of what comes in
         left      ŵ = A′ B       the owner's left factor: a basis of what goes out
-        weight    ŵ = ŵ′ + A B   all that the owner has, or, where that is `LowRank`, its base; of rank 0 no more than that
+        weight    ŵ = ŵ′ + A B   all that the owner has, or, where it is `LowRank`, its base; of rank 0 nothing else
     """
 
     owner: str
@@ -236,7 +236,7 @@ class Shared:
         return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
-        """What is stored beside what the owner has, as of `LowRank`; nothing where the weight is common and the rank 0."""
+        """What is stored beside what the owner has, as of `LowRank`; nothing of a common weight and rank 0."""
         theirs = f"weight_{self.common}"
         found = _factors(shape, self.rank) if self.rank else {}
         return {part: size for part, size in found.items() if part != theirs}

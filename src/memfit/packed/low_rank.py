@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memfit.packed.blocks import Read
 from memfit.packed.forms import LowRank, Shared, Whole
+from memfit.packed.kernel import Kernel
 from memfit.packed.parts import Parts
 from memfit.packed.sparse import SparseWeight
 from memfit.packed.store import PackedWeight
@@ -20,6 +21,7 @@ from memfit.packed.store import PackedWeight
 class WholeWeight(Parts):
     """A weight in bf16 that several modules have a part in. Buffer: `whole` [N, K]."""
 
+    kernel: Final = "whole"
     whole: Tensor
 
     def __init__(self, shape: tuple[int, int], scheme: Whole, *, device: str | torch.device = "meta") -> None:
@@ -108,6 +110,11 @@ class SharedWeight(Parts):
         self.scheme = scheme
         inside = isinstance(owner, LowRankWeight) and scheme.common == "weight" and owner.base is not None
         self.owner: Owner = owner.base if inside else owner  # type: ignore[assignment]
+
+    @property
+    def kernel(self) -> Kernel:
+        """What its own product runs on; of rank 0 there is none but the owner's."""
+        return "factors" if self.scheme.rank else self.owner.kernel
 
     @property
     def nbytes(self) -> int:

@@ -20,7 +20,7 @@ rounding loses, in turns (LoftQ, Li et al. 2023; LQ-LoRA, Guo et al. 2023), by G
 Legend of shapes: N outputs, K inputs, r rank, n the shorter of N and K, R rows of a block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run, is_fake
-from memfit.packed.forms import LowRank, Whole
+from memfit.packed.forms import LowRank
 from memfit.packed.scheme import Scheme
 
 from .gptq import Factor, gptq
@@ -40,6 +40,7 @@ from .spectrum import (
     RowBlocks,
     blocks_of,
     error_of,
+    errors_by_rank,
     leading,
     left_gram,
     right_gram,
@@ -56,26 +57,28 @@ ROUNDS: Final = 4
 @torch.no_grad()
 def factorize(
     weight_NK: Tensor, form: LowRank, *, importance_K: Tensor | None = None, factor: Factor | None = None,
-    rows_N: Tensor | None = None, rounds: int = ROUNDS,
+    rows_N: Tensor | None = None, right: Tensor | None = None, rounds: int = ROUNDS,
 ) -> Made:  # fmt: skip
     """The factors of a weight [N, K], and the integers that they go beside, if the form has them.
 
     Args:
         importance_K, factor: what errors of inputs count; see `Metric`.
         rows_N: G, what errors of outputs count; None: all the same.
+        right: B [r, K], as `right_factor` found it, where these are some rows of a weight: theirs is then A alone, and
+            the integers are those of rounding alone.
         rounds: turns of integers and factors. However few, the error is not above that of the integers alone.
 
     Raises:
         ValueError: a shape that has no such form, weights or importances that are not finite.
     """
     metric = Metric(importance_K=importance_K, factor=factor)
-    shape = _checked(weight_NK, form, metric)
-    if isinstance(form.base, Whole):
-        raise ValueError(f"{form.name} differs from a weight that others share: `share.shared_weight` makes both")
+    shape = _checked(weight_NK, form, metric, some=right is not None)
+    if right is not None:
+        return _some_rows(weight_NK, form, metric, right)
     if form.base is None:
         left, right = rounded(weight_NK, form.rank, metric, rows_N)
         return Made(form=form, shape=shape, parts={"weight_left": left, "weight_right": right})
-    base, left, right = _beside(weight_NK, form.base, form.rank, metric, rows_N, rounds)
+    base, left, right = _beside(weight_NK, _scheme(form), form.rank, metric, rows_N, rounds)
     return Made(form=form, shape=shape, parts={"weight_left": left, "weight_right": right}, base=base)
 
 
@@ -167,10 +170,10 @@ def right_of(
     metric.check(shape[1])
     wide = torch.promote_types(metric.dtype, torch.float32)
     gram = right_gram(blocks(), metric, None if rows_N is None else root_of(rows_N, wide), wide)
-    return right_factor(leading(gram, rank), metric)
+    return right_from(leading(gram, rank), metric)
 
 
-def right_factor(v_Kr: Tensor, metric: Metric) -> Right:
+def right_from(v_Kr: Tensor, metric: Metric) -> Right:
     """B = Vᵀ S⁻¹, rounded, and what fits A to it."""
     right = metric.divided(v_Kr.t()).to(torch.bfloat16).contiguous()
     return fitted_left(right, metric, v_Kr.dtype)
@@ -200,24 +203,50 @@ def streamed(
     """
     metric = Metric(importance_K=importance_K, factor=factor)
     metric.check(shape[1])
-    base = form.base
     if (reason := form.why_not(shape)) is not None:
         raise ValueError(f"{form.name} cannot store {shape}: {reason}")
-    if isinstance(base, Whole):
-        raise ValueError(f"{form.name} differs from a weight that others share, and cannot be made row by row")
-
-    def lost() -> Iterator[Tensor]:
-        for block in blocks():
-            yield block if base is None else _lost(block, _integers(block, base, metric))
-
-    made = right_of(lost, shape, form.rank, metric, rows_N)
+    made = right_of(lambda: _lost_blocks(blocks(), form, metric), shape, form.rank, metric, rows_N)
 
     def lefts() -> Iterator[tuple[Tensor, Quantized | None]]:
         for block in blocks():
-            integers = None if base is None else _integers(block, base, metric)
+            integers = None if form.base is None else _integers(block, _scheme(form), metric)
             yield made.left(block if integers is None else _lost(block, integers)), integers
 
     return made.right, lefts()
+
+
+@torch.no_grad()
+def right_factor(
+    rows: Iterable[Tensor], form: LowRank, *, importance_K: Tensor | None = None, factor: Factor | None = None,
+    rows_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """B [r, K] of a weight in blocks of rows, from one pass over them; with it `factorize` makes A of each."""
+    metric = Metric(importance_K=importance_K, factor=factor)
+    wide = torch.promote_types(metric.dtype, torch.float32)
+    root_N = None if rows_N is None else root_of(rows_N, wide)
+    gram = right_gram(_lost_blocks(rows, form, metric), metric, root_N, wide)
+    return right_from(leading(gram, form.rank), metric).right
+
+
+def _lost_blocks(blocks: Iterable[Tensor], form: LowRank, metric: Metric) -> Iterator[Tensor]:
+    """What the factors are of: the weight, or what its integers lose."""
+    for block in blocks:
+        yield block if form.base is None else _lost(block, _integers(block, _scheme(form), metric))
+        del block
+
+
+def _some_rows(weight: Tensor, form: LowRank, metric: Metric, right: Tensor) -> Made:
+    base = None if form.base is None else _integers(weight, _scheme(form), metric)
+    rest = weight if base is None else _lost(weight, base)
+    left = fitted_left(right, metric, wide_of(weight, metric)).left(rest)
+    shape = (weight.shape[0], weight.shape[1])
+    return Made(form=form, shape=shape, parts={"weight_left": left, "weight_right": right}, base=base)
+
+
+def _scheme(form: LowRank) -> Scheme:
+    if not isinstance(form.base, Scheme):
+        raise ValueError(f"{form.name} differs from a weight that others share: `share.share` makes both")
+    return form.base
 
 
 def rank_for(shape: tuple[int, int], nbytes: int, base: Scheme | None = None) -> int:
@@ -268,11 +297,12 @@ def _lost(weight: Tensor, base: Quantized) -> Tensor:
     return weight.to(wide, copy=True).sub_(dequantize(base))
 
 
-def _checked(weight: Tensor, form: LowRank, metric: Metric) -> tuple[int, int]:
+def _checked(weight: Tensor, form: LowRank, metric: Metric, *, some: bool) -> tuple[int, int]:
+    """The shape; `some`: of rows of a weight, which may be fewer than its rank."""
     if weight.dim() != 2:
         raise ValueError(f"factors are of a weight [N, K], got shape {tuple(weight.shape)}")
     shape = (weight.shape[0], weight.shape[1])
-    if (reason := form.why_not(shape)) is not None:
+    if (reason := form.why_not((max(shape[0], form.rank), shape[1]) if some else shape)) is not None:
         raise ValueError(f"{form.name} cannot store {shape}: {reason}")
     metric.check(shape[1])
     return shape
@@ -289,3 +319,9 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
         damping = max(1e-6, 10 * damping)
         gram = gram + damping * mean * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     raise ValueError("factors cannot be fitted: what their inputs count is not finite, or all 0")
+
+
+__all__ = [
+    "Right", "balanced", "errors_by_rank", "factorize", "factors", "fitted_left", "fitted_right", "rank_for",
+    "right_factor", "right_from", "right_of", "rounded", "streamed",
+]  # fmt: skip

@@ -28,7 +28,7 @@ from memfit.packed.forms import Common, LowRank, Shared, Whole
 from memfit.packed.scheme import Scheme
 
 from .gptq import Factor, gptq
-from .low_rank import fitted_left, fitted_right, right_factor, rounded, streamed
+from .low_rank import fitted_left, fitted_right, right_from, rounded, streamed
 from .made import Made, read
 from .quantize import Quantized, dequantize, quantize
 from .spectrum import (
@@ -174,7 +174,7 @@ def shared_error(members: Members, made: Mapping[str, Made | Quantized]) -> floa
 def _shared_right(members: Members, form_of: Mapping[str, Any], rank: int) -> dict[str, Made | Quantized]:
     one = _one_metric(members)
     wide = _wide(members, one)
-    found = right_factor(leading(_stacked_gram(members, one, wide), rank), one)
+    found = right_from(leading(_stacked_gram(members, one, wide), rank), one)
     made: dict[str, Made | Quantized] = {}
     for name, member in members.items():
         fit = found if member.metric is one else fitted_left(found.right, member.metric, wide)
@@ -189,7 +189,8 @@ def _shared_left(members: Members, form_of: Mapping[str, Any], rank: int) -> dic
     wide = _wide(members)
     vectors = leading(_joined_gram(members, wide), rank)
     common = _common_root(members, wide)
-    left = (vectors if common is None else vectors / common.unsqueeze(1)).to(torch.bfloat16).contiguous()
+    left = vectors if common is None else vectors / common.unsqueeze(1)
+    left = left.to(torch.bfloat16).contiguous()
     made: dict[str, Made | Quantized] = {}
     for name, member in members.items():
         right = fitted_right(left, member.weight, root_of(member.rows, wide))
