@@ -51,16 +51,19 @@ def packed_specs(
     `mxfp4-pack-quantized`: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32], exponents. memfit's own:
     `weight_packed` int32, the codes u packed as integers are, `weight_scale` bf16 [N, G], of a codebook
     `weight_codebook` bf16 [2^b]; nothing for tied modules. Else the modules of `tied` share an embedding's table, and
-    have scales and zero points of their own, equal to its. Of a form that is no scheme, its `parts`;
-    integers that factors go beside are in memfit's own form, too, with zero points `weight_zero_point` int8 [N, G].
+    have scales and zero points of their own, equal to its. Of a form that is no scheme, its `parts`; integers that
+    factors go beside are in memfit's own form, too, with zero points `weight_zero_point` int8 [N, G]. What another
+    module has of it is that one's alone, and may be all.
     """
     if not isinstance(scheme, Scheme):
-        parts = [
+        parts = tuple(
             TensorSpec(name=f"{module}.{part}", dtype=dtype, shape=size)
             for part, (dtype, size) in scheme.parts((shape[0], shape[1])).items()
-        ]
+        )
         base = scheme.base if isinstance(scheme, LowRank) else None
-        return (*(() if base is None else _own_specs(module, shape, base)), *parts)
+        if isinstance(base, Scheme):
+            return (*_own_specs(module, shape, base), *parts)
+        return parts if base is None else (*packed_specs(module, shape, base), *parts)
     rows, columns = shape
     scales = (rows, scheme.groups(columns))
     form = stored_as(scheme, embedding=embedding)

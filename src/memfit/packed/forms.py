@@ -1,4 +1,5 @@
-"""Every way to store a weight: integers and levels (`Scheme`), what pruning left (`Sparse`), factors (`LowRank`).
+"""Every way to store a weight: integers and levels (`Scheme`), what pruning left (`Sparse`), factors (`LowRank`), what
+it has of another's (`Shared`), and all of it, for others to have a part in (`Whole`).
 
 N outputs, K inputs of a weight, r rank. What is no `Scheme` is in no standard format: memfit alone reads it.
 """
@@ -16,6 +17,9 @@ Pattern = Literal["any", "2:4", "blocks"]
 """Which weights of a row may stay: any of them, two of each four, or whole blocks of `BLOCK`."""
 BLOCK: Final = (16, 16)
 """Outputs and inputs of a block that is kept or pruned whole."""
+
+Common = Literal["right", "left", "weight"]
+"""What two modules have in common."""
 
 Part = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a stored tensor."""
@@ -94,17 +98,51 @@ class Sparse:
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
+class Whole:
+    """A weight in bf16, as it is: other modules may have a part in it."""
+
+    @property
+    def name(self) -> str:
+        """As in plans and tables."""
+        return "bf16, shared"
+
+    @property
+    def bits(self) -> int:
+        return 16
+
+    @property
+    def activations(self) -> int:
+        return 16
+
+    def why_not(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape [N, K] cannot be stored so; None if it can."""
+        return None if len(shape) == 2 else "fused experts cannot be shared"
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+        """What is stored of a weight [N, K]: `weight_whole` bf16 [N, K]."""
+        return {"weight_whole": (torch.bfloat16, (shape[0], shape[1]))}
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of all parts of a weight [N, K]."""
+        return _nbytes(self.parts(shape))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"form": "whole"}
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
 class LowRank:
     """A weight as a product of two narrow ones: ŵ = A B, A bf16 [N, r], B bf16 [r, K]; with `base`, what rounding to it
     lost is made up for so: ŵ = Q(w) + A B."""
 
     rank: int
-    base: Scheme | None = None
+    base: Scheme | Whole | None = None
+    """`Whole`: a weight that other modules have a part in, and what this one differs from it by."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.base is not None and (self.base.activations != 16 or self.base.values != "int"):
+        if isinstance(self.base, Scheme) and (self.base.activations != 16 or self.base.values != "int"):
             raise ValueError(f"factors go beside integers whose activations stay as they are, not {self.base.name}")
 
     @property
@@ -122,18 +160,13 @@ class LowRank:
 
     def why_not(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape [N, K] cannot be stored so; None if it can."""
-        if len(shape) != 2:
-            return "fused experts have no factors"
-        if self.rank > min(shape):
-            return f"a weight of {shape[0]} x {shape[1]} has no rank {self.rank}"
+        if (reason := _why_no_factors(shape, self.rank)) is not None:
+            return reason
         return None if self.base is None else self.base.why_not(shape)
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
-        """What is stored of the factors: `weight_left` bf16 [N, r] and `weight_right` bf16 [r, K]; the base has its own."""
-        rows, inputs = shape
-        return {
-            "weight_left": (torch.bfloat16, (rows, self.rank)), "weight_right": (torch.bfloat16, (self.rank, inputs)),
-        }  # fmt: skip
+        """What is stored of the factors: `weight_left` bf16 [N, r], `weight_right` bf16 [r, K]; a base has its own."""
+        return _factors(shape, self.rank)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of all parts of a weight [N, K]."""
@@ -143,9 +176,82 @@ class LowRank:
         return {"form": "low-rank", "rank": self.rank, "base": None if self.base is None else self.base.to_json()}
 
 
-Form = Scheme | Sparse | LowRank
+@dataclass(frozen=True, kw_only=True, order=True)
+class Shared:
+    """A weight that has something of another module's, its owner's, where alone that is stored.
+
+        right     ŵ = A B′       the owner's right factor: a basis of what comes in
+        left      ŵ = A′ B       the owner's left factor: a basis of what goes out
+        weight    ŵ = ŵ′ + A B   all that the owner has, or, where it is `LowRank`, its base; of rank 0 nothing else
+    """
+
+    owner: str
+    """Name of the module; it shares nothing itself."""
+    common: Common
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.common not in get_args(Common):
+            raise ValueError(f"common must be one of {', '.join(get_args(Common))}, got {self.common!r}")
+        if self.rank < (0 if self.common == "weight" else 1):
+            least = "0" if self.common == "weight" else "1"
+            raise ValueError(f"rank must be at least {least} where the {self.common} is common, got {self.rank}")
+        if not self.owner:
+            raise ValueError("owner must be the name of a module")
+
+    @property
+    def name(self) -> str:
+        """As in plans and tables: `rank 64, right of model.layers.0.mlp.up_proj`."""
+        if self.common == "weight":
+            return f"as {self.owner}" + (f" + rank {self.rank}" if self.rank else "")
+        return f"rank {self.rank}, {self.common} of {self.owner}"
+
+    @property
+    def bits(self) -> int:
+        return 16
+
+    @property
+    def activations(self) -> int:
+        return 16
+
+    def why_not(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape [N, K] cannot be stored so, whatever its owner is; None if it can."""
+        return _why_no_factors(shape, self.rank)
+
+    def why_not_with(self, shape: tuple[int, ...], owner: "Form | None", owner_shape: tuple[int, ...]) -> str | None:
+        """Why it cannot have this of its owner, stored in the form `owner` (None: in none); None if it can."""
+        if owner is None:
+            return f"{self.owner} is stored in no form, so that nothing of it can be shared"
+        if isinstance(owner, Shared):
+            return f"{self.owner} has a part of {owner.owner} itself"
+        if self.common == "weight":
+            if owner.activations != 16:
+                return f"{self.owner} is {owner.name}, which is multiplied in integers"
+            return None if shape == owner_shape else f"{self.owner} is {list(owner_shape)}, not {list(shape)}"
+        if not isinstance(owner, LowRank) or owner.rank != self.rank:
+            return f"{self.owner} is {owner.name}, and has no factors of rank {self.rank}"
+        side = 1 if self.common == "right" else 0
+        if shape[side] != owner_shape[side]:
+            return f"{self.owner} is {list(owner_shape)}, and its {self.common} factor does not fit {list(shape)}"
+        return None
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+        """What is stored beside what the owner has, as of `LowRank`; nothing of a common weight and rank 0."""
+        theirs = f"weight_{self.common}"
+        found = _factors(shape, self.rank) if self.rank else {}
+        return {part: size for part, size in found.items() if part != theirs}
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of all parts of a weight [N, K], without what the owner has."""
+        return _nbytes(self.parts(shape))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"form": "shared", "owner": self.owner, "common": self.common, "rank": self.rank}
+
+
+Form = Scheme | Sparse | LowRank | Shared | Whole
 """How a weight is stored."""
-FORM_PARTS: Final = ("weight_kept", "weight_mask", "weight_index", "weight_left", "weight_right")
+FORM_PARTS: Final = ("weight_kept", "weight_mask", "weight_index", "weight_left", "weight_right", "weight_whole")
 """Last names of what is stored of forms that are no schemes."""
 
 
@@ -165,15 +271,17 @@ def form_of(data: Mapping[str, Any]) -> Form:
         ValueError: it is none; says which field is off.
     """
     kind = data.get("form")
-    known = {"sparse": Sparse, "low-rank": LowRank}
+    known = {"sparse": Sparse, "low-rank": LowRank, "shared": Shared, "whole": Whole}
     if kind is None:
         return Scheme(**data)
     if kind not in known:
         raise ValueError(f"form is {kind!r}; known: {', '.join(known)}")
-    made = known[kind]
     given = {key: value for key, value in data.items() if key != "form"}
-    if (names := {field.name for field in fields(made)}) != given.keys():
-        raise ValueError(f"{kind} has the fields {', '.join(sorted(names))}, got {', '.join(sorted(given)) or 'none'}")
+    if (names := {field.name for field in fields(known[kind])}) != given.keys():
+        has = f"the fields {', '.join(sorted(names))}" if names else "no fields"
+        raise ValueError(f"{kind} has {has}, got {', '.join(sorted(given)) or 'none'}")
+    if kind == "whole":
+        return Whole()
     if kind == "sparse":
         sparsity = given["sparsity"]
         if not isinstance(sparsity, int | float) or isinstance(sparsity, bool):
@@ -181,7 +289,25 @@ def form_of(data: Mapping[str, Any]) -> Form:
         return Sparse(pattern=given["pattern"], sparsity=float(sparsity))
     if type(given["rank"]) is not int:
         raise ValueError(f"rank is {given['rank']!r}, not a whole number")
-    return LowRank(rank=given["rank"], base=None if given["base"] is None else Scheme(**given["base"]))
+    if kind == "shared":
+        if not isinstance(given["owner"], str):
+            raise ValueError(f"owner is {given['owner']!r}, not a module's name")
+        return Shared(owner=given["owner"], common=given["common"], rank=given["rank"])
+    base = None if given["base"] is None else form_of(given["base"])
+    if not isinstance(base, Scheme | Whole | None):
+        raise ValueError(f"factors cannot go beside {base.name}")
+    return LowRank(rank=given["rank"], base=base)
+
+
+def _factors(shape: tuple[int, ...], rank: int) -> dict[str, Part]:
+    rows, inputs = shape
+    return {"weight_left": (torch.bfloat16, (rows, rank)), "weight_right": (torch.bfloat16, (rank, inputs))}
+
+
+def _why_no_factors(shape: tuple[int, ...], rank: int) -> str | None:
+    if len(shape) != 2:
+        return "fused experts have no factors"
+    return f"a weight of {shape[0]} x {shape[1]} has no rank {rank}" if rank > min(shape) else None
 
 
 def _nbytes(parts: Mapping[str, Part]) -> int:

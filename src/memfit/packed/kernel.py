@@ -8,7 +8,7 @@ from memfit.packed.forms import Form, LowRank
 from memfit.packed.qlinear import integer_kernel, prepacked_nbytes
 from memfit.packed.scheme import Scheme
 
-Kernel = Literal["int8", "nibbles", "planes", "onednn", "int_mm", "sparse", "factors"]
+Kernel = Literal["int8", "nibbles", "planes", "onednn", "int_mm", "sparse", "factors", "whole"]
 KERNEL_NAMES: Final[dict[Kernel, str]] = {
     "int8": "torch._weight_int8pack_mm",
     "nibbles": "aten._weight_int4pack_mm_for_cpu",
@@ -17,6 +17,7 @@ KERNEL_NAMES: Final[dict[Kernel, str]] = {
     "int_mm": "torch._int_mm",
     "sparse": "rows made dense, some at a time",
     "factors": "two narrow products",
+    "whole": "one product in 16 bits",
 }
 
 
@@ -49,7 +50,7 @@ def runtime_nbytes(scheme: Form, shape: tuple[int, ...], *, kernel: Kernel | Non
     kernel, and levels are there whether a file holds them or not. For products of integers oneDNN says what its order
     takes, and a scale is float32. Forms that are no schemes are kept as they are stored.
     """
-    if isinstance(scheme, LowRank) and scheme.base is not None:
+    if isinstance(scheme, LowRank) and isinstance(scheme.base, Scheme):
         return scheme.nbytes(shape) + runtime_nbytes(scheme.base, shape) - scheme.base.nbytes(shape)
     if not isinstance(scheme, Scheme):
         return scheme.nbytes(shape)

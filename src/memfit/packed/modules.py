@@ -12,16 +12,16 @@ from memfit.errors import UsageError
 from memfit.packed.blocks import Read
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.experts import PackedExperts
-from memfit.packed.forms import Form, LowRank, Sparse
+from memfit.packed.forms import Form, LowRank, Shared, Sparse, Whole
 from memfit.packed.integer import IntegerWeight
-from memfit.packed.low_rank import LowRankWeight
+from memfit.packed.low_rank import LowRankWeight, Owner, SharedWeight, WholeWeight
 from memfit.packed.scheme import Scheme
 from memfit.packed.sparse import SparseWeight
 from memfit.packed.store import PackedWeight
 
-Store = PackedWeight | IntegerWeight | SparseWeight | LowRankWeight
+Store = PackedWeight | IntegerWeight | SparseWeight | LowRankWeight | SharedWeight | WholeWeight
 """What holds a weight."""
-Table = PackedWeight | SparseWeight | LowRankWeight
+Table = PackedWeight | SparseWeight | LowRankWeight | SharedWeight | WholeWeight
 """What holds a table, which is looked up by rows."""
 _READ_DIRECTLY = ("dt_proj",)
 """Linear layers whose model reads `.weight` itself instead of calling them (Mamba's)."""
@@ -124,7 +124,10 @@ class PackedEmbedding(nn.Module):
 
 
 def store_of(shape: tuple[int, int], scheme: Form) -> Store:
-    """What holds a weight in `scheme`, without storage yet."""
+    """What holds a weight in `scheme`, without storage yet; of `Shared` there is none without its owner's."""
+    assert not isinstance(scheme, Shared), "what shares is made with its owner's store"
+    if isinstance(scheme, Whole):
+        return WholeWeight(shape, scheme)
     if isinstance(scheme, Sparse):
         return SparseWeight(shape, scheme)
     if isinstance(scheme, LowRank):
@@ -189,8 +192,7 @@ def pack_module_skeleton(
         schemes: module name to scheme. Fused experts take one under their own name, or one under each of
             `<name>.gate_up_proj` and `<name>.down_proj`.
         tied: name of a module to the name of the one whose packed weight it shares, as the head to the
-        embedding.
-            By default, modules that share one Parameter now will share one store.
+            embedding. By default, modules that share one Parameter now will share one store.
 
     Raises:
         UsageError: a module cannot be packed so, or does not exist; the message names it and its shape.
@@ -208,15 +210,44 @@ def pack_module_skeleton(
         for one in {scheme, down}:
             if (reason := why_not_packed(model.get_submodule(name), name, one)) is not None:
                 problems.append(f"{reason} ({one.name})")
+        if isinstance(scheme, Shared) and (reason := _why_not_shared(model, name, scheme, wanted)) is not None:
+            problems.append(f"{name}: {reason} ({scheme.name})")
     if problems:
         raise UsageError("cannot be packed: " + "; ".join(sorted(set(problems))))
-    for name, (scheme, down) in wanted.items():
-        if name not in ties:
-            _replace(model, name, _packed(model.get_submodule(name), scheme, down, None))
+    # Owners before those that have a part in them.
+    for name, (scheme, down) in sorted(wanted.items(), key=lambda item: isinstance(item[1][0], Shared)):
+        if name in ties:
+            continue
+        module = model.get_submodule(name)
+        packed = _packed(module, scheme, down, _sharing(model, module, scheme, ties))
+        if isinstance(scheme, Shared):
+            assert isinstance(packed, PackedLinear | PackedEmbedding)
+            packed.tied = False  # it has parts of its own to load
+        _replace(model, name, packed)
     for name, owner in ties.items():
         store = model.get_submodule(owner).store
         assert isinstance(store, Store)
         _replace(model, name, _packed(model.get_submodule(name), store.scheme, store.scheme, store))
+
+
+def _why_not_shared(model: nn.Module, name: str, scheme: Shared, wanted: Mapping[str, tuple[Form, Form]]) -> str | None:
+    """Why a module cannot have what it is to have of its owner; None if it can."""
+    found = wanted.get(scheme.owner)
+    owner = model.get_submodule(scheme.owner) if found is not None else None
+    if found is None or not isinstance(owner, nn.Linear | nn.Embedding):
+        return scheme.why_not_with((), None, ())
+    shape = tuple(model.get_submodule(name).get_parameter("weight").shape)
+    return scheme.why_not_with(shape, found[0], tuple(owner.weight.shape))
+
+
+def _sharing(model: nn.Module, module: nn.Module, scheme: Form, ties: Mapping[str, str]) -> "SharedWeight | None":
+    """The store of a module that has a part of its owner's, which stands in its place already; None of any other."""
+    if not isinstance(scheme, Shared):
+        return None
+    owner = model.get_submodule(ties.get(scheme.owner, scheme.owner)).store
+    assert isinstance(owner, Owner), "what can be shared was checked"
+    rows, inputs = module.get_parameter("weight").shape
+    return SharedWeight((rows, inputs), scheme, owner)
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding | PackedExperts]:

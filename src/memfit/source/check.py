@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from memfit.errors import BrokenInput
-from memfit.packed.forms import Form, LowRank
+from memfit.packed.forms import Form, LowRank, Shared, Whole
 from memfit.packed.scheme import OWN_VALUES, Scheme
 from memfit.source.checkpoint import SafetensorsCheckpoint, TensorInfo
 from memfit.source.layout import check_pieces
@@ -88,8 +88,12 @@ def _check_packed(source: Source, prefix: str, scheme: Form, shape: tuple[int, .
             return
         for part, (dtype, due) in scheme.parts(shape).items():
             _check_part(source, f"{prefix}.{part}", scheme.name, shape, due, dtype)
+        if isinstance(scheme, Shared):
+            _check_shared(source, prefix, scheme, shape)
         base = scheme.base if isinstance(scheme, LowRank) else None
-        if base is None:
+        if isinstance(base, Whole):
+            _check_packed(source, prefix, base, shape)
+        if not isinstance(base, Scheme):
             return
         scheme = base
     groups = scheme.groups(columns)
@@ -114,6 +118,14 @@ def _check_packed(source: Source, prefix: str, scheme: Form, shape: tuple[int, .
         wanted["weight_zero_point"] = zeros
     for part, (count, width, due_dtype) in wanted.items():
         _check_part(source, f"{prefix}.{part}", scheme.name, shape, (count, width), due_dtype)
+
+
+def _check_shared(source: Source, prefix: str, scheme: Shared, shape: tuple[int, ...]) -> None:
+    """What a module has of its owner's is there."""
+    owner = f"{scheme.owner}.weight"
+    own_shape = source.parameters[owner][0] if owner in source.parameters else ()
+    if (reason := scheme.why_not_with(shape, source.schemes.get(scheme.owner), own_shape)) is not None:
+        raise BrokenInput(f"{source.name}: {prefix!r} {shape} cannot be {scheme.name}: {reason}. Correct config.json.")
 
 
 def _check_part(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memfit.packed.forms import LowRank, Sparse
+from memfit.packed.forms import LowRank, Shared, Sparse, Whole
 from memfit.packed.sparse import SparseWeight
 
 from .quantize import Quantized, dequantize
@@ -19,10 +19,10 @@ from .quantize import Quantized, dequantize
 class Made:
     """The parts of one weight [N, K], as they are stored."""
 
-    form: Sparse | LowRank
+    form: Sparse | LowRank | Shared | Whole
     shape: tuple[int, int]
     parts: Mapping[str, Tensor]
-    """By name, as in `form.parts`."""
+    """By name, as in `form.parts`; of factors beside a whole weight, that as well."""
     base: Quantized | None = None
     """The integers that factors go beside."""
 
@@ -37,12 +37,46 @@ def joined(parts: Sequence[Quantized]) -> Quantized:
     )  # fmt: skip
 
 
-def dense(made: Made) -> Tensor:
-    """ŵ [N, K] in bf16; sums of products in fp32 before."""
-    parts = made.parts
-    if isinstance(made.form, LowRank):
+def dense(made: Made, owner: "Made | Quantized | None" = None) -> Tensor:
+    """ŵ [N, K] in bf16; sums of products in fp32 before. `owner`: what has the rest of what is shared.
+
+    Raises:
+        ValueError: something is shared, and no owner given.
+    """
+    return read(made, owner).to(torch.bfloat16)
+
+
+def read(made: Made, owner: "Made | Quantized | None" = None) -> Tensor:
+    """As `dense`, but sums are not rounded: they stay in fp32."""
+    form, parts = made.form, made.parts
+    if isinstance(form, LowRank):
         product = parts["weight_left"].float() @ parts["weight_right"].float()
-        return (product if made.base is None else product.add_(dequantize(made.base))).to(torch.bfloat16)
-    store = SparseWeight(made.shape, made.form, device="cpu")
+        rest = parts.get("weight_whole") if made.base is None else dequantize(made.base)
+        return product if rest is None else product.add_(rest)
+    if isinstance(form, Whole):
+        return parts["weight_whole"]
+    if isinstance(form, Shared):
+        if owner is None:
+            raise ValueError(f"a weight that is {form.name} is told with what that has, and it was not given")
+        if form.common == "weight":
+            rest = _common(owner)
+            if not form.rank:
+                return rest
+            return torch.addmm(rest.float(), parts["weight_left"].float(), parts["weight_right"].float())
+        theirs = owner.parts if isinstance(owner, Made) else {}
+        both = {**parts, f"weight_{form.common}": theirs[f"weight_{form.common}"]}
+        return both["weight_left"].float() @ both["weight_right"].float()
+    store = SparseWeight(made.shape, form, device="cpu")
     store.fill(dict(parts))
     return store.dense_rows(0, made.shape[0])
+
+
+def _common(owner: "Made | Quantized") -> Tensor:
+    """All of the owner's weight, or, of factors beside something, that."""
+    if isinstance(owner, Quantized):
+        return dequantize(owner)
+    if owner.base is not None:
+        return dequantize(owner.base)
+    if "weight_whole" in owner.parts:
+        return owner.parts["weight_whole"]
+    return read(owner)
