@@ -277,7 +277,8 @@ def searched(model: str, losses: dict[tuple[str, str, int], float]) -> list[dict
     found, ratios = [], []
     *alone, together = SEARCHED
     for budget in BUDGETS:
-        at = {name: loss for name in SEARCHED if (loss := losses.get(("search", name, 100 - budget))) is not None}
+        found_at = {name: losses.get(("search", name, 100 - budget)) for name in SEARCHED}
+        at = {name: loss for name, loss in found_at.items() if loss is not None}
         mixed, single = at.get(together), {name: at[name] for name in alone if name in at}
         if mixed is None or not single:
             continue
