@@ -76,16 +76,19 @@ class Sparse:
         return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
-        """What is stored of a weight [N, K], in file order: `weight_kept` bf16 [N, k] and `weight_mask` uint8 [N, K/8], the
-        first input in the lowest bit; of blocks `weight_kept` [N/16, k, 16, 16] and `weight_index` int16 [N/16, k], rising.
+        """What is stored of a weight [N, K], in file order; `weight_kept` bf16 [N, k], the values of each row, comes first.
+
+        any     in their order; `weight_mask` uint8 [N, K/8], the first input in the lowest bit
+        2:4     the first of each four, then the second of each; `weight_mask` uint8 [N, K/8]: of byte j the lower half
+                for four inputs from 4j on, the upper half for those from 4j + K/2 on
+        blocks  block by block; `weight_index` int16 [N/16, k/16], which blocks of a band of 16 rows, rising
         """
         rows, inputs = shape
         kept = self.kept(inputs)
         if self.pattern == "blocks":
-            bands = rows // BLOCK[0]
             return {
-                "weight_kept": (torch.bfloat16, (bands, kept, *BLOCK)),
-                "weight_index": (torch.int16, (bands, kept)),
+                "weight_kept": (torch.bfloat16, (rows, kept * BLOCK[1])),
+                "weight_index": (torch.int16, (rows // BLOCK[0], kept)),
             }
         return {"weight_kept": (torch.bfloat16, (rows, kept)), "weight_mask": (torch.uint8, (rows, inputs // 8))}
 
