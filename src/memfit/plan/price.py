@@ -25,7 +25,7 @@ from memfit.packed.fake import is_fake
 from memfit.packed.forms import Form, LowRank
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group
-from memfit.technique.low_rank import errors_by_rank
+from memfit.technique.spectrum import errors_by_rank
 from memfit.technique.made import Made
 from memfit.technique.making import make, weight_of
 from memfit.technique.quantize import Quantized
