@@ -82,7 +82,7 @@ class Factor:
     """H made ready for any number of weights that read the same inputs."""
 
     order: Tensor
-    """[K]: columns from the largest diag(H) to the smallest."""
+    """[K]: columns in the order that they are taken in, if nothing else was asked for from the largest diag(H) on."""
     coupling: Tensor
     """M [K, K] in that order: upper triangular, ones on the diagonal."""
     weights: Tensor
@@ -94,7 +94,9 @@ class Factor:
     damping: float
 
 
-def factor(hessian: Tensor, *, damping: float = DAMPING, overwrite: bool = False) -> Factor:
+def factor(
+    hessian: Tensor, *, damping: float = DAMPING, overwrite: bool = False, order: Tensor | None = None
+) -> Factor:
     """R of H + damping · mean(diag H) · I = R Rᵀ, in the order that columns are taken in.
 
     Beside one matrix [K, K] it takes some blocks of it.
@@ -103,6 +105,7 @@ def factor(hessian: Tensor, *, damping: float = DAMPING, overwrite: bool = False
         hessian: E[x xᵀ] [K, K], symmetric.
         damping: raised tenfold at a time, up to 1, where H is not positive definite with it.
         overwrite: whether R may be made in H's own memory; else H is not changed.
+        order: [K], the order that columns are taken in; None: from the largest diag(H) to the smallest.
 
     Raises:
         ValueError: H is not square, not finite, has a negative diagonal, or no damping makes it positive definite.
@@ -119,7 +122,7 @@ def factor(hessian: Tensor, *, damping: float = DAMPING, overwrite: bool = False
     mean = diagonal.mean()
     if real and not bool(mean > 0):
         raise ValueError("the Hessian is 0: no input was ever anything else. Calibrate on other text.")
-    order = diagonal.argsort(descending=True, stable=True)
+    order = diagonal.argsort(descending=True, stable=True) if order is None else order
     # H = R Rᵀ with R upper: the lower factor of H with rows and columns turned around, turned back.
     made = hessian if overwrite and hessian.dtype == wide else hessian.to(wide, copy=True)
     permute_both(made, order.flip(0))
