@@ -30,7 +30,7 @@ def make(
         shared: what `shared_by_rows` found, where these are not all of its rows.
     """
     if isinstance(form, Sparse):
-        return prune(weight_NK, form, importance_K=importance_K if search else None)
+        return prune(weight_NK, form, importance=importance_K if search else None)
     if isinstance(form, LowRank):
         return factorize(weight_NK, form, importance_K=importance_K if search else None, right=shared)
     return quantize(weight_NK, form, importance=importance_K, search=search, table=shared)
