@@ -12,8 +12,8 @@ Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, S 
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memfit.account.ledger import Shape
 from memfit.account.structure import structure_of
 from memfit.account.watch import Watch
 from memfit.calibrate.collect import arguments_of
+from memfit.calibrate.moved import Moved
+from memfit.calibrate.passes import Pass
 from memfit.calibrate.runs import Call, Run
 from memfit.calibrate.spill import Spill
 from memfit.calibrate.stream import Streamed
@@ -42,8 +43,6 @@ from memfit.technique.making import make, make_for, of_tensors, shared_by_rows, 
 from memfit.technique.quantize import Quantized, dequantize
 from memfit.technique.tune import Learner, Tuning, is_tunable, relative_error, tune
 
-_SUMS: Final = 32
-"""Random sums of a weight's rows that stand for all of them in `agreement`."""
 _TOKENS: Final = 2048
 """Tokens whose inputs are in fp32 at a time."""
 _ROWS: Final = 1024
@@ -60,6 +59,8 @@ class Thrift:
     """Whether a block's weights, old and new, stay in memory until it is done; else each is read for each use."""
     spill: bool = False
     """Whether what blocks give to each other waits in files."""
+    wait: bool = True
+    """Whether a block's calls, for all windows, wait where the next layers' input comes by; else each begins anew."""
     rows: int | None = None
     """Rows of a weight that are rounded at once; None: as many as is fast."""
 
@@ -133,7 +134,6 @@ def compensate(
                 raise _AllDone
             return tree_map(lambda leaf: _another(leaf, spill), known[kind][-1])
         call = Call(forward, args, kwargs, 2 * count, spill)
-        was, now = Run(call, 0, count, thrift.batch), Run(call, count, 2 * count, thrift.batch)
         random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         layers: dict[str, nn.Linear] = {
             full: module
@@ -141,16 +141,19 @@ def compensate(
             if isinstance(module, nn.Linear) and (full := f"{name}.{below}") in schemes
         }
         versions = Versions(layers, streamed.weight_of, hold=thrift.hold)
+        runs = Run(call, 0, count, thrift.batch), Run(call, count, 2 * count, thrift.batch)
+        was = Pass(runs[0], within=versions.as_they_were, waits=thrift.wait)
+        now = Pass(runs[1], waits=thrift.wait)
         out: Any = None
 
         def learn(learners: Mapping[str, Learner]) -> dict[str, Quantized]:
             nonlocal out
             assert tuning is not None, "only then is anything learned"
-            with versions.as_they_were():
-                out = was.whole()
-            return _tuned(learners, versions, now, out, count, tuning, spill)
+            out = was.whole()
+            now.close()
+            return _tuned(learners, versions, now.run, out, count, tuning, spill)
 
-        with versions.in_place():
+        with versions.in_place(), closing(was), closing(now):
             if layers:
                 _choose(
                     name, versions, was, now, schemes, integers, damping, random, rows=thrift.rows,
@@ -159,8 +162,7 @@ def compensate(
             if not left:
                 raise _AllDone
             if out is None:
-                with versions.as_they_were():
-                    out = was.whole()
+                out = was.whole()
             out = now.whole(out)
         if dry:
             known[kind].append(tree_map(_shape, out))
@@ -176,7 +178,7 @@ def compensate(
 
 
 def _choose(
-    block: str, versions: Versions, was: Run, now: Run, schemes: Mapping[str, Form], integers: Integers,
+    block: str, versions: Versions, was: Pass, now: Pass, schemes: Mapping[str, Form], integers: Integers,
     damping: float, random: torch.Generator, *, rows: int | None,
     learn: Callable[[Mapping[str, Learner]], dict[str, Quantized]] | None,
 ) -> None:  # fmt: skip
@@ -194,13 +196,14 @@ def _choose(
         return
     used: dict[str, float] = {}
     learners: dict[str, Learner] = {}
-    for stage in _stages(versions.layers, now):
-        hessian, moved, halves = _moments(stage, versions, was, now, random)
-        made = factor(hessian, damping=damping, overwrite=True)
-        del hessian
+    for stage in _stages(versions.layers, now.run):
+        moved = _moved(stage, versions, was, now, random)
+        made = factor(moved.hessian(), damping=damping, overwrite=True)
         for name in stage:
-            share = agreement(*halves[name], made) if name in halves else 0.0
-            weight = corrected(versions.was(name), moved.pop(name).mul_(share), made, rows=rows or _ROWS)
+            amount, halves = moved.of(name)
+            share = 0.0 if halves is None else agreement(*halves, made)
+            weight = corrected(versions.was(name), amount.mul_(share), made, rows=rows or _ROWS)
+            del amount, halves
             quantized = _rounded(name, weight, made, schemes[name], rows)
             used[name] = made.damping
             if learn is None or not isinstance(quantized, Quantized) or not is_tunable(quantized.scheme):
@@ -210,7 +213,7 @@ def _choose(
                 learners[name] = Learner(quantized, weight)
                 versions.become(name, partial(dequantize, quantized))
             del weight, quantized
-        del made
+        del made, moved
     if learn is not None and learners:
         for name, quantized in learn(learners).items():
             integers.add(block, name, quantized)
@@ -267,108 +270,26 @@ def _stages(layers: Mapping[str, nn.Linear], run: Run) -> list[list[str]]:
 
     handles = [layer.register_forward_pre_hook(hear(name)) for name, layer in layers.items()]
     try:
-        run.first()
+        # One window tells.
+        replace(run, stop=run.start + 1, batch=1).first()
     finally:
         for handle in handles:
             handle.remove()
     return [names for _, names in calls]
 
 
-def _moments(
-    stage: list[str], versions: Versions, was: Run, now: Run, random: torch.Generator
-) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """Of layers that read one input: H [K, K]; of each D = W E[(x − x̂) x̂ᵀ] [N, K], and of each half of the text P D
-    [S, K], P random signs. Of one window there are no halves.
-
-    Sums of W (x − x̂) x̂ᵀ are as large as W; those of (x − x̂) x̂ᵀ would be as large as H.
-    """
+def _moved(stage: list[str], versions: Versions, was: Pass, now: Pass, random: torch.Generator) -> Moved:
+    """What layers that read one input are to make up for."""
     layers = {name: versions.layers[name] for name in stage}
-    width = layers[stage[0]].in_features
-    hessian = torch.zeros(width, width)
-    moved = {name: torch.zeros(layer.out_features, width) for name, layer in layers.items()}
-    signs = {name: _signs(layer.out_features, random) for name, layer in layers.items()}
-    halves: dict[str, list[Tensor]] = {name: [] for name in stage}
-    count = 0
-    for was_half, now_half in zip(was.halves(), now.halves(), strict=True):
-        sums = {name: torch.zeros(_SUMS, width) for name in stage}
-        tokens = 0
-        for part, part_now in zip(was_half.parts(), now_half.parts(), strict=True):
-            with versions.as_they_were():
-                before_TK = _input(layers[stage[0]], part)
-            x_TK = _input(layers[stage[0]], part_now)
-            tokens += x_TK.shape[0]
-            del part, part_now
-            _add_moments(stage, versions, before_TK, x_TK, hessian, moved, sums, signs)
+    first = layers[stage[0]]
+    outputs = {name: layer.out_features for name, layer in layers.items()}
+    moved = Moved(outputs, first.in_features, versions.was, random)
+    for half in range(len(was.halves)):
+        for before_TK, x_TK in zip(was.inputs(half, first), now.inputs(half, first), strict=True):
+            moved.add(before_TK, x_TK)
             del before_TK, x_TK
-        for name in stage:
-            halves[name].append(sums[name].div_(max(tokens, 1)))
-        count += tokens
-    for total in (hessian, *moved.values()):
-        total.div_(max(count, 1))
-    return hessian, moved, {name: (both[0], both[1]) for name, both in halves.items() if len(both) == 2}
-
-
-def _add_moments(
-    stage: list[str], versions: Versions, before_TK: Tensor, x_TK: Tensor, hessian: Tensor,
-    moved: Mapping[str, Tensor], sums: Mapping[str, Tensor], signs: Mapping[str, Tensor],
-) -> None:  # fmt: skip
-    """Add Σ x̂ x̂ᵀ, and of each layer Σ W (x − x̂) x̂ᵀ, and P times that."""
-    tokens = blocks_to_run(range(0, x_TK.shape[0], _TOKENS))
-    with _products_of_bf16():
-        for start in tokens:
-            x = x_TK[start : start + _TOKENS].float()
-            hessian.addmm_(x.t(), x)
-            del x
-        for name in stage:
-            weight = versions.was(name)
-            for start in tokens:
-                part = slice(start, start + _TOKENS)
-                x = x_TK[part].float()
-                off = before_TK[part].float().sub_(x)
-                for row in blocks_to_run(range(0, weight.shape[0], _ROWS)):
-                    rows = slice(row, row + _ROWS)
-                    y = F.linear(off, weight[rows].float())
-                    moved[name][rows].addmm_(y.t(), x)
-                    sums[name].addmm_(y.matmul(signs[name][:, rows].t()).t(), x)
-                    del y
-                del x, off
-            del weight
-
-
-@contextmanager
-def _products_of_bf16() -> Iterator[None]:
-    """Inside, products of fp32 take what bf16 holds of their factors, and add up in fp32, where the processor has
-    instructions for that: twice as fast. What a layer reads is bf16 anyway."""
-    before = torch.get_float32_matmul_precision()
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _signs(rows: int, random: torch.Generator) -> Tensor:
-    """[S, rows] of −1 and 1."""
-    return torch.randint(0, 2, (_SUMS, rows), generator=random).mul_(2).sub_(1).float()
-
-
-def _input(layer: nn.Linear, part: Callable[[], Any]) -> Tensor:
-    """What comes to a layer in a block's call, [T, K]; the call goes no further."""
-    heard: list[Tensor] = []
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        heard.append(inputs[0].reshape(-1, layer.in_features))
-        raise _Heard
-
-    handle = layer.register_forward_pre_hook(hook)
-    try:
-        part()
-    except _Heard:
-        pass
-    finally:
-        handle.remove()
-    return heard.pop()
+        moved.end_half()
+    return moved
 
 
 def _shape(leaf: Any) -> Any:
@@ -377,10 +298,6 @@ def _shape(leaf: Any) -> Any:
 
 def _another(leaf: Any, spill: Spill) -> Any:
     return spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf
-
-
-class _Heard(Exception):  # no error: what follows in the block is of no use
-    """A layer's input has come by."""
 
 
 class _AllDone(Exception):  # no error: what the model makes of its last block is of no use

@@ -3,7 +3,7 @@
 Legend of shapes: W windows.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,10 +42,10 @@ class Run:
         bounds = [(self.start, middle), (middle, self.stop)]
         return [replace(self, start=first, stop=last) for first, last in bounds if last > first]
 
-    def parts(self) -> Iterator[Callable[[], Any]]:
-        """The call for each of the parts."""
+    def parts(self, *, every: bool = False) -> Iterator[Callable[[], Any]]:
+        """The call for each of the parts; in a dry run those that tell of the others, or `every` one."""
         leaves, spec = tree_flatten((self.call.args, dict(self.call.kwargs)))
-        for rows in blocks_to_run(self._rows()):
+        for rows in self._rows() if every else blocks_to_run(self._rows()):
             mine = [
                 self.call.spill.rows(leaf, rows) if _of_windows(leaf, self.call.windows) else leaf for leaf in leaves
             ]
@@ -58,13 +58,19 @@ class Run:
         """The call for the first part alone."""
         return next(self.parts())()
 
-    def whole(self, before: Any = None) -> Any:
-        """What the call gives, with room for all windows; into what another run gave `before`, if it is given."""
+    def whole(self, before: Any = None, calls: Sequence[Callable[[], Any]] | None = None) -> Any:
+        """What the call gives, with room for all windows; into what another run gave `before`, if it is given.
+
+        Args:
+            calls: for every part, where they have been begun.
+        """
         rows, windows, spill = self._rows(), self.call.windows, self.call.spill
+        if calls is None:
+            rows = blocks_to_run(rows)
         joined: list[Any] = []
         if before is not None:
             joined, spec = tree_flatten(before)
-        for part, run in zip(blocks_to_run(rows), self.parts(), strict=True):
+        for part, run in zip(rows, self.parts() if calls is None else calls, strict=True):
             leaves, spec = tree_flatten(run())
             del run
             if not joined:
