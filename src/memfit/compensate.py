@@ -35,12 +35,13 @@ from memfit.calibrate.stream import Streamed
 from memfit.calibrate.versions import Versions
 from memfit.format.integers import Integers
 from memfit.packed.fake import blocks_to_run, is_fake, repeated
-from memfit.packed.forms import Form
+from memfit.packed.forms import Form, LowRank, basis_of, like_of
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor
 from memfit.technique.made import Made
-from memfit.technique.making import make, make_for, of_tensors, shared_by_rows, tensors_of, weight_of
+from memfit.technique.making import make, make_for, of_tensors, order_of, shared_by_rows, tensors_of, weight_of
 from memfit.technique.quantize import Quantized, dequantize
+from memfit.technique.share import Member, share
 from memfit.technique.tune import Learner, Tuning, is_tunable, relative_error, tune
 
 _TOKENS: Final = 2048
@@ -188,7 +189,11 @@ def _choose(
     """
 
     def become(name: str) -> None:
-        versions.become(name, lambda: integers.weight(name, schemes[name], versions.shape(name)))
+        versions.become(name, lambda: integers.weight(name, schemes, versions.shape(name)))
+
+    def keep(name: str, made: Quantized | Made) -> None:
+        integers.add(block, name, made)
+        become(name)
 
     if integers.holds(block):
         for name in versions.layers:
@@ -198,26 +203,39 @@ def _choose(
     learners: dict[str, Learner] = {}
     for stage in _stages(versions.layers, now.run):
         moved = _moved(stage, versions, was, now, random)
-        made = factor(moved.hessian(), damping=damping, overwrite=True)
+        hessian = moved.hessian()
+        order = order_of(schemes[stage[0]], hessian)
+        made = factor(hessian, damping=damping, overwrite=True, order=order)
+        del hessian
+        owners = {owner for name in stage if (owner := basis_of(schemes[name])) is not None}
+        together: dict[str, dict[str, Member]] = {owner: {} for owner in sorted(owners)}
         for name in stage:
             amount, halves = moved.of(name)
-            share = 0.0 if halves is None else agreement(*halves, made)
-            weight = corrected(versions.was(name), amount.mul_(share), made, rows=rows or _ROWS)
+            part = 0.0 if halves is None else agreement(*halves, made)
+            weight = corrected(versions.was(name), amount.mul_(part), made, rows=rows or _ROWS)
             del amount, halves
-            quantized = _rounded(name, weight, made, schemes[name], rows)
             used[name] = made.damping
+            if (owner := basis_of(schemes[name]) or name) in together:
+                together[owner][name] = Member.of(weight, factor=made)
+                continue
+            if (owner := like_of(schemes[name])) is not None:
+                weight.sub_(integers.weight(owner, schemes, versions.shape(name)))
+            quantized = _rounded(name, weight, made, schemes[name], rows)
             if learn is None or not isinstance(quantized, Quantized) or not is_tunable(quantized.scheme):
-                integers.add(block, name, quantized)
-                become(name)
+                keep(name, quantized)
             else:
                 learners[name] = Learner(quantized, weight)
                 versions.become(name, partial(dequantize, quantized))
             del weight, quantized
-        del made, moved
+        for owner, members in together.items():
+            form = schemes[owner]
+            assert isinstance(form, LowRank), "a basis is a right factor"
+            for name, shared in share(members, "right", form.rank).items():
+                keep(name, shared)
+        del made, moved, together
     if learn is not None and learners:
         for name, quantized in learn(learners).items():
-            integers.add(block, name, quantized)
-            become(name)
+            keep(name, quantized)
     integers.finish(block, used)
 
 

@@ -22,12 +22,13 @@ from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import OWN, stored_as, stored_scale, stored_values
 from memfit.format.safetensors import Writer
 from memfit.packed.fake import is_fake
-from memfit.packed.forms import FORM_PARTS, LowRank, Sparse
+from memfit.packed.forms import FORM_PARTS, Own, Shared
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import Plan, PricedBy
 from memfit.plan.price import Prices, importance_of, prices
+from memfit.sharing import Sharing
 from memfit.source.source import Source
 from memfit.technique.made import Made, joined
 from memfit.technique.making import make, shared_by_rows
@@ -74,13 +75,13 @@ def calibrate(
             kv_prices = cache_losses(source, windows_WT[:KV_WINDOWS], narrow)
     if allowed is None:
         return Calibrated(statistics=statistics, prices={}, kv_prices={})
-    schemes = {group.name: allowed.schemes(group) for group in groups}
+    schemes = allowed.schemes_of(groups)
     smoothing = Smoothing()
     if statistics is not None and (members := allowed.smoothed(groups)):
         smoothing = find_smoothing(source, statistics, members, watch=watch)
         source, statistics = smoothing.of_source(source), smoothing.of_statistics(statistics)
     # One of each kind is enough to know what pricing takes.
-    priced = {group.shapes: group for group in groups}.values() if dry else groups
+    priced = {(group.shapes, len(schemes[group.name])): group for group in groups}.values() if dry else groups
     pairs = _complete(groups, statistics)
     found: Prices = {}
     for group in priced:
@@ -169,6 +170,10 @@ def compress(
     pairs = _complete(tuple(dict.fromkeys(groups.values())), statistics)
     seen: set[Any] = set()
     stem = "memfit" if stored.own else "model"
+    def importance_for(module: str) -> Tensor | None:
+        return importance_of(groups[module], f"{module}.weight", pairs) if search and pairs is not None else None
+
+    sharing = Sharing(source, schemes, integers, importance_for)
     with Writer(directory, stored.specs, dry=dry, stem=stem, resume=True) as writer:
         for name in stored.plain_and_packed():
             if all(writer.has(part) for part in stored.packed.get(name, (name,))):
@@ -190,8 +195,14 @@ def compress(
                     shape = row_shape(source, parameter)
                     chosen = integers if integers is not None and module in integers else None
                     if not isinstance(scheme, Scheme):
-                        made = None if chosen is None else chosen.made(module, scheme, shape)
-                        _write_made(writer, source, stored, name, parameter, scheme, made, importance, search=search)
+                        if chosen is not None:
+                            made = chosen.made(module, scheme, shape)
+                        elif isinstance(scheme, Shared) or module in sharing.owners:
+                            made = sharing.made(module)
+                        else:
+                            made = _made(source, parameter, scheme, importance, search=search)
+                        _write_made(writer, stored, name, shape, made)
+                        del made
                         continue
                     if chosen is not None:
                         rounded = chosen.rows(module, scheme)
@@ -235,14 +246,8 @@ def _rounded(
         del block
 
 
-def _write_made(
-    writer: Writer, source: Source, stored: Stored, name: str, parameter: str, form: Sparse | LowRank,
-    made: Made | None, importance: Tensor | None, *, search: bool,
-) -> None:  # fmt: skip
-    """Write the parts of a form that is no scheme: those that are made, or what its rows become some at a time."""
-    shape = row_shape(source, parameter)
-    if made is None:
-        made = _made(source, parameter, form, importance, search=search)
+def _write_made(writer: Writer, stored: Stored, name: str, shape: tuple[int, int], made: Made) -> None:
+    """Write the parts of a form that is no scheme."""
     for part, tensor in made.parts.items():
         if not writer.has(f"{name}.{part}"):
             writer.write(f"{name}.{part}", tensor)
@@ -251,7 +256,7 @@ def _write_made(
 
 
 def _made(
-    source: Source, parameter: str, form: Sparse | LowRank, importance: Tensor | None, *, search: bool
+    source: Source, parameter: str, form: Own, importance: Tensor | None, *, search: bool
 ) -> Made:
     """The parts of a parameter [N, K], made some rows at a time."""
     rows, inputs = row_shape(source, parameter)

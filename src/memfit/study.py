@@ -25,7 +25,7 @@ from memfit.format.output import weights_of
 from memfit.format.packed import packed_specs
 from memfit.models import load_model
 from memfit.moments import fake_weights, kind_of, moments
-from memfit.packed.forms import Form
+from memfit.packed.forms import Form, LowRank, Shared, Whole
 from memfit.packed.kernel import runtime_nbytes
 from memfit.packed.levels import part_of
 from memfit.packed.modules import pack_module_skeleton
@@ -51,7 +51,7 @@ class Study:
         self.products: Products = {}
         self.skeleton = source.build(dtype=torch.bfloat16)
         self.groups = find_groups(self.skeleton)
-        self.schemes = {group.name: allowed.schemes(group) for group in self.groups}
+        self.schemes = allowed.schemes_of(self.groups)
         for part in allowed.keep:
             if not any(allowed.keeps(part, group) for group in self.groups):
                 sample = self.groups[0].name if self.groups else "none at all"
@@ -112,7 +112,7 @@ class Study:
         return [plain] + [
             Option(
                 price=prices[group.name, scheme],
-                persistent_nbytes=sum(runtime_nbytes(scheme, shape) for shape in group.shapes),
+                persistent_nbytes=sum(map(runtime_nbytes, group.forms(scheme), group.shapes)),
                 transient=self._transient(group, scheme),
             )
             for scheme in self.schemes[group.name]
@@ -147,6 +147,7 @@ class Study:
 
     def _loading(self, group: Group, scheme: Form | None) -> int:
         """Bytes alive while the group's weights are read, beyond those that stay."""
+        scheme = _standing_alone(scheme)
         if scheme is None:
             return 0
         found = 0
@@ -183,6 +184,7 @@ class Study:
 
     def alone(self, member: str, phase: str, scheme: Form | None) -> int:
         """Peak bytes of one module run alone on the inputs it has in `phase`, weights and inputs left out."""
+        scheme = _standing_alone(scheme)
         arguments = self._calls.get((phase, kind_of(member)))
         if arguments is None:
             return 0
@@ -309,3 +311,11 @@ class Study:
             priced_by=priced_by,  # type: ignore[arg-type]
             expected_kl=expected,
         )
+
+
+def _standing_alone(scheme: Form | None) -> Form | None:
+    """A form that a module can have without others: what is shared runs as what its owner has beside factors."""
+    if not isinstance(scheme, Shared):
+        return scheme
+    base = Whole() if scheme.common == "weight" else None
+    return LowRank(rank=scheme.rank, base=base) if scheme.rank else Whole()

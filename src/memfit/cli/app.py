@@ -77,6 +77,7 @@ class Technique(StrEnum):
     quantize = "quantize"
     prune = "prune"
     low_rank = "low-rank"
+    share = "share"
 
 
 class Routing(StrEnum):
@@ -113,8 +114,8 @@ ValuesOption = Annotated[
 Allow = Annotated[
     str,
     typer.Option(
-        help="Techniques that the search may mix, group by group: quantize, prune, low-rank. What is pruned or "
-        "factored is written for memfit alone."
+        help="Techniques that the search may mix, group by group: quantize, prune, low-rank, share. What is no "
+        "integer is written for memfit alone."
     ),
 ]
 KvBits = Annotated[str, typer.Option(help="KV-cache widths that may be chosen, of 16, 8, 4, 2.")]

@@ -33,6 +33,7 @@ ALGORITHMS: Final = {
     "quantize": ("rtn", "search", "gptq", "tuned"),
     "prune": {"magnitude": "rtn", "wanda": "search", "sparsegpt": "gptq"},
     "low-rank": {"svd": "rtn", "scaled": "search", "whitened": "gptq"},
+    "share": {"svd": "rtn", "scaled": "search", "whitened": "gptq"},
 }
 """By technique, names of how it decides: by the weights alone, by what their inputs are on a text, making up for errors
 on it."""
@@ -64,7 +65,7 @@ def setting_of(technique: str, sparsity: float | None, pattern: str | None, rank
             raise UsageError(f"--technique prune: {error}.") from error
         return {"sparse": (form,)}
     if rank is None:
-        raise UsageError("--technique low-rank has one setting: give --rank, a number, or a share of the bytes as 80%.")
+        raise UsageError(f"--technique {technique} has one setting: give --rank, a number, or a share of the bytes as 80%.")
     return {"ranks": (_rank(rank),), "residual_ranks": ()}
 
 

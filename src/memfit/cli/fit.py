@@ -73,7 +73,7 @@ def fit(
         Technique | None,
         typer.Option(
             help="Everything in one setting, plainly, and no plan is searched: quantize with one of --bits, prune with "
-            "--sparsity or --pattern 2:4, low-rank with --rank."
+            "--sparsity or --pattern 2:4, low-rank with --rank, share (layers of one input get one basis) with --rank."
         ),
     ] = None,
     sparsity: Annotated[
@@ -85,7 +85,7 @@ def fit(
     ] = None,
     rank: Annotated[
         str | None,
-        typer.Option(help="Of --technique low-rank: a number, or a share of the bytes as 80%.", show_default=False),
+        typer.Option(help="Of --technique low-rank and share: a number, or a share of the bytes as 80%.", show_default=False),
     ] = None,
     algorithm: Annotated[
         Rounding | None,
@@ -215,10 +215,12 @@ def _setting(
     rank: str | None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """What one setting of a technique that is no quantization says; None of others."""
-    of = {"sparsity": Technique.prune, "pattern": Technique.prune, "rank": Technique.low_rank}
-    for name, owner in of.items():
-        if said(context, name) and technique is not owner:
-            raise UsageError(f"--{name} is a setting of --technique {owner.value}: add that, or leave --{name} out.")
+    factored = (Technique.low_rank, Technique.share)
+    of = {"sparsity": (Technique.prune,), "pattern": (Technique.prune,), "rank": factored}
+    for name, owners in of.items():
+        if said(context, name) and technique not in owners:
+            owner = " or ".join(owner.value for owner in owners)
+            raise UsageError(f"--{name} is a setting of --technique {owner}: add that, or leave --{name} out.")
     if technique is not None and said(context, "allow"):
         raise UsageError(f"--allow {allow} beside --technique {technique.value}: leave one of them out.")
     if technique is None or technique is Technique.quantize:

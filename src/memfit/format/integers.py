@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run
-from memfit.packed.forms import FORM_PARTS, Form, LowRank, Sparse
+from memfit.packed.forms import FORM_PARTS, Form, LowRank, Own, Shared
 from memfit.packed.scheme import Scheme
 from memfit.source.checkpoint import Checkpoint
 from memfit.source.planned import planned_checkpoint
@@ -65,24 +65,40 @@ class Integers:
         rows = self._files[module].tensors[f"{module}.q"].shape[0]
         return self._read(module, scheme, 0, rows)
 
-    def made(self, module: str, form: Sparse | LowRank, shape: tuple[int, int]) -> Made:
+    def made(self, module: str, form: Own, shape: tuple[int, int]) -> Made:
         """The parts that were made of a module, of a weight of this shape."""
         file = self._files[module]
         parts = {part: file.read(name) for part in FORM_PARTS if (name := f"{module}.{part}") in file.tensors}
-        base = form.base if isinstance(form, LowRank) else None
+        base = form.base if isinstance(form, LowRank) and isinstance(form.base, Scheme) else None
         return Made(form=form, shape=shape, parts=parts, base=None if base is None else self.read(module, base))
 
-    def weight(self, module: str, scheme: Form, shape: tuple[int, int] | None = None) -> Tensor:
-        """ŵ [N, K] of a module in bf16; beside it some rows of its integers, or its parts, are in memory. Parts do not
-        tell their `shape`."""
+    def weight(
+        self, module: str, schemes: Scheme | Mapping[str, Form], shape: tuple[int, int] | None = None
+    ) -> Tensor:
+        """ŵ [N, K] of a module in bf16; beside it some rows of its integers, or its parts, are in memory.
+
+        Args:
+            schemes: by module, so that what is shared finds its owner's; or the module's own.
+            shape: [N, K], which parts do not tell.
+        """
+        scheme = schemes if isinstance(schemes, Scheme) else schemes[module]
         if not isinstance(scheme, Scheme):
-            assert shape is not None
-            return dense(self.made(module, scheme, shape))
+            assert shape is not None and not isinstance(schemes, Scheme)
+            return dense(self.made(module, scheme, shape), self._owner(scheme, schemes, shape))
         out = torch.empty(self._files[module].tensors[f"{module}.q"].shape, dtype=torch.bfloat16)
         for start, some in self.rows(module, scheme):
             out[start : start + some.q.shape[0]] = dequantize(some)
             del some
         return out
+
+    def _owner(
+        self, form: Own, schemes: Mapping[str, Form], shape: tuple[int, int]
+    ) -> Made | Quantized | None:
+        """What the owner of what a form shares was made into. Of a right factor, its other shapes do not matter."""
+        if not isinstance(form, Shared):
+            return None
+        theirs = schemes[form.owner]
+        return self.read(form.owner, theirs) if isinstance(theirs, Scheme) else self.made(form.owner, theirs, shape)
 
     def rows(self, module: str, scheme: Scheme) -> Iterator[tuple[int, Quantized]]:
         """(first row, what was chosen for some rows) of a module, from its first row to its last."""

@@ -5,8 +5,8 @@ N outputs, K inputs of a weight, r rank. What is no `Scheme` is in no standard f
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -252,14 +252,41 @@ class Shared:
         return {"form": "shared", "owner": self.owner, "common": self.common, "rank": self.rank}
 
 
+Own = Sparse | LowRank | Shared | Whole
+"""The forms that are no scheme."""
 Form = Scheme | Sparse | LowRank | Shared | Whole
 """How a weight is stored."""
 FORM_PARTS: Final = ("weight_kept", "weight_mask", "weight_index", "weight_left", "weight_right", "weight_whole")
 """Last names of what is stored of forms that are no schemes."""
 
 
+def basis_of(form: Form | None) -> str | None:
+    """The module whose right factor a weight of this form has, if it has one's."""
+    return form.owner if isinstance(form, Shared) and form.common == "right" else None
+
+
+def like_of(form: Form | None) -> str | None:
+    """The module whose weight one of this form has, but for a difference, if it has one's."""
+    return form.owner if isinstance(form, Shared) and form.common == "weight" else None
+
+
+def of_member(form: Form | None, member: str, position: int, owners: Sequence[str]) -> Form | None:
+    """The form of one of several modules that share a choice: where that is `Shared` with their first, it is the owner of
+    the basis; with the first of other modules, each is like the one of these at its own place.
+
+    owners: the members of the group of the form's owner.
+    """
+    if not isinstance(form, Shared):
+        return form
+    if member == form.owner:
+        return LowRank(rank=form.rank)
+    return form if form.owner not in owners or form.common != "weight" else replace(form, owner=owners[position])
+
+
 def techniques_of(form: Form) -> frozenset[str]:
-    """What is done to a weight that is stored so: `quantize`, `prune`, `low-rank`."""
+    """What is done to a weight that is stored so: `quantize`, `prune`, `low-rank`, `share`."""
+    if isinstance(form, Shared | Whole):
+        return frozenset({"share"})
     if isinstance(form, Sparse):
         return frozenset({"prune"})
     if isinstance(form, LowRank):

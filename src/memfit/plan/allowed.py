@@ -1,6 +1,6 @@
 """What the search may choose from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -9,9 +9,18 @@ from memfit.packed.forms import Form, Sparse
 from memfit.packed.scheme import BITS, Scheme, Values
 
 from .groups import Group, candidates
-from .other_forms import RANKS, RESIDUAL_RANKS, SPARSE, rank_candidates, residual_candidates, sparse_candidates
+from .other_forms import (
+    RANKS,
+    RESIDUAL_RANKS,
+    SPARSE,
+    basis_candidates,
+    like_candidates,
+    rank_candidates,
+    residual_candidates,
+    sparse_candidates,
+)
 
-TECHNIQUES: Final = ("quantize", "prune", "low-rank")
+TECHNIQUES: Final = ("quantize", "prune", "low-rank", "share")
 """What may be done to a group of weights."""
 EMBEDDINGS: Final = "embeddings"
 """In `Allowed.keep`: every table."""
@@ -74,7 +83,17 @@ class Allowed:
         pruned = sparse_candidates(group, self.sparse) if "prune" in self.techniques else ()
         factors = rank_candidates(group, self.ranks) if "low-rank" in self.techniques else ()
         beside = residual_candidates(group, integers, self.residual_ranks) if "low-rank" in self.techniques else ()
-        return (*integers, *pruned, *factors, *beside)
+        shared = basis_candidates(group, self.ranks) if "share" in self.techniques else ()
+        return (*integers, *pruned, *factors, *beside, *shared)
+
+    def schemes_of(self, groups: Sequence[Group]) -> dict[str, tuple[Form, ...]]:
+        """By name of the group, what it may be stored in, what it may share with another group among it."""
+        found = {group.name: self.schemes(group) for group in groups}
+        if "share" in self.techniques and self.activations == 16:
+            free = [group for group in groups if not any(self.keeps(part, group) for part in self.keep)]
+            for name, forms in like_candidates(free, self.ranks).items():
+                found[name] += forms
+        return found
 
     def _integers(self, group: Group) -> tuple[Scheme, ...]:
         bits = tuple(b for b in self.bits if b < 16)

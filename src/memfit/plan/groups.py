@@ -10,7 +10,7 @@ from typing import Final, Literal
 from torch import nn
 
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
-from memfit.packed.forms import Form
+from memfit.packed.forms import Form, Shared, of_member
 from memfit.packed.modules import is_experts, why_not_packed
 from memfit.packed.scheme import BITS, BITS_OF, GROUPS, MX_GROUP, Scheme, Values
 
@@ -72,13 +72,23 @@ class Group:
 
     def nbytes(self, scheme: Form | None) -> int:
         """Stored bytes in `scheme`; None: 2 bytes a weight."""
-        return 2 * self.weights if scheme is None else sum(scheme.nbytes(shape) for shape in self.shapes)
+        if scheme is None:
+            return 2 * self.weights
+        return sum(form.nbytes(shape) for form, shape in zip(self.forms(scheme), self.shapes, strict=True))
+
+    def forms(self, scheme: Form) -> tuple[Form, ...]:
+        """The form of each of `parameters` where all share a choice: of a common basis the first owns it."""
+        if not isinstance(scheme, Shared):
+            return (scheme,) * len(self.parameters)
+        return tuple(of_member(scheme, member, n, ()) or scheme for n, member in enumerate(self.members))
 
     def why_not(self, scheme: Form) -> str | None:
         """Why the group cannot be stored in `scheme`; None if it can."""
         if self.blocked is not None:
             return self.blocked
-        reasons = (scheme.why_not(shape) for shape in self.shapes)
+        if isinstance(scheme, Shared) and len(self.members) != len(self.parameters):
+            return f"{' and '.join(self.members)} are one tensor already"
+        reasons = (form.why_not(shape) for form, shape in zip(self.forms(scheme), self.shapes, strict=True))
         return next((reason for reason in reasons if reason is not None), None)
 
 

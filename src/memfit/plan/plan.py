@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from memfit.errors import BrokenInput
-from memfit.packed.forms import Form, form_of
+from memfit.packed.forms import Form, Shared, Whole, form_of, like_of, of_member
 from memfit.packed.scheme import BITS, Scheme, Values
 
 VERSION: Final = 1
@@ -77,13 +77,26 @@ class Plan:
         return sum(choice.nbytes for choice in self.choices)
 
     def schemes(self) -> dict[str, Form]:
-        """Module name to scheme, of all that does not stay as it is."""
-        return {
-            member: choice.scheme
-            for choice in self.choices
-            if choice.scheme is not None
-            for member in choice.members
-        }
+        """Module name to scheme, of all that does not stay as it is.
+
+        A choice that shares with another is told member by member; what stays in 16 bits and has its weight shared is
+        `Whole`.
+        """
+        members = {choice.members[0]: choice.members for choice in self.choices}
+        owners = {like for choice in self.choices if (like := like_of(choice.scheme)) is not None}
+        found: dict[str, Form] = {}
+        for choice in self.choices:
+            scheme = choice.scheme
+            if scheme is None and choice.members[0] in owners:
+                scheme = Whole()
+            if scheme is None:
+                continue
+            theirs = members.get(scheme.owner, ()) if isinstance(scheme, Shared) else ()
+            for n, member in enumerate(choice.members):
+                form = of_member(scheme, member, n, theirs)
+                assert form is not None
+                found[member] = form
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """One object; `average_bits` is there for readers and follows from the choices."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import is_fake
-from memfit.packed.forms import Form, LowRank
+from memfit.packed.forms import Form, LowRank, Shared
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group
 from memfit.technique.spectrum import errors_by_rank
@@ -114,6 +114,7 @@ def prices(
             weight = read_weight(parameter).detach()
             factors = [scheme for scheme in schemes if isinstance(scheme, LowRank)]
             for base in dict.fromkeys(scheme.base for scheme in factors):
+                assert base is None or isinstance(base, Scheme), "a whole weight is not factored for a plan"
                 spectrum = _spectrum(weight, weighting, base)
                 for form in factors:
                     if form.base == base:
@@ -121,9 +122,10 @@ def prices(
             sample = _sample(weight, weighting, rows=rows)
             del weight
             for scheme in schemes:
-                if not isinstance(scheme, LowRank):
+                if not isinstance(scheme, LowRank | Shared):
                     totals[scheme] += sample.price(scheme, share=part)
             del sample
+        _add_shared(totals, group, read_weight, statistics, share[group.name])
         found |= {(group.name, scheme): price for scheme, price in totals.items()}
     return found
 
@@ -218,7 +220,7 @@ class _Spectrum:
     """[min(N, K) + 1], weighed with the statistics, if there are any."""
     weighed: bool
 
-    def price(self, form: LowRank, *, share: float) -> float:
+    def price(self, form: LowRank | Shared, *, share: float) -> float:
         error = _number(self.errors[form.rank])
         if self.weighed:
             return 0.5 * error
@@ -234,6 +236,34 @@ def _spectrum(weight: Tensor, weighting: _Weighting | None, base: Scheme | None)
         return _Spectrum(errors_by_rank(weight), weighed=False)
     errors = [errors_by_rank(weight, importance_K=columns, rows_N=rows) for rows, columns in weighting.terms]
     return _Spectrum(sum_of(errors), weighed=True)
+
+
+def _add_shared(
+    totals: dict[Form, float], group: Group, read_weight: Callable[[str], Tensor], statistics: Statistics | None,
+    share: float,
+) -> None:  # fmt: skip
+    """Add the prices of what is shared, each of which is of all the group's tensors."""
+    forms = [form for form in totals if isinstance(form, Shared)]
+    for owner in dict.fromkeys(form.owner for form in forms):
+        weights = [read_weight(parameter).detach() for parameter in group.parameters]
+        terms = [_weighting(group, parameter, statistics) for parameter in group.parameters]
+        if owner != group.members[0]:
+            off = weights[0].float().sub_(read_weight(f"{owner}.weight").detach())
+            spectrum = _spectrum(off, terms[0], None)
+        else:
+            spectrum = _spectrum(torch.cat(weights), _stacked([w for w in terms if w is not None]), None)
+        for form in forms:
+            if form.owner == owner:
+                totals[form] += spectrum.price(form, share=share)
+        del weights
+
+
+def _stacked(weightings: Sequence[_Weighting]) -> _Weighting | None:
+    """Of tensors that read one input, one below the other: one H, and G of each output; None of none."""
+    if not weightings:
+        return None
+    rows = torch.cat([weighting.terms[0][0] for weighting in weightings])
+    return _Weighting(((rows, weightings[0].terms[0][1]),))
 
 
 def _relative_noise(scheme: Form, inputs: int) -> float:

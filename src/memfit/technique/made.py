@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memfit.packed.forms import LowRank, Shared, Sparse, Whole
+from memfit.packed.forms import LowRank, Own, Shared, Whole
 from memfit.packed.sparse import SparseWeight
 
 from .quantize import Quantized, dequantize
@@ -19,7 +19,7 @@ from .quantize import Quantized, dequantize
 class Made:
     """The parts of one weight [N, K], as they are stored."""
 
-    form: Sparse | LowRank | Shared | Whole
+    form: Own
     shape: tuple[int, int]
     parts: Mapping[str, Tensor]
     """By name, as in `form.parts`; of factors beside a whole weight, that as well."""

@@ -5,9 +5,10 @@ N outputs, K inputs.
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
-from memfit.packed.forms import Form, LowRank, Sparse
+from memfit.packed.forms import Form, LowRank, Shared, Sparse, Whole
 from memfit.packed.scheme import Scheme
 
 from .gptq import Factor, gptq
@@ -15,7 +16,7 @@ from .low_rank import factorize, right_factor
 from .made import Made, dense
 from .prune import prune
 from .quantize import Quantized, dequantize, learned, quantize
-from .sparsegpt import sparsegpt
+from .sparsegpt import order_for, sparsegpt
 
 
 def make(
@@ -33,6 +34,10 @@ def make(
         return prune(weight_NK, form, importance=importance_K if search else None)
     if isinstance(form, LowRank):
         return factorize(weight_NK, form, importance_K=importance_K if search else None, right=shared)
+    if isinstance(form, Whole):
+        return _whole(weight_NK)
+    if isinstance(form, Shared):
+        raise ValueError(f"{form.name}: what is shared is made of all that share it")
     return quantize(weight_NK, form, importance=importance_K, search=search, table=shared)
 
 
@@ -50,12 +55,26 @@ def make_for(weight_NK: Tensor, form: Form, factor: Factor, *, rows: int | None 
         return sparsegpt(weight_NK, factor, form)
     if isinstance(form, LowRank):
         return factorize(weight_NK, form, factor=factor)
+    if isinstance(form, Shared):  # the rest of the weight, which its owner has, is taken off already
+        rest = factorize(weight_NK, LowRank(rank=form.rank), factor=factor).parts if form.rank else {}
+        return Made(form=form, shape=(weight_NK.shape[0], weight_NK.shape[1]), parts=rest)
+    if isinstance(form, Whole):
+        return _whole(weight_NK)
     return gptq(weight_NK, factor, form, rows=rows).quantized
+
+
+def _whole(weight: Tensor) -> Made:
+    return Made(form=Whole(), shape=(weight.shape[0], weight.shape[1]), parts={"weight_whole": weight.to(torch.bfloat16)})
 
 
 def weight_of(made: Quantized | Made) -> Tensor:
     """ŵ [N, K] in bf16 of what was made."""
     return dequantize(made) if isinstance(made, Quantized) else dense(made)
+
+
+def order_of(form: Form, hessian: Tensor) -> Tensor | None:
+    """The order [K] that `factor` is best given for a form; None: the usual one."""
+    return order_for(hessian.diagonal(), form) if isinstance(form, Sparse) else None
 
 
 def tensors_of(made: Quantized | Made) -> tuple[Tensor | None, ...]:
@@ -75,7 +94,7 @@ def of_tensors(form: Form, shape: tuple[int, int], tensors: Sequence[Tensor | No
     names = tuple(form.parts(shape))
     parts = {name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
     base = None
-    if isinstance(form, LowRank) and form.base is not None:
+    if isinstance(form, LowRank) and isinstance(form.base, Scheme):
         made = of_tensors(form.base, shape, tensors[len(names) :])
         assert isinstance(made, Quantized)
         base = made
