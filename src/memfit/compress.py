@@ -22,7 +22,7 @@ from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import OWN, stored_as, stored_scale, stored_values
 from memfit.format.safetensors import Writer
 from memfit.packed.fake import is_fake
-from memfit.packed.forms import FORM_PARTS, Own, Shared
+from memfit.packed.forms import FORM_PARTS, Own
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.groups import Group, find_groups
@@ -178,8 +178,8 @@ def compress(
         for name in stored.plain_and_packed():
             if all(writer.has(part) for part in stored.packed.get(name, (name,))):
                 continue
-            if dry:
-                # Nothing outlives its own turn, so equal weights need to be run once.
+            if dry and not sharing.concerns(stored.module_of.get(name, "")):
+                # Nothing else outlives its own turn, so equal weights need to be run once.
                 kind = (schemes.get(stored.module_of.get(name, "")), stored.shape_of(name))
                 if kind in seen:
                     writer.pass_over(stored.packed.get(name, (name,)))
@@ -197,7 +197,7 @@ def compress(
                     if not isinstance(scheme, Scheme):
                         if chosen is not None:
                             made = chosen.made(module, scheme, shape)
-                        elif isinstance(scheme, Shared) or module in sharing.owners:
+                        elif sharing.concerns(module):
                             made = sharing.made(module)
                         else:
                             made = _made(source, parameter, scheme, importance, search=search)
@@ -248,11 +248,11 @@ def _rounded(
 
 def _write_made(writer: Writer, stored: Stored, name: str, shape: tuple[int, int], made: Made) -> None:
     """Write the parts of a form that is no scheme."""
+    if made.base is not None:
+        _write_packed(writer, stored, name, shape, made.base.scheme, iter([(0, made.base)]), OWN)
     for part, tensor in made.parts.items():
         if not writer.has(f"{name}.{part}"):
             writer.write(f"{name}.{part}", tensor)
-    if made.base is not None:
-        _write_packed(writer, stored, name, shape, made.base.scheme, iter([(0, made.base)]), OWN)
 
 
 def _made(

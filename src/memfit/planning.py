@@ -119,7 +119,8 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
         DoesNotFit: that is more than the budget.
     """
     nothing: Prices = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
-    chosen = {group.name: min(1, len(study.schemes[group.name])) for group in study.groups}
+    # What a group may have by itself comes first: likeness to another block is never taken unasked.
+    chosen = {group.name: min(1, len(study.allowed.schemes(group))) for group in study.groups}
     if study.kv_nbytes:
         chosen["kv_cache"] = len(study.kv_choices()) - 1
     plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")

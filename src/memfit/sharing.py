@@ -31,8 +31,11 @@ class Sharing:
     ) -> None:  # fmt: skip
         self._source, self._schemes, self._integers, self._importance = source, schemes, integers, importance
         self._kept: dict[str, Made | Quantized] = {}
-        self.owners = frozenset(owner for form in schemes.values() if (owner := basis_of(form)) is not None)
-        """Modules whose right factor others have."""
+        self._owners = frozenset(owner for form in schemes.values() if (owner := basis_of(form)) is not None)
+
+    def concerns(self, module: str) -> bool:
+        """Whether a module shares something, or has the right factor that others share."""
+        return module in self._owners or isinstance(self._schemes.get(module), Shared)
 
     def made(self, module: str) -> Made:
         """What is stored of a module that shares something, or is a basis's owner."""

@@ -147,9 +147,8 @@ class Integers:
                 self._open(module)
 
     def _open(self, path: Path) -> None:
-        found = open_checkpoint(path)
-        assert found is not None, "a module that is there is whole"
-        self._files[path.name] = found
+        # Of a module that is as another is, nothing is stored.
+        self._files[path.name] = open_checkpoint(path) or planned_checkpoint(())
 
 
 def _parts(module: str, quantized: Quantized | Made) -> Iterator[tuple[str, Tensor]]:
