@@ -145,7 +145,7 @@ class SparseWeight(Parts):
         return x if planes == 1 else x.view(x.shape[0], planes, -1).transpose(1, 2).reshape(x.shape)
 
     def _times_gathered(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Few rows [M, K] in bf16 times the blocks that are kept, x gathered for each band of rows: [M, stop − start]."""
+        """Few rows [M, K] in bf16 times the blocks that are kept, x gathered for each band: [M, stop − start]."""
         height, width = BLOCK
         count, tokens, bands = self.kept.shape[1], x.shape[0], (stop - start) // height
         blocks = blocks_to_run(blocks_of(bands, WORKSPACE_NBYTES // (2 * tokens * max(count, 1)), 1))

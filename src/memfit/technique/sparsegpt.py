@@ -12,7 +12,7 @@ is the other way round than GPTQ's: columns of small inputs first, whose errors 
 Errors, of Gemma 3 270M at 50 %, in % of what the layer gives (q, o, gate and down of block 11, 192 rows each):
 
     Wanda                                           1.53   4.24   1.44   0.40
-    @EVEN
+    spread evenly over blocks of 128, as they lie   0.77   2.02   0.76   0.16
     all columns compete, largest inputs first       0.64   0.84   0.70   0.15
     all columns compete, smallest inputs first      0.63   0.76   0.61   0.12
 """
