@@ -217,6 +217,11 @@ def _running_sum(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     return ([] if args[0].dtype == out.dtype else [out.numel() * out.dtype.itemsize]), []
 
 
+def _sum(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """ReduceOpsUtils.h, make_reduction_from_out_ty: the input is cast to the result's dtype, beside the result."""
+    return [], ([] if args[0].dtype == out.dtype else [args[0].numel() * out.dtype.itemsize])
+
+
 _UNPROMOTED: Final = frozenset({aten.where, aten.copy_, aten.masked_fill, aten.masked_fill_, aten._to_copy})
 _RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
     aten.mean: _mean,
@@ -237,5 +242,6 @@ _RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
     aten.sort: _sort,
     aten.histc: _histogram,
     aten.cumsum: _running_sum,
+    aten.sum: _sum,
     aten.floor_divide: _pointwise,
 }

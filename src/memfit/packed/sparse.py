@@ -2,11 +2,11 @@
 
 N outputs, K inputs, k values kept in a row, G = K/4 groups of four, M rows of activations.
 
-Rows are made dense plane by plane: of "any" first all inputs in the lowest bits of the mask's bytes (0, 8, 16, ...), then
-those in the next, of "2:4" the first of each four, then the second. Each plane is a few operations on whole vectors, and
-x is put into that order instead of the weight. "any" must look the place of each value up, and is bound by that: 1 ns a
-weight and core where a dense product with one row takes 0.1, and 2:4 some 0.3. Of "blocks" a row's values are one run:
-for few rows of activations x is gathered, and nothing is made dense.
+Rows are made dense plane by plane: of "any" first all inputs in the lowest bits of the mask's bytes (0, 8, 16, ...),
+then those in the next, of "2:4" the first of each four, then the second. Each plane is a few operations on whole
+vectors, and x is put into that order instead of the weight. "any" must look the place of each value up, and is bound by
+that: 1 ns a weight and core where a dense product with one row takes 0.1, and 2:4 some 0.3. Of "blocks" a row's values
+are one run: for few rows of activations x is gathered, and nothing is made dense.
 """
 
 from typing import Final
@@ -25,6 +25,7 @@ from memfit.packed.parts import Parts
 WORKSPACE_NBYTES: Final = 4 << 20
 """Most bytes made at a time of a weight's rows, or of x gathered for them, but never less than a row takes."""
 _GATHER: Final = 0x0102040810204080
+"""Sum of 2^(56 − 7i), i from 0 to 7."""
 FEW_ROWS: Final = 32
 """Up to so many rows of activations are gathered for blocks that are kept; for more, the weight is made dense."""
 _NBYTES: Final[dict[str, int]] = {"any": 5, "2:4": 5, "blocks": 3}
@@ -57,7 +58,8 @@ class SparseWeight(Parts):
             wrong = self._wrong(start // rows, stop // rows)
             if not is_fake(wrong) and bool(wrong.any()):
                 first = start // rows + int(wrong.to(torch.uint8).argmax())
-                raise BrokenInput(f"{prefix}.weight_{part}: row {first} does not tell places as {self.scheme.name} does")
+                form = self.scheme.name
+                raise BrokenInput(f"{prefix}.weight_{part}: row {first} does not tell places as {form} does")
             del wrong
 
     def _wrong(self, start: int, stop: int) -> Tensor:
@@ -143,7 +145,7 @@ class SparseWeight(Parts):
         return x if planes == 1 else x.view(x.shape[0], planes, -1).transpose(1, 2).reshape(x.shape)
 
     def _times_gathered(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Few rows [M, K] in bf16 times the blocks that are kept: x gathered for each band of rows, [M, stop − start]."""
+        """Few rows [M, K] in bf16 times the blocks that are kept, x gathered for each band: [M, stop − start]."""
         height, width = BLOCK
         count, tokens, bands = self.kept.shape[1], x.shape[0], (stop - start) // height
         blocks = blocks_to_run(blocks_of(bands, WORKSPACE_NBYTES // (2 * tokens * max(count, 1)), 1))
@@ -194,8 +196,8 @@ def pack(weight: Tensor, mask: Tensor, form: Sparse) -> dict[str, Tensor]:
 def pack_mask(mask_NK: Tensor) -> Tensor:
     """bool [N, K] to uint8 [N, K/8], the first input in the lowest bit."""
     # Of the eight bytes of an integer, the i-th moves by 56 − 7i bits: their lowest bits are the upper byte then.
-    octets = mask_NK.contiguous().view(torch.int64).mul(_GATHER)
-    return octets.bitwise_right_shift_(56).to(torch.uint8)
+    octets = mask_NK.reshape(-1).view(torch.int64).mul(_GATHER)
+    return octets.bitwise_right_shift_(56).to(torch.uint8).view(mask_NK.shape[0], -1)
 
 
 def unpack_mask(mask: Tensor, inputs: int) -> Tensor:
@@ -222,7 +224,7 @@ def _of_mask(kept: Tensor, mask: Tensor) -> Tensor:
     values[1:].view(rows, count).copy_(kept.view(torch.int16))
     set_ = _count_bits(mask)
     place = set_.cumsum(1, dtype=torch.int32).sub_(set_)  # of the last value before each byte, in `values`
-    place.add_(torch.arange(0, rows * max(count, 1), max(count, 1), dtype=torch.int32, device=mask.device).unsqueeze(1))
+    place.add_(torch.arange(rows, dtype=torch.int32, device=mask.device).mul_(count).unsqueeze(1))
     del set_
     for bit in range(8):
         here = (mask >> bit).bitwise_and_(1).to(torch.int16)
@@ -266,8 +268,8 @@ def _of_blocks(kept: Tensor, index: Tensor, inputs: int, height: int) -> Tensor:
     rows, width = kept.shape[0], BLOCK[1]
     across = inputs // width
     dense = kept.new_zeros(rows * across, width)
-    place = index.to(torch.int64).unsqueeze(1).expand(-1, height, -1).reshape(rows, -1)
-    place.add_(torch.arange(0, rows * across, across, device=kept.device).unsqueeze(1))
+    first = torch.arange(0, rows * across, across, device=kept.device).view(-1, height, 1)
+    place = index.to(torch.int64).unsqueeze(1) + first
     # By eight bytes at a time: they are copied one at a time.
     dense.view(torch.int64).index_copy_(0, place.view(-1), kept.reshape(-1, width).view(torch.int64))
     return dense.view(rows, inputs)

@@ -154,7 +154,8 @@ def choose(score: Tensor, form: Sparse) -> Tensor:
 
 
 def largest_of_rows(score: Tensor, wanted: Tensor, most: int) -> Tensor:
-    """A mask of the `wanted` largest of each row of scores [n, K], the first of equal ones; none wants more than `most`."""
+    """A mask of the `wanted` largest of each row of scores [n, K], the first of equal ones; no row wants more than
+    `most`."""
     if most == 0:
         return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     if wanted.dim() == 0:

@@ -3,13 +3,18 @@
     H [K, K] = E[x xᵀ] of the inputs          least: tr((W − Ŵ) H (W − Ŵ)ᵀ)
 
 N outputs, K inputs, R rows of a block. As in `gptq`, H = R Rᵀ, and in its order column j sees the errors d of those
-before it: with t_j = w_j + Σ_{i<j} d_i M_ij the error of a row is Σ_j r_j (t_j − ŵ_j)², r_j = R_jj². A weight that stays
-is t_j, and costs nothing but its rounding to bf16; one that goes costs r_j t_j², which is what Frantar and Alistarh (2023) choose
-by (their w² / [H⁻¹]_jj). They spread the sparsity evenly over blocks of 128 columns; here all columns that a row has left
-compete for what it may still keep, anew for every few columns, as t changes. Beside an even spread that takes a third off
-the error. (Gemma 3 270M, 50 %, q, o, gate and down: 0.63, 0.76, 0.60, 0.12 % of what the layer gives; Wanda 1.5, 4.2, 1.4,
-0.40.) The order is the other way round than GPTQ's: columns of small inputs first, whose errors those of large ones make
-up for, which takes off another tenth.
+before it: with t_j = w_j + Σ_{i<j} d_i M_ij the error of a row is Σ_j r_j (t_j − ŵ_j)², r_j = R_jj². A weight that
+stays is t_j, and costs nothing but its rounding to bf16; one that goes costs r_j t_j², which is what Frantar and
+Alistarh (2023) choose by (their w² / [H⁻¹]_jj). They spread the sparsity evenly over blocks of 128 columns; here all
+columns that a row has left compete for what it may still keep, anew for every few columns, as t changes. And the order
+is the other way round than GPTQ's: columns of small inputs first, whose errors those of large ones make up for.
+
+Errors, of Gemma 3 270M at 50 %, in % of what the layer gives (q, o, gate and down of block 11, 192 rows each):
+
+    Wanda                                           1.53   4.24   1.44   0.40
+    spread evenly over blocks of 128, as they lie   0.77   2.02   0.76   0.16
+    all columns compete, largest inputs first       0.64   0.84   0.70   0.15
+    all columns compete, smallest inputs first      0.63   0.76   0.61   0.12
 """
 
 from collections.abc import Callable
@@ -58,13 +63,15 @@ class SparseGpt:
 
 
 def order_for(importance: Tensor, form: Sparse) -> Tensor:
-    """The order of columns [K] that `factor` is best given for a form: from the smallest E[x²] to the largest.
+    """The order of columns [K] that `factor` is best given for a form: from the smallest E[x²] to the largest, of 2:4
+    from the largest on.
 
-    Fours and blocks stay together: what is chosen together is compared when none of it has been decided.
+    Fours and blocks stay together: what is chosen together is compared when none of it has been decided. Fours can put
+    nothing off until later, and the other way round errs a tenth to a third more (Gemma 3 270M, 7 layers of 7).
     """
     side_by_side = {"any": 1, "2:4": 4, "blocks": BLOCK[1]}[form.pattern]
-    together = importance.view(-1, side_by_side)
-    first = together.sum(1).argsort(stable=True).mul_(side_by_side)
+    together = importance.view(-1, side_by_side).sum(1)
+    first = together.argsort(stable=True, descending=form.pattern == "2:4").mul_(side_by_side)
     return first.unsqueeze(1).add(torch.arange(side_by_side, device=importance.device)).view(-1)
 
 
@@ -230,7 +237,7 @@ class _Blocks:
     def __init__(self, made: Factor, form: Sparse, rows: int) -> None:
         size, width = made.order.shape[0], BLOCK[1]
         # What fakes cannot tell does not change what is held at the first choice, which is the most.
-        order = torch.arange(size).tolist() if is_fake(made.order) else made.order.tolist()
+        order = list(range(size)) if is_fake(made.order) else made.order.tolist()
         place: list[int] = [0] * size
         for position, column in enumerate(order):
             place[column] = position
