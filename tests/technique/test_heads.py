@@ -20,6 +20,7 @@ from memfit.technique.heads import narrow_errors, narrow_heads, why_not_narrow
 from memfit.technique.install import install
 from memfit.technique.low_rank import factorize, rank_for
 from memfit.technique.made import dense
+from memfit.technique.spectrum import errors_by_rank
 
 INT4, W8A8 = Scheme(bits=4, group=32), Scheme(bits=8, group=None, activations=8)
 SIZES = {
@@ -58,23 +59,24 @@ def lost(value: Tensor, output: Tensor, made: tuple[Tensor, Tensor], inputs: Fac
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), each=st.sampled_from([1, 2, 3]), kept=st.integers(1, 8))
-def test_the_error_is_at_most_what_is_told(seed: int, each: int, kept: int) -> None:
-    value, output, inputs, rows = draw(seed, each=each)
+@given(
+    seed=st.integers(0, 10**6), heads=st.integers(1, 2), each=st.sampled_from([1, 2, 3]), kept=st.integers(1, 8)
+)  # fmt: skip
+def test_the_error_is_about_what_is_told(seed: int, heads: int, each: int, kept: int) -> None:
+    value, output, inputs, rows = draw(seed, heads=heads, each=each)
     told = narrow_errors(value, output, width=8, factor_Q=inputs, rows_M=rows)
     assert told.shape == (9,) and told[-1] == 0 and bool((told.diff() <= 0).all())
     made = narrow_heads(value, output, width=8, kept=kept, factor_Q=inputs, rows_M=rows)
     found = lost(value, output, (dense(made[0]), dense(made[1])), inputs, rows, 8)
-    # Heads that are read alike are told for sure; where several queries read one, their mean is told.
-    most = 1.0 if each == 1 else 2.0
-    assert found <= most * float(told[kept]) + 2e-3 * float(told[0])
+    # Sure for one head that one query reads. Errors of several may add up, of each query that reads a head by itself.
+    assert found <= heads * each * each * float(told[kept]) + 2e-3 * float(told[0])
+    if heads == each == 1:
+        assert found >= 0.99 * float(told[kept])
 
 
 def test_one_head_alone_is_the_low_rank_of_the_output() -> None:
     value, output, inputs, rows = draw(0, heads=1, each=1)
     told = narrow_errors(value, output, width=8, factor_Q=inputs, rows_M=rows)
-    from memfit.technique.spectrum import errors_by_rank
-
     torch.testing.assert_close(told, errors_by_rank(output, factor=inputs, rows_N=rows), rtol=1e-4, atol=1e-2)
 
 

@@ -90,7 +90,7 @@ def narrow_errors(
 ) -> Tensor:
     """Σ_o G_o (E H Eᵀ)_oo of the output for every number of dimensions kept: float64 [d + 1]; half of it is nats.
 
-    Each head by itself: that they are fitted together makes it less.
+    Errors of different heads are taken as independent, and those of all queries that read one as alike.
     """
     metric = Metric(factor=factor_Q)
     heads, queries = _heads(value_NK, output_MQ, width, 1, metric)
