@@ -1,5 +1,5 @@
-"""A model of factors and of layers that share: its files hold what is shared once, come back to the bit, and what it
-takes is predicted to the byte."""
+"""A model of factors, of layers that share and of narrower heads: its files hold what is shared once, come back to the
+bit, and what it takes is predicted to the byte."""
 
 import json
 import math
@@ -25,6 +25,7 @@ from memfit.packed.scheme import Scheme
 from memfit.source import check
 from memfit.source.source import Source, open_source, source_from_config
 from memfit.task.infer import Infer
+from memfit.technique.heads import narrow_heads
 from memfit.technique.install import install
 from memfit.technique.low_rank import factorize
 from memfit.technique.made import Made
@@ -45,11 +46,16 @@ def made_of(model: nn.Module) -> dict[str, Made | Quantized]:
     for first, second in (("model.layers.0", "model.layers.1"), ("model.layers.2", "model.layers.3")):
         made |= share(take(f"{first}.mlp.gate_proj", f"{first}.mlp.up_proj"), "right", 24)
         made |= share(take(f"{first}.mlp.down_proj", f"{second}.mlp.down_proj"), "left", 16)
-        made |= share(take(f"{first}.self_attn.q_proj", f"{second}.self_attn.q_proj"), "weight", 4, base=INT4)
-        made |= share(take(f"{first}.self_attn.o_proj", f"{second}.self_attn.o_proj"), "weight", 0)
+        made |= share(take(f"{first}.self_attn.v_proj", f"{second}.self_attn.k_proj"), "weight", 4, base=INT4)
+        made |= share(take(f"{first}.self_attn.o_proj", f"{second}.self_attn.q_proj"), "weight", 0)
         made |= share(take(f"{second}.mlp.gate_proj", f"{second}.mlp.up_proj"), "weight", 8)
         key = model.get_submodule(f"{first}.self_attn.k_proj").get_parameter("weight")
         made[f"{first}.self_attn.k_proj"] = factorize(key, LowRank(rank=8, base=INT4))
+    # Of v and o, in blocks where they are not shared; a pair whose integers fill whole groups.
+    for block, base in (("model.layers.1", None), ("model.layers.3", INT4)):
+        names = [f"{block}.self_attn.v_proj", f"{block}.self_attn.o_proj"]
+        value, output = (model.get_submodule(name).get_parameter("weight") for name in names)
+        made |= dict(zip(names, narrow_heads(value, output, width=16, kept=8, base=base), strict=True))
     table, head = (model.get_submodule(n).get_parameter("weight") for n in ("model.embed_tokens", "lm_head"))
     made["model.embed_tokens"] = quantize(table, Scheme(bits=8, group=None))
     off = factorize(head.float() - table.float(), LowRank(rank=12))
@@ -123,7 +129,7 @@ def test_what_is_shared_is_in_the_files_and_in_memory_once(fitted: tuple[Path, n
     told = sum(form.nbytes(shapes[f"{name}.weight"]) for name, form in forms.items())
     told += sum(2 * math.prod(shape) for name, shape in shapes.items() if name.rpartition(".")[0] not in forms)
     assert sum(t.nbytes for t in tensors.values()) == told
-    assert not any(name.startswith("model.layers.1.self_attn.o_proj") for name in tensors), "it is the other's"
+    assert not any(name.startswith("model.layers.1.self_attn.q_proj") for name in tensors), "it is the other's"
     held = {id(t): t.nbytes for t in (*model.buffers(), *model.parameters())}
     held_once = sum(held.values()) - sum(b.nbytes for n, b in model.named_buffers() if "store" not in n)
     assert held_once == told
@@ -170,7 +176,8 @@ def test_a_config_that_shares_what_is_not_there_is_refused(
 
 @pytest.mark.parametrize("name", [
     "model.layers.0.mlp.gate_proj.weight_right", "model.layers.1.mlp.down_proj.weight_right",
-    "model.layers.0.self_attn.o_proj.weight_whole", "model.layers.0.self_attn.q_proj.weight_packed",
+    "model.layers.0.self_attn.o_proj.weight_whole", "model.layers.0.self_attn.v_proj.weight_packed",
+    "model.layers.1.self_attn.o_proj.weight_narrow", "model.layers.3.self_attn.o_proj.weight_packed",
 ])  # fmt: skip
 def test_a_missing_part_is_told(fitted: tuple[Path, nn.Module, dict[str, Form]], tmp_path: Path, name: str) -> None:
     with pytest.raises(BrokenInput, match=f"'{name}' of the model is missing"):

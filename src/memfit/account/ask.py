@@ -134,11 +134,11 @@ def _ask_call(func: Any, described: tuple[Any, ...], threads: int, *, learning: 
 
 
 @cache
-def ask_eigenvectors(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Scratch of a symmetric matrix's eigenvectors: of zeros, as chance may give what has none."""
+def ask_eigenvectors(shape: tuple[int, ...], dtype: torch.dtype, *, vectors: bool = True) -> int:
+    """Scratch of a symmetric matrix's eigenvectors, or values alone: of zeros, as chance may give what has none."""
     with _disable_current_modes():
         matrix = torch.zeros(shape, dtype=dtype)
-    return ask(lambda: torch.linalg.eigh(matrix))
+    return ask(lambda: torch.linalg.eigh(matrix) if vectors else torch.linalg.eigvalsh(matrix))
 
 
 def ask_product(left: Tensor, right: Tensor) -> int:

@@ -185,9 +185,9 @@ def _recurrent(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
 
 
 def _eigenvectors(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
-    """BatchLinearAlgebra.cpp: LAPACK's work arrays, by the size alone."""
+    """BatchLinearAlgebra.cpp: LAPACK's work arrays, by the size alone, and by whether values alone are wanted."""
     matrix = args[0]
-    return [], [ask_eigenvectors(tuple(matrix.shape), matrix.dtype)]
+    return [], [ask_eigenvectors(tuple(matrix.shape), matrix.dtype, vectors=out[1].numel() > 0)]
 
 
 def _safe_softmax(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:

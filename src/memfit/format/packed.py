@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memfit.format.safetensors import TensorSpec
 from memfit.packed.bits import pack_values
-from memfit.packed.forms import Form, LowRank
+from memfit.packed.forms import Form, LowRank, Narrow
 from memfit.packed.levels import level_table, scale_values
 from memfit.packed.scheme import OWN_VALUES, Scheme
 from memfit.technique.quantize import Quantized
@@ -61,6 +61,8 @@ def packed_specs(
             for part, (dtype, size) in scheme.parts((shape[0], shape[1])).items()
         )
         base = scheme.base if isinstance(scheme, LowRank) else None
+        if isinstance(scheme, Narrow) and scheme.base is not None:
+            return _own_specs(module, scheme.narrow((shape[0], shape[1])), scheme.base)
         if isinstance(base, Scheme):
             return (*_own_specs(module, shape, base), *parts)
         return parts if base is None else (*packed_specs(module, shape, base), *parts)

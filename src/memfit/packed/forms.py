@@ -1,5 +1,5 @@
 """Every way to store a weight: integers and levels (`Scheme`), what pruning left (`Sparse`), factors (`LowRank`), what
-it has of another's (`Shared`), and all of it, for others to have a part in (`Whole`).
+it has of another's (`Shared`), all of it, for others to have a part in (`Whole`), fewer dimensions a head (`Narrow`).
 
 N outputs, K inputs of a weight, r rank. What is no `Scheme` is in no standard format: memfit alone reads it.
 """
@@ -20,6 +20,8 @@ BLOCK: Final = (16, 16)
 
 Common = Literal["right", "left", "weight"]
 """What two modules have in common."""
+Side = Literal["out", "in"]
+"""Whether heads are a weight's outputs or its inputs."""
 
 Part = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a stored tensor."""
@@ -252,11 +254,75 @@ class Shared:
         return {"form": "shared", "owner": self.owner, "common": self.common, "rank": self.rank}
 
 
-Own = Sparse | LowRank | Shared | Whole
+@dataclass(frozen=True, kw_only=True, order=True)
+class Narrow:
+    """A weight whose outputs, or inputs, are those of heads, of which only the first dimensions are computed: the rest
+    are 0, or not read. What attention does between values and its output it does to each dimension alike, so that both
+    can be made of fewer, in a basis of their own."""
+
+    heads: int
+    kept: int
+    """Dimensions of each head."""
+    side: Side
+    base: Scheme | None = None
+    """How the narrow weight is stored; None: in bf16."""
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.kept < 1:
+            raise ValueError(f"heads and kept must be at least 1, got {self.heads} and {self.kept}")
+        if self.side not in get_args(Side):
+            raise ValueError(f"side must be one of {', '.join(get_args(Side))}, got {self.side!r}")
+        if self.base is not None and self.base.activations != 16:
+            raise ValueError(f"a narrow weight's activations stay as they are, unlike those of {self.base.name}")
+
+    @property
+    def name(self) -> str:
+        """As in plans and tables: `4 heads of 48`, `4 heads of 48, int4 g128`."""
+        return f"{self.heads} heads of {self.kept}" + ("" if self.base is None else f", {self.base.name}")
+
+    @property
+    def bits(self) -> int:
+        return 16 if self.base is None else self.base.bits
+
+    @property
+    def activations(self) -> int:
+        return 16
+
+    def narrow(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Shape of the narrow weight that stands for one of [N, K]."""
+        kept = self.heads * self.kept
+        return (kept, shape[1]) if self.side == "out" else (shape[0], kept)
+
+    def why_not(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape [N, K] cannot be stored so; None if it can."""
+        if len(shape) != 2:
+            return "fused experts have no heads"
+        size = shape[0] if self.side == "out" else shape[1]
+        if size % self.heads or self.kept > size // self.heads:
+            return f"{size} are not {self.heads} heads of {self.kept} or more"
+        return None if self.base is None else self.base.why_not(self.narrow(shape))
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+        """What is stored of a weight [N, K]: `weight_narrow` bf16, as `narrow` tells; a base has its own."""
+        return {} if self.base is not None else {"weight_narrow": (torch.bfloat16, self.narrow(shape))}
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of all parts of a weight [N, K]."""
+        return _nbytes(self.parts(shape)) if self.base is None else self.base.nbytes(self.narrow(shape))
+
+    def to_json(self) -> dict[str, Any]:
+        base = None if self.base is None else self.base.to_json()
+        return {"form": "narrow", "heads": self.heads, "kept": self.kept, "side": self.side, "base": base}
+
+
+Own = Sparse | LowRank | Shared | Whole | Narrow
 """The forms that are no scheme."""
-Form = Scheme | Sparse | LowRank | Shared | Whole
+Form = Scheme | Sparse | LowRank | Shared | Whole | Narrow
 """How a weight is stored."""
-FORM_PARTS: Final = ("weight_kept", "weight_mask", "weight_index", "weight_left", "weight_right", "weight_whole")
+FORM_PARTS: Final = (
+    "weight_kept", "weight_mask", "weight_index", "weight_left", "weight_right", "weight_whole",
+    "weight_narrow",
+)  # fmt: skip
 """Last names of what is stored of forms that are no schemes."""
 
 
@@ -301,7 +367,7 @@ def form_of(data: Mapping[str, Any]) -> Form:
         ValueError: it is none; says which field is off.
     """
     kind = data.get("form")
-    known = {"sparse": Sparse, "low-rank": LowRank, "shared": Shared, "whole": Whole}
+    known = {"sparse": Sparse, "low-rank": LowRank, "shared": Shared, "whole": Whole, "narrow": Narrow}
     if kind is None:
         return Scheme(**data)
     if kind not in known:
@@ -317,16 +383,22 @@ def form_of(data: Mapping[str, Any]) -> Form:
         if not isinstance(sparsity, int | float) or isinstance(sparsity, bool):
             raise ValueError(f"sparsity is {sparsity!r}, not a number")
         return Sparse(pattern=given["pattern"], sparsity=float(sparsity))
-    if type(given["rank"]) is not int:
-        raise ValueError(f"rank is {given['rank']!r}, not a whole number")
+    for name in ("rank", "heads", "kept"):
+        if name in given and type(given[name]) is not int:
+            raise ValueError(f"{name} is {given[name]!r}, not a whole number")
+    if kind == "narrow":
+        base = None if given["base"] is None else form_of(given["base"])
+        if not isinstance(base, Scheme | None):
+            raise ValueError(f"a narrow weight cannot be {base.name}")
+        return Narrow(heads=given["heads"], kept=given["kept"], side=given["side"], base=base)
     if kind == "shared":
         if not isinstance(given["owner"], str):
             raise ValueError(f"owner is {given['owner']!r}, not a module's name")
         return Shared(owner=given["owner"], common=given["common"], rank=given["rank"])
-    base = None if given["base"] is None else form_of(given["base"])
-    if not isinstance(base, Scheme | Whole | None):
-        raise ValueError(f"factors cannot go beside {base.name}")
-    return LowRank(rank=given["rank"], base=base)
+    beside = None if given["base"] is None else form_of(given["base"])
+    if not isinstance(beside, Scheme | Whole | None):
+        raise ValueError(f"factors cannot go beside {beside.name}")
+    return LowRank(rank=given["rank"], base=beside)
 
 
 def _factors(shape: tuple[int, ...], rank: int) -> dict[str, Part]:

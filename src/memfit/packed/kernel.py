@@ -4,11 +4,11 @@ import math
 from typing import Final, Literal
 
 from memfit.packed import nibbles
-from memfit.packed.forms import Form, LowRank
+from memfit.packed.forms import Form, LowRank, Narrow
 from memfit.packed.qlinear import integer_kernel, prepacked_nbytes
 from memfit.packed.scheme import Scheme
 
-Kernel = Literal["int8", "nibbles", "planes", "onednn", "int_mm", "sparse", "factors", "whole"]
+Kernel = Literal["int8", "nibbles", "planes", "onednn", "int_mm", "sparse", "factors", "whole", "narrow"]
 KERNEL_NAMES: Final[dict[Kernel, str]] = {
     "int8": "torch._weight_int8pack_mm",
     "nibbles": "aten._weight_int4pack_mm_for_cpu",
@@ -18,6 +18,7 @@ KERNEL_NAMES: Final[dict[Kernel, str]] = {
     "sparse": "rows made dense, some at a time",
     "factors": "two narrow products",
     "whole": "one product in 16 bits",
+    "narrow": "fewer dimensions a head",
 }
 
 
@@ -52,6 +53,8 @@ def runtime_nbytes(scheme: Form, shape: tuple[int, ...], *, kernel: Kernel | Non
     """
     if isinstance(scheme, LowRank) and isinstance(scheme.base, Scheme):
         return scheme.nbytes(shape) + runtime_nbytes(scheme.base, shape) - scheme.base.nbytes(shape)
+    if isinstance(scheme, Narrow) and scheme.base is not None:
+        return runtime_nbytes(scheme.base, scheme.narrow(shape))
     if not isinstance(scheme, Scheme):
         return scheme.nbytes(shape)
     if scheme.values != "int":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memfit.packed.bits import pack_values, pack_zeros
 from memfit.packed.fake import is_fake
-from memfit.packed.forms import FORM_PARTS, Form, LowRank
+from memfit.packed.forms import FORM_PARTS, Form, LowRank, Narrow
 from memfit.packed.scheme import Scheme
 
 NF4: Final = (
@@ -119,7 +119,7 @@ def part_of(part: str, stored: Tensor, scheme: Form) -> Tensor:
     Raises:
         ValueError: what MXFP4 has no code for.
     """
-    if isinstance(scheme, LowRank) and scheme.base is not None and part not in FORM_PARTS:
+    if isinstance(scheme, LowRank | Narrow) and scheme.base is not None and part not in FORM_PARTS:
         scheme = scheme.base
     if not isinstance(scheme, Scheme):
         return stored

@@ -12,16 +12,17 @@ from memfit.errors import UsageError
 from memfit.packed.blocks import Read
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.experts import PackedExperts
-from memfit.packed.forms import Form, LowRank, Shared, Sparse, Whole
+from memfit.packed.forms import Form, LowRank, Narrow, Shared, Sparse, Whole
 from memfit.packed.integer import IntegerWeight
 from memfit.packed.low_rank import LowRankWeight, Owner, SharedWeight, WholeWeight
+from memfit.packed.narrow import NarrowWeight
 from memfit.packed.scheme import Scheme
 from memfit.packed.sparse import SparseWeight
 from memfit.packed.store import PackedWeight
 
-Store = PackedWeight | IntegerWeight | SparseWeight | LowRankWeight | SharedWeight | WholeWeight
+Store = PackedWeight | IntegerWeight | SparseWeight | LowRankWeight | SharedWeight | WholeWeight | NarrowWeight
 """What holds a weight."""
-Table = PackedWeight | SparseWeight | LowRankWeight | SharedWeight | WholeWeight
+Table = PackedWeight | SparseWeight | LowRankWeight | SharedWeight | WholeWeight | NarrowWeight
 """What holds a table, which is looked up by rows."""
 _READ_DIRECTLY = ("dt_proj",)
 """Linear layers whose model reads `.weight` itself instead of calling them (Mamba's)."""
@@ -128,6 +129,8 @@ def store_of(shape: tuple[int, int], scheme: Form) -> Store:
     assert not isinstance(scheme, Shared), "what shares is made with its owner's store"
     if isinstance(scheme, Whole):
         return WholeWeight(shape, scheme)
+    if isinstance(scheme, Narrow):
+        return NarrowWeight(shape, scheme)
     if isinstance(scheme, Sparse):
         return SparseWeight(shape, scheme)
     if isinstance(scheme, LowRank):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from memfit.errors import BrokenInput, UsageError
 from memfit.packed.blocks import Read, blocks_of, takes_rows
 from memfit.packed.fake import blocks_to_run
-from memfit.packed.forms import LowRank, Shared, Sparse, Whole
+from memfit.packed.forms import LowRank, Narrow, Shared, Sparse, Whole
 
 LOAD_NBYTES = 4 << 20
 """Bytes of a part that are read at a time."""
@@ -21,8 +21,9 @@ class Parts(nn.Module):
     """Its buffers are a model's weights, and are accounted for as such."""
 
     def __init__(
-        self, shape: tuple[int, int], scheme: Sparse | LowRank | Shared | Whole, *, device: str | torch.device = "meta"
-    ) -> None:
+        self, shape: tuple[int, int], scheme: Sparse | LowRank | Shared | Whole | Narrow, *,
+        device: str | torch.device = "meta",
+    ) -> None:  # fmt: skip
         super().__init__()
         if (reason := scheme.why_not(shape)) is not None:
             raise UsageError(f"a weight of shape {list(shape)} cannot be {scheme.name}: {reason}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from memfit.errors import BrokenInput
-from memfit.packed.forms import Form, LowRank, Shared, Whole
+from memfit.packed.forms import Form, LowRank, Narrow, Shared, Whole
 from memfit.packed.scheme import OWN_VALUES, Scheme
 from memfit.source.checkpoint import SafetensorsCheckpoint, TensorInfo
 from memfit.source.layout import check_pieces
@@ -90,7 +90,9 @@ def _check_packed(source: Source, prefix: str, scheme: Form, shape: tuple[int, .
             _check_part(source, f"{prefix}.{part}", scheme.name, shape, due, dtype)
         if isinstance(scheme, Shared):
             _check_shared(source, prefix, scheme, shape)
-        base = scheme.base if isinstance(scheme, LowRank) else None
+        base = scheme.base if isinstance(scheme, LowRank | Narrow) else None
+        if isinstance(scheme, Narrow):
+            rows, columns = scheme.narrow(shape)
         if isinstance(base, Whole):
             _check_packed(source, prefix, base, shape)
         if not isinstance(base, Scheme):

@@ -8,6 +8,7 @@ from memfit.errors import UsageError
 from memfit.packed.integer import IntegerWeight
 from memfit.packed.low_rank import LowRankWeight
 from memfit.packed.modules import PackedEmbedding, PackedLinear, pack_module_skeleton
+from memfit.packed.narrow import NarrowWeight
 from memfit.packed.parts import Parts
 from memfit.packed.store import PackedWeight
 
@@ -42,7 +43,7 @@ def install(model: nn.Module, made: Mapping[str, Made | Quantized]) -> None:
         assert isinstance(store, Parts)
         store.fill(dict(one.parts))
         if one.base is not None:
-            assert isinstance(store, LowRankWeight) and store.base is not None
+            assert isinstance(store, LowRankWeight | NarrowWeight) and store.base is not None
             _fill(store.base, one.base)
 
 

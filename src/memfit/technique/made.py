@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memfit.packed.forms import LowRank, Own, Shared, Whole
+from memfit.packed.forms import LowRank, Narrow, Own, Shared, Whole
+from memfit.packed.narrow import NarrowWeight
 from memfit.packed.sparse import SparseWeight
 
 from .quantize import Quantized, dequantize
@@ -24,7 +25,7 @@ class Made:
     parts: Mapping[str, Tensor]
     """By name, as in `form.parts`; of factors beside a whole weight, that as well."""
     base: Quantized | None = None
-    """The integers that factors go beside."""
+    """The integers that factors go beside, or that a narrow weight has."""
 
 
 def joined(parts: Sequence[Quantized]) -> Quantized:
@@ -66,6 +67,11 @@ def read(made: Made, owner: "Made | Quantized | None" = None) -> Tensor:
         theirs = owner.parts if isinstance(owner, Made) else {}
         both = {**parts, f"weight_{form.common}": theirs[f"weight_{form.common}"]}
         return both["weight_left"].float() @ both["weight_right"].float()
+    if isinstance(form, Narrow):
+        inside = parts["weight_narrow"] if made.base is None else dequantize(made.base)
+        narrow = NarrowWeight(made.shape, Narrow(heads=form.heads, kept=form.kept, side=form.side), device="cpu")
+        narrow.fill({"weight_narrow": inside})
+        return narrow.dense_rows(0, made.shape[0])
     store = SparseWeight(made.shape, form, device="cpu")
     store.fill(dict(parts))
     return store.dense_rows(0, made.shape[0])
