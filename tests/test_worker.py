@@ -7,7 +7,7 @@ from memfit import worker
 from memfit.errors import BrokenInput, MemfitError, OverBudget, UsageError
 from memfit.limits import RUNTIME_NBYTES, limited
 from memfit.technique.checkpoint import is_out_of_memory
-from memfit.worker import run_job
+from memfit.worker import Process, run_job
 
 MODEL = {
     "config": {
@@ -43,31 +43,52 @@ def test_a_job_measures_in_a_process_of_its_own():
     assert account["resident_nbytes"] > account["peak_nbytes"] > 0
 
 
-@pytest.mark.parametrize("kind", [BrokenInput, OverBudget, UsageError, MemfitError])
-def test_an_error_comes_back_by_class_and_message(kind, monkeypatch, capsys):
-    def fail(job):
-        raise kind("what is off, and what to do")
-
-    monkeypatch.setitem(worker.JOBS, "fail", fail)
-    monkeypatch.setattr("sys.stdin", type("Stdin", (), {"read": lambda self: '{"do": "fail"}'})())
-    worker.main()
-    told = capsys.readouterr().out
-
-    class Done:
-        stdout, stderr, returncode = told, "", 0
-
-    monkeypatch.setattr(worker.subprocess, "run", lambda *args, **more: Done())
-    with pytest.raises(kind, match="what is off, and what to do"):
-        run_job({"do": "fail"})
+FAKE = """
+import sys
+from memfit import worker
+from memfit.errors import BrokenInput, OverBudget, UsageError, MemfitError
+def fail(job):
+    raise globals()[job["kind"]]("what is off, and what to do")
+def die(job):
+    print("last words", file=sys.stderr, flush=True)
+    import os
+    os.kill(os.getpid(), 9) if job["signal"] else sys.exit(1)
+worker.JOBS.update(fail=fail, die=die, count=lambda job, seen=[]: seen.append(1) or {"seen": len(seen)})
+worker.main()
+"""
+"""A worker with jobs that fail, die, and tell what came before in the same process."""
 
 
-@pytest.mark.parametrize(("code", "how"), [(-9, "signal 9"), (1, "exit code 1")])
-def test_a_job_that_dies_is_told_with_its_last_words(code, how, monkeypatch):
-    class Done:
-        stdout, stderr, returncode = "", "last words", code
+@pytest.fixture
+def fake_jobs(monkeypatch):
+    started = []
+    begin = worker.subprocess.Popen
 
-    monkeypatch.setattr(worker.subprocess, "run", lambda *args, **more: Done())
-    with pytest.raises(MemfitError, match=f"(?s)'measure'.*{how}.*last words"):
-        run_job({"do": "measure"})
-    with pytest.raises(OverBudget, match="1234 bytes"):
-        run_job({"do": "measure"}, enforce_nbytes=1234)
+    def fake(words, **how):
+        started.append(words)
+        return begin([words[0], "-c", FAKE], **how)
+
+    monkeypatch.setattr(worker.subprocess, "Popen", fake)
+    return started
+
+
+def test_jobs_of_one_process_follow_each_other_and_an_error_comes_back_by_class_and_message(fake_jobs):
+    with Process() as process:
+        assert run_job({"do": "count"}, process=process) == {"seen": 1}
+        for kind in (BrokenInput, OverBudget, UsageError, MemfitError):
+            with pytest.raises(kind, match="what is off, and what to do"):
+                run_job({"do": "fail", "kind": kind.__name__}, process=process)
+        assert run_job({"do": "count"}, process=process) == {"seen": 2}
+        assert len(fake_jobs) == 1
+        process.end()
+        assert run_job({"do": "count"}, process=process) == {"seen": 1}
+
+
+@pytest.mark.parametrize(("signal", "how"), [(True, "signal 9"), (False, "exit code 1")])
+def test_a_job_that_dies_is_told_with_its_last_words(signal, how, fake_jobs):
+    job = {"do": "die", "signal": signal}
+    with pytest.raises(MemfitError, match=f"(?s)'die'.*{how}.*last words"):
+        run_job(job)
+    if signal:
+        with pytest.raises(OverBudget, match="1234 bytes"):
+            run_job(job, enforce_nbytes=1234)

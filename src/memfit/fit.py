@@ -58,7 +58,7 @@ from memfit.train.plan import TrainPlan
 from memfit.train.task import Train
 from memfit.train_planning import plan_to_train
 from memfit.units import format_size, parse_size
-from memfit.worker import run_job
+from memfit.worker import Process, run_job
 
 Progress = Callable[[str], None]
 """Told, in a few words, what is done next."""
@@ -252,14 +252,19 @@ def fit(
         raise UsageError(f"{how}, and there is none. Give one (--text FILE).")
     key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure]}
     work = WorkDirectory(target, key=key, resume=resume)
-    with _threads(threads), output, work:
+    with _threads(threads), output, work, Process() as process:
         job = calibration_job(study, texts, work.path, reference=measure, threads=threads)
         cap = None
         if ram_nbytes is None:
             job = asked_plainly(job, study, given, algorithm, uniform=uniform)
         else:
             progress("finding out what fits in the cap")
-            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform)
+            cap, job = cap_of_jobs(
+                work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform, process=process
+            )
+        if job["wanted"]:
+            # It may hold the whole original, and is measured on its own.
+            process.end()
         before = "going on with what a stopped run has calibrated"
         first = "asking the original" if job["do"] == "reference" else "calibrating, and asking the original"
         progress(before if work.holds("calibrated") else first)
@@ -287,11 +292,13 @@ def fit(
         if algorithm in BY_TEXT:
             progress("choosing integers, block by block")
             choosing = choosing_job(chosen, job, algorithm=algorithm) | ({} if cap is None else cap.told("choose"))
-            jobs["choose"] = found = run_job(choosing)
+            jobs["choose"] = found = run_job(choosing, process=process)
             integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"], algorithm)
         progress("compressing")
         compressing = compression_job(chosen, job, integers=integers, algorithm=algorithm)
-        jobs["compress"] = compressed = run_job(compressing | ({} if cap is None else cap.told("compress")))
+        compressing |= {} if cap is None else cap.told("compress")
+        jobs["compress"] = compressed = run_job(compressing, process=process)
+        process.end()
         move_written(compressing, output)
         write_companions(source, chosen, output)
         if cap is not None:

@@ -1,6 +1,7 @@
-"""What runs in a process of its own: one job in, as JSON on stdin; one answer out, as JSON on stdout.
+"""What runs in a process of its own: jobs in, as JSON, a line each, on stdin; their answers out, as JSON, on stdout.
 
-A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller.
+A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller. Jobs of one
+run that hold no whole model share a process: to begin one takes longer than some of them do.
 """
 
 import ctypes
@@ -9,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import nullcontext, suppress
 from typing import Any, Final
 
 from memfit.errors import BrokenInput, Interrupted, MemfitError, OverBudget, UsageError, disk_full
@@ -33,13 +36,70 @@ _ANSWER = "memfit-answer:"
 _PR_SET_PDEATHSIG: Final = 1
 
 
-def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: int = 0) -> dict[str, Any]:
-    """Run `job` in a fresh process and return its answer.
+class Process:
+    """A process that does jobs, one after the other. It begins with the first; ended, it begins anew with the next.
+
+    What a job has held goes back to the system before the next begins; code that oneDNN has made stays.
+    """
+
+    def __init__(self) -> None:
+        self._made: subprocess.Popen[str] | None = None
+        self._errors: Any = None
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self._made is not None:
+            self._made.kill()
+        self.end()
+
+    def answer(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        """What it answers to a job; None if it has ended instead (see `last_words`)."""
+        if self._made is None:
+            self._errors = tempfile.TemporaryFile("w+", errors="replace")
+            self._made = subprocess.Popen(
+                [sys.executable, "-c", "from memfit.worker import main; main()"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=os.environ | QUIET,
+            )  # fmt: skip
+        made = self._made
+        assert made.stdin is not None and made.stdout is not None, "both are pipes"
+        with suppress(BrokenPipeError):  # it has ended: its last words say how
+            made.stdin.write(json.dumps(job) + "\n")
+            made.stdin.flush()
+        for line in made.stdout:
+            if line.startswith(_ANSWER):
+                found: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
+                return found
+        return None
+
+    def last_words(self) -> tuple[int, str]:
+        """Its exit code, once it has ended, and the end of what it said on stderr."""
+        assert self._made is not None
+        code = self._made.wait()
+        self._errors.seek(0)
+        return code, self._errors.read()[-2000:]
+
+    def end(self) -> None:
+        """Let it end, and wait for that."""
+        if self._made is None:
+            return
+        with suppress(BrokenPipeError):
+            self._made.__exit__(None, None, None)  # closes the pipes, which ends it, and waits
+        self._errors.close()
+        self._made = None
+
+
+def run_job(
+    job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: int = 0, process: Process | None = None
+) -> dict[str, Any]:
+    """Run `job` in a process of its own and return its answer.
 
     Args:
         job: `{"do": name, ...}`, the name one of this file's `JOBS`.
         enforce_nbytes: the most memory the job may take beyond its runtime; more is refused by the system.
         kernels: shapes of 16-bit products that it runs, by its account; their code belongs to the runtime.
+        process: which does it; None: a fresh one, that ends with it.
 
     Raises:
         MemfitError: what the job raised, by its class and message.
@@ -48,25 +108,18 @@ def run_job(job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: 
     job = job | {"parent": os.getpid()}
     if enforce_nbytes is not None:
         job = job | {"enforce_nbytes": enforce_nbytes, "runtime_nbytes": runtime_nbytes_of(kernels)}
-    done = subprocess.run(
-        [sys.executable, "-c", "from memfit.worker import main; main()"],
-        input=json.dumps(job),
-        text=True,
-        capture_output=True,
-        env=os.environ | QUIET,
-        check=False,
-    )
-    capped = enforce_nbytes if enforce_nbytes is not None else job.get("ram_nbytes")
-    for line in done.stdout.splitlines():
-        if line.startswith(_ANSWER):
-            answer: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
-            if "error" not in answer:
-                return answer
-            raise _ERRORS.get(answer["error"], MemfitError)(answer["message"])
-    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    limit = "" if capped is None else f" under a hard limit of {capped} bytes"
-    kind = MemfitError if capped is None else OverBudget
-    raise kind(f"the job {job['do']!r} ended with {how}{limit}.\n{done.stderr[-2000:]}")
+    with Process() if process is None else nullcontext(process) as doing:
+        answer = doing.answer(job)
+        if answer is None:
+            code, said = doing.last_words()
+            capped = enforce_nbytes if enforce_nbytes is not None else job.get("ram_nbytes")
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            limit = "" if capped is None else f" under a hard limit of {capped} bytes"
+            kind = MemfitError if capped is None else OverBudget
+            raise kind(f"the job {job['do']!r} ended with {how}{limit}.\n{said}")
+    if "error" in answer:
+        raise _ERRORS.get(answer["error"], MemfitError)(answer["message"])
+    return answer
 
 
 _ERRORS: dict[str, type[MemfitError]] = {
@@ -75,9 +128,14 @@ _ERRORS: dict[str, type[MemfitError]] = {
 
 
 def main() -> None:
-    """Read the job, do it, print the answer."""
-    job = json.loads(sys.stdin.read())
-    _end_with(job.get("parent", os.getppid()))
+    """Read a job, do it, print the answer, until there are no more."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        _end_with(job.get("parent", os.getppid()))
+        print(_ANSWER + json.dumps(_answer_to(job)), flush=True)
+
+
+def _answer_to(job: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any]
     try:
         answer = JOBS[job["do"]](job)
@@ -98,7 +156,7 @@ def main() -> None:
         fits = job["do"] in ("calibrate", "choose", "compress")
         kept = " What is done is kept beside it: run the same command again." if fits else ""
         answer = {"error": "Interrupted" if fits else "MemfitError", "message": f"{clear}{kept}"}
-    print(_ANSWER + json.dumps(answer), flush=True)
+    return answer
 
 
 def _end_with(parent: int) -> None:
