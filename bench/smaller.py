@@ -284,8 +284,9 @@ def searched(model: str, losses: dict[tuple[str, str, int], float]) -> list[dict
             continue
         best = min(single, key=lambda name: single[name])
         ratios.append(mixed / max(single[best], 1e-12))
-        found.append(verdict(f"{model}: the search at {budget} % no worse than the best single technique",
-                             ratios[-1] <= 1.0, f"{ratios[-1]:.3f}: {mixed:.3e}, {best} {single[best]:.3e}"))  # fmt: skip
+        said = f"{ratios[-1]:.3f}: {mixed:.3e}, {best} {single[best]:.3e}"
+        goal = f"{model}: the search at {budget} % no worse than the best single technique"
+        found.append(verdict(goal, ratios[-1] <= 1.0, said))
     if ratios:
         found.append(verdict(f"{model}: better somewhere", min(ratios) < 0.95, f"{min(ratios):.3f}"))
     return found

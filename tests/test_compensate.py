@@ -130,7 +130,7 @@ def test_rows_looked_up_are_those_of_the_whole_table(tmp_path: Path, monkeypatch
         looked_up.append(dequantize(quantized))
         return looked_up[-1]
 
-    monkeypatch.setattr("memfit.compensate.dequantize", heard)
+    monkeypatch.setattr("memfit.compensate.weight_of", heard)
     monkeypatch.setattr("memfit.compensate._TOKENS", 50)
     schemes = layers_of(source) | {"model.embed_tokens": scheme}
     chosen(source, schemes, tmp_path / "integers")

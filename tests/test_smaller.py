@@ -1,7 +1,7 @@
-"""Pruned, factored and shared weights, from a model to files and back: what is planned is what is built and what runs."""
+"""Pruned, factored and shared weights, from a model to files and back: what is planned is built, and runs."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from torch import nn
 import memfit
 from memfit.account.meter import Meter
 from memfit.account.watch import Unwatched
+from memfit.compensate import Thrift
 from memfit.compress import calibrate, choose_integers, compress
 from memfit.errors import BrokenInput, UsageError
 from memfit.format.integers import Integers
@@ -25,7 +26,7 @@ from memfit.plan.allowed import Allowed
 from memfit.plan.groups import find_groups
 from memfit.plan.plan import Plan, dumps, loads
 from memfit.plan.price import prices
-from memfit.planning import fronts, make_plan, plan_files, uniform_plan
+from memfit.planning import fronts, make_plan, plan_files, predict_with, uniform_plan
 from memfit.source.load import load
 from memfit.source.source import Source, open_source
 from memfit.steps import predict_choosing, predict_compressing
@@ -67,7 +68,8 @@ def plan_of(source: Source, what: str) -> Plan:
     if what != "beside":
         return uniform_plan(study, 1 << 40)
     nothing = {(name, form): 0.0 for name, forms in study.schemes.items() for form in forms}
-    return study.plan({name: len(f) for name, f in study.schemes.items()} | {"kv_cache": 0}, nothing, 0, KV_PRICES, "weights")
+    last = {name: len(forms) for name, forms in study.schemes.items()}
+    return study.plan(last | {"kv_cache": 0}, nothing, 0, KV_PRICES, "weights")
 
 
 def write(source: Source, plan: Plan, out: Path, **options: object) -> Source:
@@ -107,27 +109,25 @@ def test_running_it_takes_what_is_predicted(source: Source, what: str, tmp_path:
     fitted = write(source, plan, tmp_path)
     account = memfit.measure(tmp_path, TASK)
     assert Plan.from_json(plan.to_json()).predicted is not None or what == "beside"
-    from memfit.planning import predict_with
-
     predicted = predict_with(Study(source, TASK, SETTINGS[what]), plan)
     assert predicted.peak_nbytes == pytest.approx(account.peak_nbytes, rel=0.005)
     assert fitted.schemes.keys() == plan.schemes().keys()
 
 
 @pytest.mark.parametrize("what", SETTINGS)
-def test_made_for_a_text_the_blocks_stay_nearer_and_that_is_predicted(source: Source, what: str, tmp_path: Path) -> None:
+def test_made_for_a_text_blocks_stay_nearer_and_that_is_predicted(source: Source, what: str, tmp_path: Path) -> None:
     """Each layer makes up for those before it; nothing of that is another algorithm than the one asked for."""
     plan = plan_of(source, what)
     meter, integers = Meter(), Integers(tmp_path / "integers")
     choose_integers(source, plan, None, IDS, integers, watch=meter)
-    told = predict_choosing(source, plan, IDS.shape, memfit_thrift())
+    told = predict_choosing(source, plan, IDS.shape, Thrift())
     assert told.peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.03)
     original = logits(load_model(source, dtype=torch.bfloat16))
     off = []
-    for name, given in (("plain", None), ("made", integers)):
+    for name, kept in (("plain", None), ("made", integers)):
         out = tmp_path / name
         out.mkdir()
-        fitted = write(source, plan, out, integers=given, search=False)
+        fitted = write(source, plan, out, integers=kept, search=False)
         off.append(float((logits(load(fitted, dtype=torch.bfloat16)) - original).norm()))
     assert off[1] < off[0]
     again = Integers(tmp_path / "integers")
@@ -137,12 +137,6 @@ def test_made_for_a_text_the_blocks_stay_nearer_and_that_is_predicted(source: So
     for name in linear:
         shape = tuple(source.parameters[f"{name}.weight"][0])
         assert torch.equal(again.weight(name, schemes, shape), integers.weight(name, schemes, shape))
-
-
-def memfit_thrift() -> object:
-    from memfit.compensate import Thrift
-
-    return Thrift()
 
 
 def test_a_layer_like_that_of_the_block_before_is_stored_as_its_difference(source: Source, tmp_path: Path) -> None:
@@ -199,13 +193,11 @@ def test_a_price_is_what_making_it_errs_by(source: Source) -> None:
     groups = [group for group in find_groups(source.build()) if group.kind == "linear"]
     allowed = Allowed(techniques=("prune", "low-rank", "share"), kv_bits=(16,))
     schemes = allowed.schemes_of(groups)
-    g = torch.Generator().manual_seed(1)
     statistics = {
         member: (torch.ones(shape[-1]), torch.ones(shape[0]))
         for group in groups
         for member, shape in zip(group.members, group.shapes, strict=True)
     }
-    del g
     read = lambda name: source.read_parameter(name, dtype=torch.float32)  # noqa: E731
     found = prices(groups, schemes, read, statistics)
     group = groups[0]
@@ -227,7 +219,9 @@ def test_a_price_is_what_making_it_errs_by(source: Source) -> None:
 @given(
     st.sampled_from([Sparse(), Sparse(pattern="2:4"), LowRank(rank=3), LowRank(rank=1, base=Scheme(bits=3)), Whole()])
     | st.builds(Sparse, pattern=st.sampled_from(["any", "blocks"]), sparsity=st.floats(0, 0.99))
-    | st.builds(Shared, owner=st.just("a.b"), common=st.sampled_from(["right", "left", "weight"]), rank=st.integers(1, 9))
+    | st.builds(
+        Shared, owner=st.just("a.b"), common=st.sampled_from(["right", "left", "weight"]), rank=st.integers(1, 9)
+    )
 )
 def test_every_form_is_what_its_json_says(form: Sparse | LowRank | Shared | Whole) -> None:
     assert form_of(json.loads(json.dumps(form.to_json()))) == form
@@ -270,12 +264,5 @@ def test_what_is_not_allowed_says_what_is() -> None:
         Allowed(techniques=())
     with pytest.raises(UsageError, match="a rank is a whole number"):
         Allowed(techniques=("low-rank",), ranks=(1.5,))
-    assert Allowed.from_json(json.loads(json.dumps(json_of(Allowed(techniques=EVERYTHING))))) == Allowed(
-        techniques=EVERYTHING
-    )
-
-
-def json_of(allowed: Allowed) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(replace(allowed))
+    everything = Allowed(techniques=EVERYTHING)
+    assert Allowed.from_json(json.loads(json.dumps(asdict(everything)))) == everything

@@ -306,7 +306,7 @@ def fit(
         proof: dict[str, Any] = {}
         if measure:
             progress("measuring the fitted model")
-            limit = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
+            limit: dict[str, Any] = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
             ran = {key: value for key, value in chosen.task.items() if key != "task"}
             proof = run_job(proof_job(output.path, ran, job), **limit)
         report = Report(

@@ -65,7 +65,8 @@ def setting_of(technique: str, sparsity: float | None, pattern: str | None, rank
             raise UsageError(f"--technique prune: {error}.") from error
         return {"sparse": (form,)}
     if rank is None:
-        raise UsageError(f"--technique {technique} has one setting: give --rank, a number, or a share of the bytes as 80%.")
+        how = "give --rank, a number, or a share of the bytes as 80%"
+        raise UsageError(f"--technique {technique} has one setting: {how}.")
     return {"ranks": (_rank(rank),), "residual_ranks": ()}
 
 

@@ -73,7 +73,8 @@ def fit(
         Technique | None,
         typer.Option(
             help="Everything in one setting, plainly, and no plan is searched: quantize with one of --bits, prune with "
-            "--sparsity or --pattern 2:4, low-rank with --rank, share (layers of one input get one basis) with --rank."
+            "--sparsity or --pattern 2:4, low-rank with --rank, share (one basis for layers of one input), with --rank "
+            "too."
         ),
     ] = None,
     sparsity: Annotated[

@@ -25,11 +25,11 @@ from memfit.packed.fake import is_fake
 from memfit.packed.forms import Form, LowRank, Shared
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group
-from memfit.technique.spectrum import errors_by_rank
 from memfit.technique.made import Made
 from memfit.technique.making import make, weight_of
 from memfit.technique.quantize import Quantized
 from memfit.technique.smooth import activation_noise
+from memfit.technique.spectrum import errors_by_rank
 
 SAMPLE_WEIGHTS: Final = 2**21
 """Most weights of one tensor that are quantised to price a scheme, however many rows were asked for."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from memfit.packed.forms import Form, LowRank, Shared, Sparse, Whole
+from memfit.packed.forms import Form, LowRank, Narrow, Shared, Sparse, Whole
 from memfit.packed.scheme import Scheme
 
 from .gptq import Factor, gptq
@@ -36,8 +36,8 @@ def make(
         return factorize(weight_NK, form, importance_K=importance_K if search else None, right=shared)
     if isinstance(form, Whole):
         return _whole(weight_NK)
-    if isinstance(form, Shared):
-        raise ValueError(f"{form.name}: what is shared is made of all that share it")
+    if isinstance(form, Shared | Narrow):
+        raise ValueError(f"{form.name}: what several weights have in common is made of all of them")
     return quantize(weight_NK, form, importance=importance_K, search=search, table=shared)
 
 
@@ -60,11 +60,14 @@ def make_for(weight_NK: Tensor, form: Form, factor: Factor, *, rows: int | None 
         return Made(form=form, shape=(weight_NK.shape[0], weight_NK.shape[1]), parts=rest)
     if isinstance(form, Whole):
         return _whole(weight_NK)
+    if isinstance(form, Narrow):
+        raise ValueError(f"{form.name}: heads are made narrower together, values and output")
     return gptq(weight_NK, factor, form, rows=rows).quantized
 
 
 def _whole(weight: Tensor) -> Made:
-    return Made(form=Whole(), shape=(weight.shape[0], weight.shape[1]), parts={"weight_whole": weight.to(torch.bfloat16)})
+    shape = (weight.shape[0], weight.shape[1])
+    return Made(form=Whole(), shape=shape, parts={"weight_whole": weight.to(torch.bfloat16)})
 
 
 def weight_of(made: Quantized | Made) -> Tensor:
