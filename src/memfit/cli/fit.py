@@ -86,7 +86,7 @@ def fit(
     ] = None,
     rank: Annotated[
         str | None,
-        typer.Option(help="Of --technique low-rank and share: a number, or a share of the bytes as 80%.", show_default=False),
+        typer.Option(help="Of --technique low-rank and share: a number, or a share of the bytes.", show_default=False),
     ] = None,
     algorithm: Annotated[
         Rounding | None,

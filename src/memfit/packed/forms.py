@@ -338,7 +338,7 @@ def like_of(form: Form | None) -> str | None:
 
 
 def of_member(form: Form | None, member: str, position: int, owners: Sequence[str]) -> Form | None:
-    """The form of one of several modules that share a choice: where that is `Shared` with their first, that one owns the
+    """The form of one of several modules that share a choice: where that is `Shared` with their first, this owns the
     basis; with the first of other modules, each is like the one of these at its own place.
 
     owners: the members of the group of the form's owner.
