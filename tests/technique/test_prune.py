@@ -22,7 +22,7 @@ CASES = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that every weight takes several."""
-    monkeypatch.setattr(room, "WORKSPACE_NBYTES", 40 * 128 * 20)
+    monkeypatch.setattr(room, "WORKSPACE_NBYTES", 20 * 128 * 20)
 
 
 def drawn(seed: int, rows: int = 48, inputs: int = 128) -> tuple[Tensor, Tensor]:
