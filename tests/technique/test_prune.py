@@ -22,7 +22,7 @@ CASES = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that every weight takes several."""
-    monkeypatch.setattr(room, "WORKSPACE_NBYTES", 40 * 128 * 20)
+    monkeypatch.setattr(room, "WORKSPACE_NBYTES", 20 * 128 * 20)
 
 
 def drawn(seed: int, rows: int = 48, inputs: int = 128) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def test_what_stays_is_what_sorting_says(form: Sparse, weighted: bool) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(form=st.sampled_from(FORMS), seed=st.integers(0, 10**6), power=st.sampled_from([-120, -30, 0, 60, 120]))
+@given(form=st.sampled_from(FORMS), seed=st.integers(0, 10**6), power=st.sampled_from([-100, -30, 0, 60, 120]))
 def test_every_row_keeps_as_many_to_the_bit(form: Sparse, seed: int, power: int) -> None:
     weight, importance = drawn(seed)
     weight = (weight.float() * 2.0**power).to(torch.bfloat16)

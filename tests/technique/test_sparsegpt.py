@@ -1,13 +1,20 @@
 """SparseGPT's choices are those of its definition in float64, and it errs less than what makes up for nothing."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from memfit.account.dry_run import dry_run
+from memfit.account.meter import Meter
+from memfit.account.watch import Watch
+from memfit.packed.fake import is_fake
 from memfit.packed.forms import BLOCK, Sparse
+from memfit.technique import prune as prune_room
 from memfit.technique import sparsegpt as room
 from memfit.technique.gptq import Factor, factor
 from memfit.technique.made import dense
@@ -180,6 +187,42 @@ def test_fakes_go_the_same_way(form: Sparse) -> None:
     with FakeTensorMode():
         made = sparsegpt(torch.empty(48, 640, dtype=torch.bfloat16), torch.empty(640, 640), form)
         assert {part: (t.dtype, tuple(t.shape)) for part, t in made.parts.items()} == form.parts((48, 640))
+
+
+class Pruning:
+    """Both ways on one weight, as fakes and as real ones."""
+
+    def __init__(self, form: Sparse) -> None:
+        self.form = form
+
+    def run(self, model: nn.Module, watch: Watch) -> None:
+        weight, hessian = torch.empty(160, 320, dtype=torch.bfloat16), torch.empty(320, 320)
+        if not is_fake(weight):
+            given, moments = drawn(7, rows=160, inputs=320)
+            weight.copy_(given)
+            hessian.copy_(moments)
+        with watch.phase("factor"):
+            made = factor(hessian, order=order_for(hessian.diagonal(), self.form))
+        with watch.phase("wanda"):
+            left = prune(weight, self.form, importance=made.importance)
+            del left
+        with watch.phase("sparsegpt"):
+            left = sparsegpt(weight, made, self.form)
+            del left
+
+
+@pytest.mark.parametrize("form", FORMS[1:4], ids=lambda form: form.name)
+def test_a_dry_run_tells_the_bytes_that_are_allocated(form: Sparse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "WORKSPACE_NBYTES", 20 * 320 * 48)
+    monkeypatch.setattr(prune_room, "WORKSPACE_NBYTES", 20 * 320 * 37)
+    told = dry_run(nn.Module, Pruning(form))
+    gc.collect()
+    meter = Meter()
+    Pruning(form).run(nn.Module(), meter)
+    measured = meter.account()
+    for name in ("wanda", "sparsegpt"):
+        one, other = told.phase(name), measured.phase(name)
+        assert one.peak_nbytes - one.end_nbytes == other.peak_nbytes - other.end_nbytes
 
 
 def test_what_cannot_be_pruned_is_refused() -> None:

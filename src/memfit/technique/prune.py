@@ -23,7 +23,7 @@ from .made import Made
 
 WORKSPACE_NBYTES: Final = 8 << 20
 """Most bytes of temporaries at one moment, whatever the weight's size, but never less than a row (a band) takes."""
-_NBYTES: Final = 40
+_NBYTES: Final = 20
 """Bytes of temporaries for each weight of a block of rows: scores, the largest of them, places in 64 bits."""
 
 
