@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from memfit.packed.forms import Form, LowRank, Shared, Sparse, Whole
+from memfit.packed.forms import Form, LowRank, Narrow, Shared, Sparse, Whole
 from memfit.packed.scheme import Scheme
 
 from .gptq import Factor, gptq
@@ -36,8 +36,8 @@ def make(
         return factorize(weight_NK, form, importance_K=importance_K if search else None, right=shared)
     if isinstance(form, Whole):
         return _whole(weight_NK)
-    if isinstance(form, Shared):
-        raise ValueError(f"{form.name}: what is shared is made of all that share it")
+    if isinstance(form, Shared | Narrow):
+        raise ValueError(f"{form.name}: what is shared is made of all that share it, narrower heads of both sides")
     return quantize(weight_NK, form, importance=importance_K, search=search, table=shared)
 
 
@@ -60,6 +60,8 @@ def make_for(weight_NK: Tensor, form: Form, factor: Factor, *, rows: int | None 
         return Made(form=form, shape=(weight_NK.shape[0], weight_NK.shape[1]), parts=rest)
     if isinstance(form, Whole):
         return _whole(weight_NK)
+    if isinstance(form, Narrow):
+        raise ValueError(f"{form.name}: heads become narrower on both sides at once")
     return gptq(weight_NK, factor, form, rows=rows).quantized
 
 
@@ -94,7 +96,7 @@ def of_tensors(form: Form, shape: tuple[int, int], tensors: Sequence[Tensor | No
     names = tuple(form.parts(shape))
     parts = {name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
     base = None
-    if isinstance(form, LowRank) and isinstance(form.base, Scheme):
+    if isinstance(form, LowRank | Narrow) and isinstance(form.base, Scheme):
         made = of_tensors(form.base, shape, tensors[len(names) :])
         assert isinstance(made, Quantized)
         base = made
