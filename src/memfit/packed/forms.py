@@ -29,7 +29,7 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Sparse:
-    """What pruning leaves of a weight: as many values in each row (of blocks: each band of rows), and where they are.
+    """What pruning leaves of a weight: as many values in each row (of blocks: in each band), and where they are.
 
     Equal rows make every size a matter of shapes, so that it is known before a weight is read.
     """
@@ -44,14 +44,15 @@ class Sparse:
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"sparsity must be 0 or more and less than 1, got {self.sparsity}")
         if self.pattern == "2:4" and self.sparsity != 0.5:
-            raise ValueError(f"of 2:4 exactly half is gone, got a sparsity of {self.sparsity}: leave it out")
+            raise ValueError(f"of 2:4 exactly half is gone, got a sparsity of {self.sparsity}: give 0.5, or none")
 
     @property
     def name(self) -> str:
         """As in plans and tables: `sparse 50%`, `sparse 2:4`, `sparse 50% blocks`."""
+        share = f"{100 * self.sparsity:g}%"
         if self.pattern == "2:4":
             return "sparse 2:4"
-        return f"sparse {100 * self.sparsity:g}%" + (" blocks" if self.pattern == "blocks" else "")
+        return f"sparse {share}" + (" blocks" if self.pattern == "blocks" else "")
 
     @property
     def bits(self) -> int:
@@ -79,7 +80,7 @@ class Sparse:
         return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
-        """What is stored of a weight [N, K], in file order; `weight_kept` bf16 [N, k], the rows' values, comes first.
+        """What is stored of a weight [N, K], in file order; `weight_kept` bf16 [N, k], each row's values, comes first.
 
         any     in their order; `weight_mask` uint8 [N, K/8], the first input in the lowest bit
         2:4     the first of each four, then the second of each; `weight_mask` uint8 [N, K/8]: of byte j the lower half
@@ -338,8 +339,8 @@ def like_of(form: Form | None) -> str | None:
 
 
 def of_member(form: Form | None, member: str, position: int, owners: Sequence[str]) -> Form | None:
-    """The form of one of several modules that share a choice: where that is `Shared` with their first, this owns the
-    basis; with the first of other modules, each is like the one of these at its own place.
+    """The form of one of several modules that share a choice: where that is `Shared` with their first, it is the owner
+    of the basis; with the first of other modules, each is like the one of these at its own place.
 
     owners: the members of the group of the form's owner.
     """

@@ -37,7 +37,7 @@ def make(
     if isinstance(form, Whole):
         return _whole(weight_NK)
     if isinstance(form, Shared | Narrow):
-        raise ValueError(f"{form.name}: what several weights have in common is made of all of them")
+        raise ValueError(f"{form.name}: what is shared is made of all that share it, narrower heads of both sides")
     return quantize(weight_NK, form, importance=importance_K, search=search, table=shared)
 
 
@@ -61,13 +61,12 @@ def make_for(weight_NK: Tensor, form: Form, factor: Factor, *, rows: int | None 
     if isinstance(form, Whole):
         return _whole(weight_NK)
     if isinstance(form, Narrow):
-        raise ValueError(f"{form.name}: heads are made narrower together, values and output")
+        raise ValueError(f"{form.name}: heads become narrower on both sides at once")
     return gptq(weight_NK, factor, form, rows=rows).quantized
 
 
 def _whole(weight: Tensor) -> Made:
-    shape = (weight.shape[0], weight.shape[1])
-    return Made(form=Whole(), shape=shape, parts={"weight_whole": weight.to(torch.bfloat16)})
+    return Made(form=Whole(), shape=(weight.shape[0], weight.shape[1]), parts={"weight_whole": weight.to(torch.bfloat16)})
 
 
 def weight_of(made: Quantized | Made) -> Tensor:
@@ -97,7 +96,7 @@ def of_tensors(form: Form, shape: tuple[int, int], tensors: Sequence[Tensor | No
     names = tuple(form.parts(shape))
     parts = {name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
     base = None
-    if isinstance(form, LowRank) and isinstance(form.base, Scheme):
+    if isinstance(form, LowRank | Narrow) and isinstance(form.base, Scheme):
         made = of_tensors(form.base, shape, tensors[len(names) :])
         assert isinstance(made, Quantized)
         base = made
