@@ -157,7 +157,7 @@ def test_what_smoothing_asks_for_is_gathered_within_a_cap_too(smooth: bool, mode
     study = Study(open_source(model), TASK, allowed)
     job = job_of(model, tmp_path / "work") | {"reference": False, "allowed": asdict(allowed)}
     idle = {"now": 400 * MIB, "kernel_nbytes": MIB}
-    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job, **_: idle)
+    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
     with WorkDirectory(tmp_path / "out", key={"smooth": smooth}, resume=False) as work:
         cap, told = cap_of_jobs(work, 1 << 40, study, None, job, account(0), "rtn", uniform=True)
     assert told["wanted"] == smooth and (told["allowed"] is not None) == smooth
@@ -186,7 +186,7 @@ def shown(report: memfit.Report) -> str:
 
 def test_a_cap_below_the_smallest_is_refused_before_anything_is_written(model, tmp_path, monkeypatch) -> None:
     idle = {"now": 400 << 20, "kernel_nbytes": 1 << 19}
-    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job, **_: idle)
+    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
     with pytest.raises(DoesNotFit, match=r"1.00 KiB allowed \(--ram\).*works is \d+ bytes") as refused:
         fitted(model, tmp_path / "out", ram="1KiB")
     assert refused.value.exit_code == 3 and refused.value.smallest_nbytes > 400 << 20

@@ -29,7 +29,7 @@ from memfit.steps import (
 from memfit.study import Study
 from memfit.technique.smoothing import smoothed_in, smoothing_of_all
 from memfit.units import format_size
-from memfit.worker import Process, run_job
+from memfit.worker import run_job
 
 _SHARE: Final = 0.03
 _NBYTES: Final = 24 << 20
@@ -105,9 +105,9 @@ class Cap:
         }
 
 
-def cap_of(nbytes: int, job: Mapping[str, Any], process: Process | None) -> Cap:
-    """The cap for jobs like this one: asks a process of their kind, or theirs, what it holds before it begins."""
-    found = run_job({"do": "idle"} | {key: job[key] for key in ("model", "threads")}, process=process)
+def cap_of(nbytes: int, job: Mapping[str, Any]) -> Cap:
+    """The cap for jobs like this one: asks a process of their kind what it holds before it begins."""
+    found = run_job({"do": "idle"} | {key: job[key] for key in ("model", "threads")})
     # Rounded up: from one process to the next it differs by some pages, and what is told to be enough must stay so.
     idle_nbytes = -(-found["now"] // _PAGES_NBYTES) * _PAGES_NBYTES
     return Cap(nbytes=nbytes, idle_nbytes=idle_nbytes, kernel_nbytes=found["kernel_nbytes"])
@@ -115,7 +115,7 @@ def cap_of(nbytes: int, job: Mapping[str, Any], process: Process | None) -> Cap:
 
 def cap_of_jobs(
     work: WorkDirectory, nbytes: int, study: Study, given: Plan | None, job: dict[str, Any], original: Account,
-    algorithm: Algorithm, *, uniform: bool, process: Process | None = None,
+    algorithm: Algorithm, *, uniform: bool,
 ) -> tuple[Cap, dict[str, Any]]:  # fmt: skip
     """The cap, and the job of calibration that keeps to it; with `wanted` false where nothing would read what it finds.
 
@@ -129,7 +129,7 @@ def cap_of_jobs(
 
     def find() -> dict[str, Any]:
         source, plan = study.source, given or uniform_plan(study, _ANY)
-        cap = cap_of(nbytes, job, process)
+        cap = cap_of(nbytes, job)
         # The original answers with all its weights in memory, or not at all.
         asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
         smoothed = study.allowed.smoothed(study.groups) if windows_of(job) is not None else frozenset()

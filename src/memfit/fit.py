@@ -259,12 +259,7 @@ def fit(
             job = asked_plainly(job, study, given, algorithm, uniform=uniform)
         else:
             progress("finding out what fits in the cap")
-            cap, job = cap_of_jobs(
-                work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform, process=process
-            )
-        if job["wanted"]:
-            # It may hold the whole original, and is measured on its own.
-            process.end()
+            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform)
         before = "going on with what a stopped run has calibrated"
         first = "asking the original" if job["do"] == "reference" else "calibrating, and asking the original"
         progress(before if work.holds("calibrated") else first)

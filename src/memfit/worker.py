@@ -1,7 +1,7 @@
 """What runs in a process of its own: jobs in, as JSON, a line each, on stdin; their answers out, as JSON, on stdout.
 
-A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller. Jobs of one
-run that hold no whole model share a process: to begin one takes longer than some of them do.
+A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller. Choosing
+integers and writing them share a process: to begin one takes longer than either takes of a small model.
 """
 
 import ctypes
@@ -57,7 +57,7 @@ class Process:
     def answer(self, job: dict[str, Any]) -> dict[str, Any] | None:
         """What it answers to a job; None if it has ended instead (see `last_words`)."""
         if self._made is None:
-            self._errors = tempfile.TemporaryFile("w+", errors="replace")
+            self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`end` closes it)
             self._made = subprocess.Popen(
                 [sys.executable, "-c", "from memfit.worker import main; main()"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=os.environ | QUIET,

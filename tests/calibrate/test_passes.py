@@ -76,6 +76,6 @@ def test_what_a_call_raises_is_raised_to_who_asked(made) -> None:
 
 
 def test_a_layer_that_a_call_does_not_come_to_is_told(made) -> None:
-    block, run = made
+    _, run = made
     with pytest.raises(RuntimeError, match="ended before it came to a layer"):
         list(Pass(run, waits=True).inputs(0, nn.Linear(8, 8)))
