@@ -39,8 +39,9 @@ class BlockLosses:
 
         def visit(name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
-            before, after = (next(leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)) for of in ((args, kwargs), out))
+            before, after = _first_tensor((args, kwargs)), _first_tensor(out)
             cosine = F.cosine_similarity(before.float(), after.float(), dim=-1).mean()
+            del before, after
             changes[name].append(0.0 if is_fake(cosine) else 1 - float(cosine))
             return out
 
@@ -69,3 +70,7 @@ class BlockLosses:
                 found.append(hidden.flatten(0, 1).to(self._dtype))
                 del hidden
         return torch.cat(found)
+
+
+def _first_tensor(tree: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

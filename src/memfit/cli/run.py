@@ -14,10 +14,14 @@ from .app import (
     Asymmetric,
     Batch,
     Bits,
+    Blocks,
     Budget,
+    Channels,
     Device,
+    Experts,
     FullOnly,
     GroupSizes,
+    Heads,
     Json,
     Keep,
     KvBits,
@@ -46,7 +50,7 @@ from .app import (
     show,
     write,
 )
-from .choosing import allowed_by, bits_of, require_one_setting
+from .choosing import allowed_by, bits_of, narrow_by, narrows_alone, require_one_setting
 from .training import show_training_plan, training_task
 
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -121,6 +125,10 @@ def plan(
     asymmetric: Asymmetric = False,
     activations: Activations = 16,
     smooth: Smooth = True,
+    blocks: Blocks = None,
+    heads: Heads = None,
+    channels: Channels = None,
+    experts: Experts = None,
     device: Device = Device.cpu,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan's JSON here.")] = None,
     as_json: Json = False,
@@ -148,6 +156,7 @@ def plan(
         task=memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens),
         text=text,
         allowed=allowed_by(context, bits, groups, kv_bits, keep, asymmetric, values, activations, smooth),
+        narrow=narrow_by(blocks, heads, channels, experts),
         device=device.value,
         progress=progress_to(quiet),
     )
@@ -182,13 +191,17 @@ def fit(
     asymmetric: Asymmetric = False,
     activations: Activations = 16,
     smooth: Smooth = True,
+    blocks: Blocks = None,
+    heads: Heads = None,
+    channels: Channels = None,
+    experts: Experts = None,
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="Carry out this plan: its budget, task and schemes; the rest is computed anew."),
     ] = None,
     technique: Annotated[
         Technique | None,
-        typer.Option(help="Everything in one setting, plainly: quantize, with one of --bits; no plan is searched."),
+        typer.Option(help="Everything in one setting, no plan is searched: quantize, with one of --bits; or narrow."),
     ] = None,
     algorithm: Annotated[
         Rounding | None,
@@ -257,8 +270,13 @@ def fit(
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
         given = read_plan(plan_file)
-    uniform = technique is not None
-    if uniform:
+    narrow = narrow_by(blocks, heads, channels, experts)
+    plain = narrows_alone(context, technique, narrow)
+    uniform = technique is Technique.quantize or plain
+    if plain:
+        budget, bits, algorithm = "100%", "16", algorithm or Rounding.rtn
+        kv_bits = kv_bits if said(context, "kv_bits") else "16"
+    elif uniform:
         budget = budget if said(context, "budget") else "100%"
         kv_bits = kv_bits if said(context, "kv_bits") else "16"
         bits = bits_of(values, bits if said(context, "bits") else "")
@@ -273,7 +291,8 @@ def fit(
     if dry_run:
         progress = progress_to(quiet)
         made = memfit.plan(
-            source, budget, task=task, text=cut, allowed=allowed, given=given, uniform=uniform, progress=progress
+            source, budget, task=task, text=cut, allowed=allowed, given=given, uniform=uniform, narrow=narrow,
+            progress=progress,
         )
         if as_json:
             print_json(_plan_json(made))
@@ -281,7 +300,8 @@ def fit(
             show(render_plan(made.to_json()))
         return
     how: dict[str, Any] = {
-        "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "enforce": enforce,
+        "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "narrow": narrow,
+        "enforce": enforce,
         "algorithm": None if algorithm is None else algorithm.value, "overwrite": overwrite, "max_kl": max_kl,
         "ram": ram, "measure": measure, "resume": resume, "threads": threads, "progress": progress_to(quiet),
     }  # fmt: skip
@@ -318,9 +338,10 @@ def _export(
     mixture_of(form)
     for name in _OF_A_PLAN:
         if said(context, name):
-            raise UsageError(
-                f"--{name.replace('_', '-')} beside --format {form}: a mixture has widths of its own. Leave it out."
-            )
+            why = "a mixture has widths of its own"
+            if name in _OF_NARROWING:
+                why = "what is written is the model as it is (--technique narrow makes one to give here)"
+            raise UsageError(f"--{name.replace('_', '-')} beside --format {form}: {why}. Leave it out.")
     made = export(source, form, out, progress=progress_to(quiet), **how)
     if as_json:
         print_json(made.to_json())
@@ -395,9 +416,10 @@ def report(
         show(shown)
 
 
+_OF_NARROWING = ("blocks", "heads", "channels", "experts")
 _IN_THE_PLAN = (
     "budget", "batch", "prompt", "new_tokens", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "technique",
-    "activations", "smooth",
+    "activations", "smooth", *_OF_NARROWING,
 )  # fmt: skip
 """What a plan says itself."""
 _OF_A_PLAN = (
@@ -408,7 +430,7 @@ _OF_A_PLAN = (
 
 _OF_RUNNING = (
     "prompt", "new_tokens", "text", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "routing",
-    "activations", "smooth",
+    "activations", "smooth", *_OF_NARROWING,
 )  # fmt: skip
 _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
 

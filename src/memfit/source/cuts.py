@@ -67,7 +67,7 @@ def counts_of(config: PretrainedConfig) -> Counts:
     text = config.get_text_config()
     found = {what: _count(text, what) for what in _KEYS}
     if found["blocks"] is None:
-        raise UsageError(f"{config.model_type!r}: its config does not count blocks (num_hidden_layers); none can be dropped.")
+        raise UsageError(f"a {config.model_type!r} config counts no blocks (num_hidden_layers): none can be dropped.")
     if found["channels"] is None and getattr(text, "n_inner", 0) is None:  # GPT-2
         found["channels"] = 4 * text.hidden_size
     if found["kv_heads"] is None:
@@ -104,7 +104,8 @@ def narrower_config(config: PretrainedConfig, counts: Counts, blocks: tuple[int,
     try:
         again: PretrainedConfig = CONFIG_MAPPING[config.model_type].from_dict(told)
     except Exception as error:  # each config class checks its values with exceptions of its own choice
-        raise UsageError(f"transformers refuses a {config.model_type!r} config with these counts: {str(error)[-300:]}") from error
+        why = f"{type(error).__name__}: {str(error)[-300:]}"
+        raise UsageError(f"transformers refuses a {config.model_type!r} config with these counts: {why}") from error
     again._name_or_path = config._name_or_path
     return again
 
@@ -153,13 +154,13 @@ def readers_of(model: nn.Module, cuts: Cuts, stack: str) -> dict[str, dict[int, 
     for name, dims in cuts.items():
         module, _, leaf = name.rpartition(".")
         layer = model.get_submodule(module)
-        read = {nn.Linear: 1, Conv1D: 0}.get(type(layer))  # type: ignore[call-overload]
+        read = {nn.Linear: 1, Conv1D: 0}.get(type(layer))
         cut = dims[read] if read is not None and leaf == "weight" and len(dims) == 2 else None
         if cut is None or cut.kind not in found:
             continue
         number = block_number(name, stack)
         if number is None or number in found[cut.kind]:
-            raise UsageError(f"{module}: reads {cut.kind} outside of blocks, or beside another layer; they cannot be dropped.")
+            raise UsageError(f"{module}: reads {cut.kind} outside of blocks, or beside another layer: all must stay.")
         found[cut.kind][number] = module
     return found
 
@@ -171,15 +172,17 @@ def stack_of(source: Source, model: nn.Module) -> str:
         UsageError: there is none, or several.
     """
     blocks = counts_of(source.config).blocks
-    found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == blocks]
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [name for name, module in lists if len(module) == blocks]
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outer) != 1 or getattr(source.config, "is_encoder_decoder", False):
         what = ", ".join(outer) or "none"
         raise UsageError(
-            f"{source.name}: narrowing takes models with one stack of {blocks} blocks; this {source.config.model_type!r} "
-            f"model has {what}. Decoders (llama, mistral, qwen, gemma, gpt2, mixtral, ...) and encoders as BERT are taken."
+            f"{source.name}: narrowing takes models with one stack of {blocks} blocks; this "
+            f"{source.config.model_type!r} model has {what}. Decoders (llama, mistral, qwen, gemma, gpt2, mixtral) and "
+            "encoders as BERT are taken."
         )
-    return outer[0]
+    return str(outer[0])
 
 
 def block_number(parameter: str, stack: str) -> int | None:
@@ -211,8 +214,8 @@ def require_blocks(source: Source, old: nn.Module, new: nn.Module, blocks: tuple
             if differing:
                 key, (wanted, made) = next(iter(differing.items()))
                 raise UsageError(
-                    f"{source.name}: {stack}.{was} would become {stack}.{number}, and this {source.config.model_type!r} "
-                    f"config would build it with {f'{name}.' if name else ''}{key} {made!r} in place of {wanted!r}. Drop "
+                    f"{source.name}: {stack}.{was} would become {stack}.{number}, and a {source.config.model_type!r} "
+                    f"config builds that with {f'{name}.' if name else ''}{key} {made!r} in place of {wanted!r}. Drop "
                     "other blocks, or none."
                 )
 
@@ -258,7 +261,8 @@ def _explained(
                     found.append(Cut(kind, each, repeats))  # type: ignore[arg-type]
     if len({(cut.each, cut.repeats) for cut in found}) == 1:  # as many heads of keys as of queries: the same ones
         return found[0]
-    raise _unsupported(source, next(iter(smaller)), f"{name} would go from {was} entries to {now}, which could mean anything")
+    why = f"{name} would go from {was} entries to {now}, and which of them are meant is not known"
+    raise _unsupported(source, next(iter(smaller)), why)
 
 
 def _is_gate_and_up(source: Source, name: str) -> bool:

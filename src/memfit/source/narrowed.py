@@ -1,7 +1,8 @@
-"""A checkpoint of which some blocks, heads, channels and experts are never read: a narrower model, read from the whole."""
+"""A checkpoint of which some blocks, heads, channels and experts are never read: a narrower model in a whole one."""
 
 import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -70,8 +71,7 @@ class Kept:
             sizes = {len(numbers) for numbers in kept.values()}
             if len(sizes) != 1:
                 raise UsageError(
-                    f"{kind}: {min(sizes)} stay in one block and {max(sizes)} in another; one config has the same number "
-                    "for all of them."
+                    f"{kind}: {min(sizes)} stay in one block and {max(sizes)} in another; a config has one for all."
                 )
             found[kind] = sizes.pop()
         return Counts(**found)
@@ -231,7 +231,7 @@ def live_source(model: nn.Module) -> Source:
     """
     config: Any = getattr(model, "config", None)
     if config is None:
-        raise UsageError(f"a {type(model).__name__} has no config, which a narrower model is made by. Give one of transformers.")
+        raise UsageError(f"a {type(model).__name__} has no config to be narrowed by. Give a model of transformers.")
     if not config.architectures:
         config = type(config).from_dict(config.to_dict() | {"architectures": [type(model).__name__]})
     name = getattr(config, "_name_or_path", "") or type(model).__name__
@@ -245,10 +245,12 @@ def entries_of(numbers: tuple[int, ...], each: int) -> np.ndarray:
 
 
 def _require_rising(what: str, where: str, numbers: tuple[int, ...], of: int) -> None:
-    rising = all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(numbers))
     if not numbers or not rising or numbers[0] < 0 or numbers[-1] >= of:
         shown = ", ".join(map(str, numbers[:8])) or "none"
-        raise UsageError(f"of the {of} {what} of {where}, {shown} are to stay: give rising numbers from 0 to {of - 1}, at least one.")
+        raise UsageError(
+            f"of the {of} {what} of {where}, {shown} are to stay: give rising numbers from 0 to {of - 1}, at least one."
+        )
 
 
 def _entries(

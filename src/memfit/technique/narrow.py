@@ -1,10 +1,10 @@
 """Structured pruning: a model with fewer blocks, heads, channels or experts, that any program loads as its own kind.
 
 What goes is what is missed least. Of channel k of an MLP, which the layer that reads it multiplies by w_k, to second
-order in the loss: ½ H_k Σ_o G_o w_ok², with H = E[x²] of its inputs and G = E[g²] of the gradients at its outputs; of a
-head, summed over its channels; of an expert, over those of its down projection, H over the tokens that it saw and G over
-all, so that what is seldom asked costs little (OBD, LeCun et al. 1990, on groups; with the Fisher information as in
-Molchanov et al. 2019). Of a block: the divergence of the model without it, measured.
+order in the loss: ½ H_k Σ_o G_o w_ok², with H = E[x²] of its inputs and G = E[g²] of the gradients at its outputs; of
+a head, summed over its channels; of an expert, over those of its down projection, H over the tokens that it saw and G
+over all, so that what is seldom asked costs little (OBD, LeCun et al. 1990, on groups; with the Fisher information as
+in Molchanov et al. 2019). Of a block: the divergence of the model without it, measured.
 
 The layer that reads then makes up for what is gone: W′ for the inputs x̂ that stay is to give what W gave for all of x.
 
@@ -14,22 +14,23 @@ Legend of shapes: N outputs, K inputs, E experts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from memfit.errors import UsageError
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source.cuts import Counts, counts_of, narrower_config
+from memfit.source.narrowed import Kept
 
 _EVEN: Final = 128
-"""A share of the channels is brought to a multiple of this, which groups and kernels ask for, where the whole is one."""
+"""A share of the channels is brought to a multiple of this, as groups and kernels ask for, where the whole is one."""
 _EVEN_IN_SMALL: Final = 16
 _CANDIDATES: Final = 4
 """Blocks of least influence that are measured before one of them is dropped."""
+_SIZES: Final = ("blocks", "heads", "channels", "experts")
 
 Size = int | str | None
 """How many stay: a number, a share as `70%`, or None for all."""
@@ -53,7 +54,7 @@ class Narrow:
     """Whether the layers that read what is gone make up for it."""
 
     def __post_init__(self) -> None:
-        for what in ("blocks", "heads", "channels", "experts"):
+        for what in _SIZES:
             size = getattr(self, what)
             if size is not None and _share_of(size) is None and (not isinstance(size, int) or size < 1):
                 raise UsageError(f"{what} that stay are a number from 1 or a share as 70%, got {size!r}.")
@@ -65,9 +66,7 @@ class Narrow:
     @property
     def changes(self) -> bool:
         """Whether anything is asked for."""
-        return bool(self.dropped) or any(
-            size is not None for size in (self.blocks, self.heads, self.channels, self.experts)
-        )
+        return bool(self.dropped) or any(getattr(self, what) is not None for what in _SIZES)
 
     def counts(self, config: PretrainedConfig) -> Counts:
         """How many stay of a model of this config; shares are brought to the nearest number that works.
@@ -78,7 +77,7 @@ class Narrow:
         """
         whole = counts_of(config)
         blocks = whole.blocks - len(self.dropped)
-        if self.dropped and not (set(self.dropped) <= set(range(whole.blocks)) and 0 < blocks):
+        if self.dropped and not (set(self.dropped) <= set(range(whole.blocks)) and blocks > 0):
             raise UsageError(f"blocks {', '.join(map(str, self.dropped))} are to go, of {whole.blocks} from 0 on.")
         if self.blocks is not None:
             blocks = _chosen("blocks", self.blocks, range(1, whole.blocks + 1), whole.blocks)
@@ -103,8 +102,22 @@ class Narrow:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Narrow":
-        """Raises UsageError and TypeError for what is none."""
-        return cls(**data | {"dropped": tuple(data["dropped"])})
+        """The settings that `to_json` gave.
+
+        Raises:
+            UsageError: they are none.
+        """
+        known = {field.name for field in fields(cls)}
+        if not set(data) <= known or not isinstance(data.get("dropped", []), list):
+            raise UsageError(f"what stays is told by {', '.join(sorted(known))}, got {', '.join(map(str, data))}.")
+        return cls(**data | {"dropped": tuple(data.get("dropped", ()))})
+
+    def found(self, kept: Kept, config: PretrainedConfig) -> "Narrow":
+        """The same as it was carried out on a model of this config: numbers for shares, and the blocks that went."""
+        whole, counts = counts_of(config), self.counts(config)
+        gone = () if kept.blocks is None else tuple(n for n in range(whole.blocks) if n not in kept.blocks)
+        sizes = {what: getattr(counts, what) for what in _SIZES if getattr(self, what) is not None}
+        return replace(self, **sizes | {"blocks": None, "dropped": gone})
 
 
 def kv_heads_with(heads: int, whole: Counts) -> int:
@@ -155,7 +168,8 @@ def choose_heads(scores: Tensor, counts: Counts, whole: Counts) -> tuple[tuple[i
 
 
 def choose_blocks(
-    influences: Sequence[float], drop: int, loss_of: Callable[[tuple[int, ...]], float], *, candidates: int = _CANDIDATES
+    influences: Sequence[float], drop: int, loss_of: Callable[[tuple[int, ...]], float], *,
+    candidates: int = _CANDIDATES,
 ) -> tuple[int, ...]:
     """The blocks that stay: one after the other goes, of those of least influence the one that is missed least.
 

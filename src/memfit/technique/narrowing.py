@@ -7,14 +7,18 @@ block computes what the whole one does where the layers that read what is gone h
 Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, J inputs that stay, S sums of rows.
 """
 
+import json
+import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
@@ -28,18 +32,24 @@ from memfit.calibrate.importance import BlockLosses
 from memfit.calibrate.runs import Call, Run
 from memfit.calibrate.spill import Spill
 from memfit.calibrate.statistics import Statistics
-from memfit.calibrate.stream import Streamed, row_shape, rows_of
+from memfit.calibrate.stream import Streamed, rows_of
 from memfit.calibrate.versions import Versions
 from memfit.errors import UsageError
 from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.source.checkpoint import SafetensorsCheckpoint
 from memfit.source.cuts import Counts, Cuts, counts_of, find_cuts, readers_of, stack_of
 from memfit.source.load import load
 from memfit.source.narrowed import Kept, LiveCheckpoint, entries_of, live_source, narrowed
+from memfit.source.safetensors import read_header
 from memfit.source.source import Source
 
 from .gptq import DAMPING, agreement, corrected, factor
 from .narrow import Narrow, best, channel_scores, choose_blocks, choose_heads, head_scores
 
+NARROWED: Final = "narrowed.json"
+"""In the work directory: what stays."""
+_FOLDER: Final = "narrowed"
+"""And the weights that were made anew."""
 BLOCK_WINDOWS: Final = 4
 """Windows that blocks are measured on."""
 _SUMS: Final = 32
@@ -115,7 +125,7 @@ def first_kept(source: Source, narrow: Narrow) -> Kept:
         (dim.kind, int(name[len(stack) + 1 :].partition(".")[0]))
         for name, dims in find_cuts(source, counts).items() for dim in dims if dim is not None
     }  # fmt: skip
-    kinds: dict[str, dict[int, tuple[int, ...]]] = {}
+    kinds: dict[str, Any] = {}
     for kind, number in sorted(cut):
         if number in (blocks or ()):
             kinds.setdefault(kind, {})[number] = tuple(range(getattr(counts, kind)))
@@ -126,7 +136,9 @@ def first_kept(source: Source, narrow: Narrow) -> Kept:
     return Kept(blocks=None if blocks == numbers else blocks, **kinds)
 
 
-def narrow_model(model: nn.Module, how: Narrow | Kept, windows_WT: Tensor | None = None, *, batch: int = 4) -> nn.Module:
+def narrow_model(
+    model: nn.Module, how: Narrow | Kept, windows_WT: Tensor | None = None, *, batch: int = 4
+) -> nn.Module:
     """A narrower copy of a model of transformers in memory, with its own config; the model itself is not changed.
 
     Args:
@@ -172,22 +184,11 @@ def _what_stays(source: Source, kept: Kept) -> tuple[Source, dict[str, np.ndarra
     return first, stay
 
 
-def corrected_shapes(source: Source, kept: Kept) -> dict[str, tuple[int, int]]:
-    """Name in the narrower model to shape, of all that `correct` makes."""
-    first, stay = _what_stays(source, kept)
-    shapes = {name: tuple(first.parameters[f"{name}.weight"][0]) for name in stay}
-    turned = {name: isinstance(first.build().get_submodule(name), Conv1D) for name in list(stay)[:1]}
-    is_turned = any(turned.values())
-    return {
-        f"{name}.weight": (len(stay[name]), shapes[name][1]) if is_turned else (shapes[name][0], len(stay[name]))
-        for name in stay
-    }
-
-
 @torch.no_grad()
 def correct(
     source: Source, kept: Kept, windows_WT: Tensor, give: Callable[[str, Tensor], None], *, watch: Watch,
     batch: int = 4, dtype: torch.dtype = torch.bfloat16, damping: float = DAMPING, sure: bool = False,
+    scratch: Path | None = None,
 ) -> None:  # fmt: skip
     """Make the weights [N, J] of the layers that read what is gone; each is given under its name in the narrower model.
 
@@ -197,11 +198,12 @@ def correct(
         give: called with a parameter's name and its weight, block after block.
         damping: λ, of the mean of E[x̂²].
         sure: whether all of a correction is made, whatever two halves of the text agree on.
+        scratch: where what blocks give to each other waits in files; None: in memory.
     """
     first, stay = _what_stays(source, kept)
     if not stay:
         return
-    streamed, spill = Streamed(first, dtype=dtype), Spill(None, watch)
+    streamed, spill = Streamed(first, dtype=dtype), Spill(scratch, watch)
     dry = is_fake(windows_WT)
     known: dict[Any, list[Any]] = {}
     count = windows_WT.shape[0]
@@ -218,24 +220,26 @@ def correct(
         if dry and len(known.setdefault(kind, [])) == 2:
             if not left:
                 raise _AllDone
-            return tree_map(lambda leaf: spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf, known[kind][-1])
+            return tree_map(lambda leaf: _another(leaf, spill), known[kind][-1])
         call = Call(forward, args, kwargs, 2 * count, spill)
         was, now = Run(call, 0, count, batch), Run(call, count, 2 * count, batch)
         versions = Versions(layers, streamed.weight_of, hold=True)
+        become: dict[str, Tensor] = {}
         random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         with versions.in_place():
             for layer in _in_order(layers, now):
-                _correct(layer, stay[layer], versions, was, now, random, give, damping=damping, sure=sure)
+                _correct(layer, stay[layer], versions, was, now, random, give, become, damping=damping, sure=sure)
             if not left:
                 raise _AllDone
             with versions.as_they_were():
                 out = was.whole()
             out = now.whole(out)
+        become.clear()  # the classes that stand in for the layers' live until they are collected, and know of it
         if dry:
             known[kind].append(tree_map(lambda leaf: Shape.of(leaf) if isinstance(leaf, Tensor) else leaf, out))
         return out
 
-    streamed.visit = visit
+    streamed.visit, streamed.empty = visit, spill.empty
     streamed.apart = frozenset(f"{name}.weight" for name in stay)
     left = {name for name in streamed.blocks if any(layer.startswith(f"{name}.") for layer in stay)}
     with ExitStack() as phase:
@@ -246,7 +250,7 @@ def correct(
 
 def _correct(
     layer: str, stay: np.ndarray, versions: Versions, was: Run, now: Run, random: torch.Generator,
-    give: Callable[[str, Tensor], None], *, damping: float, sure: bool,
+    give: Callable[[str, Tensor], None], become: dict[str, Tensor], *, damping: float, sure: bool,
 ) -> None:  # fmt: skip
     """Let one layer become the one that reads only what stays."""
     turned = isinstance(versions.layers[layer], Conv1D)
@@ -288,8 +292,8 @@ def _correct(
     del made, moved, part
     full = torch.zeros_like(whole).index_copy_(1, index, better)
     give(f"{layer}.weight", better.t().contiguous() if turned else better)
-    held = full.t().contiguous() if turned else full
-    versions.become(layer, lambda: held)
+    become[layer] = full.t().contiguous() if turned else full
+    versions.become(layer, lambda: become[layer])
 
 
 def _by_scores(
@@ -354,6 +358,10 @@ def _inputs_of(layer: nn.Module) -> int:
     return int(weight.shape[0 if isinstance(layer, Conv1D) else 1])
 
 
+def _another(leaf: Any, spill: Spill) -> Any:
+    return spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf
+
+
 def _in_order(layers: Mapping[str, nn.Module], run: Run) -> list[str]:
     """Layers in the order of their calls."""
     called: list[str] = []
@@ -385,6 +393,44 @@ def _input(layer: nn.Module, part: Callable[[], Any], width: int) -> Tensor:
     finally:
         handle.remove()
     return heard.pop()
+
+
+def narrow_into(
+    work: Path, source: Source, windows_WT: Tensor, narrow: Narrow, *, watch: Watch, batch: int = 4, spill: bool = False
+) -> Kept:
+    """Find what stays and make what is corrected, and leave both in `work`, for `narrowed_in`. On fake tensors nothing
+    is written."""
+    kept = choose_kept(source, windows_WT, narrow, watch=watch, batch=batch)
+    folder, dry = work / _FOLDER, is_fake(windows_WT)
+    if not dry:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    def give(name: str, weight: Tensor) -> None:
+        if not dry:
+            save_file({name: weight}, str(folder / f"{name}.safetensors"))
+
+    if narrow.correct:
+        correct(source, kept, windows_WT, give, watch=watch, batch=batch, scratch=work if spill else None)
+    if not dry:
+        (work / NARROWED).write_text(json.dumps(kept.to_json()), encoding="utf-8")
+    return kept
+
+
+def kept_in(work: Path) -> Kept | None:
+    """What `narrow_into` found to stay, if it has been at work here."""
+    file = work / NARROWED
+    return Kept.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
+def narrowed_in(work: Path, source: Source) -> Source:
+    """The source as `narrow_into` has narrowed it, if it did."""
+    kept = kept_in(work)
+    if kept is None:
+        return source
+    files = sorted((work / _FOLDER).glob("*.safetensors"))
+    tensors = {info.name: info for file in files for info in read_header(file)}
+    return narrowed(source, kept, instead=SafetensorsCheckpoint(tensors=tensors) if tensors else None)
 
 
 class _Heard(Exception):  # no error: what follows in the block is of no use
