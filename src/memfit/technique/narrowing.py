@@ -4,12 +4,11 @@ Three passes, each block by block: which blocks stay (of a few windows), which h
 correction. In the last the model runs twice, as it was (x) and as it becomes (x̂), in the shapes that it had: a narrower
 block computes what the whole one does where the layers that read what is gone have zeros in its place.
 
-Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, J inputs that stay, S sums of rows.
+Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, J inputs that stay.
 """
 
 import json
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from memfit.source.narrowed import Kept, LiveCheckpoint, entries_of, live_source
 from memfit.source.safetensors import read_header
 from memfit.source.source import Source
 
-from .gptq import DAMPING, agreement, corrected, factor
+from .gptq import DAMPING, corrected, factor
 from .narrow import Narrow, best, channel_scores, choose_blocks, choose_heads, head_scores
 
 NARROWED: Final = "narrowed.json"
@@ -52,7 +51,6 @@ _FOLDER: Final = "narrowed"
 """And the weights that were made anew."""
 BLOCK_WINDOWS: Final = 4
 """Windows that blocks are measured on."""
-_SUMS: Final = 32
 _TOKENS: Final = 2048
 """Tokens whose inputs are in fp32 at a time."""
 
@@ -187,8 +185,7 @@ def _what_stays(source: Source, kept: Kept) -> tuple[Source, dict[str, np.ndarra
 @torch.no_grad()
 def correct(
     source: Source, kept: Kept, windows_WT: Tensor, give: Callable[[str, Tensor], None], *, watch: Watch,
-    batch: int = 4, dtype: torch.dtype = torch.bfloat16, damping: float = DAMPING, sure: bool = False,
-    scratch: Path | None = None,
+    batch: int = 4, dtype: torch.dtype = torch.bfloat16, damping: float = DAMPING, scratch: Path | None = None,
 ) -> None:  # fmt: skip
     """Make the weights [N, J] of the layers that read what is gone; each is given under its name in the narrower model.
 
@@ -197,7 +194,6 @@ def correct(
         windows_WT: token ids.
         give: called with a parameter's name and its weight, block after block.
         damping: λ, of the mean of E[x̂²].
-        sure: whether all of a correction is made, whatever two halves of the text agree on.
         scratch: where what blocks give to each other waits in files; None: in memory.
     """
     first, stay = _what_stays(source, kept)
@@ -225,10 +221,9 @@ def correct(
         was, now = Run(call, 0, count, batch), Run(call, count, 2 * count, batch)
         versions = Versions(layers, streamed.weight_of, hold=True)
         become: dict[str, Tensor] = {}
-        random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         with versions.in_place():
             for layer in _in_order(layers, now):
-                _correct(layer, stay[layer], versions, was, now, random, give, become, damping=damping, sure=sure)
+                _correct(layer, stay[layer], versions, was, now, give, become, damping=damping)
             if not left:
                 raise _AllDone
             with versions.as_they_were():
@@ -249,8 +244,8 @@ def correct(
 
 
 def _correct(
-    layer: str, stay: np.ndarray, versions: Versions, was: Run, now: Run, random: torch.Generator,
-    give: Callable[[str, Tensor], None], become: dict[str, Tensor], *, damping: float, sure: bool,
+    layer: str, stay: np.ndarray, versions: Versions, was: Run, now: Run, give: Callable[[str, Tensor], None],
+    become: dict[str, Tensor], *, damping: float,
 ) -> None:  # fmt: skip
     """Let one layer become the one that reads only what stays."""
     turned = isinstance(versions.layers[layer], Conv1D)
@@ -263,32 +258,23 @@ def _correct(
     part = whole_NK.index_select(1, index)
     hessian = torch.zeros(index.shape[0], index.shape[0], dtype=wide)
     moved = torch.zeros(rows, index.shape[0], dtype=wide)
-    signs = torch.randint(0, 2, (_SUMS, rows), generator=random).mul_(2).sub_(1).to(wide)
-    sums: list[Tensor] = []
-    counts: list[int] = []
-    for was_half, now_half in zip(was.halves(), now.halves(), strict=True):
-        count = 0
-        for before, after in zip(was_half.parts(), now_half.parts(), strict=True):
-            with versions.as_they_were():
-                x_TK = _input(versions.layers[layer], before, width)
-            x_TJ = _input(versions.layers[layer], after, width)
-            count += x_TK.shape[0]
-            for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS)):
-                x = x_TJ[start : start + _TOKENS].index_select(1, index).to(wide)
-                missing = F.linear(x_TK[start : start + _TOKENS].to(wide), whole_NK).sub_(F.linear(x, part))
-                hessian.addmm_(x.t(), x)
-                moved.addmm_(missing.t(), x)
-                del x, missing
-            del x_TK, x_TJ, before, after
-        sums.append(signs @ moved)
-        counts.append(count)
+    count = 0
+    for before, after in zip(was.parts(), now.parts(), strict=True):
+        with versions.as_they_were():
+            x_TK = _input(versions.layers[layer], before, width)
+        x_TJ = _input(versions.layers[layer], after, width)
+        count += x_TK.shape[0]
+        for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS)):
+            x = x_TJ[start : start + _TOKENS].index_select(1, index).to(wide)
+            missing = F.linear(x_TK[start : start + _TOKENS].to(wide), whole_NK).sub_(F.linear(x, part))
+            hessian.addmm_(x.t(), x)
+            moved.addmm_(missing.t(), x)
+            del x, missing
+        del x_TK, x_TJ, before, after
     del whole_NK
-    made = factor(hessian.div_(sum(counts)), damping=damping, overwrite=True)
+    made = factor(hessian.div_(max(count, 1)), damping=damping, overwrite=True)
     del hessian
-    share = 1.0
-    if len(sums) == 2 and not sure:
-        share = agreement(sums[0] / counts[0], sums[1].sub_(sums[0]) / counts[1], made)
-    better = corrected(part, moved.mul_(share / sum(counts)), made).to(weight.dtype)
+    better = corrected(part, moved.div_(max(count, 1)), made).to(weight.dtype)
     del made, moved, part
     full = torch.zeros_like(whole).index_copy_(1, index, better)
     give(f"{layer}.weight", better.t().contiguous() if turned else better)
@@ -366,7 +352,7 @@ def _in_order(layers: Mapping[str, nn.Module], run: Run) -> list[str]:
     """Layers in the order of their calls."""
     called: list[str] = []
     handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: called.append(name))  # type: ignore[misc]
+        layer.register_forward_pre_hook(lambda *_, name=name: called.append(name))
         for name, layer in layers.items()
     ]
     try:
