@@ -221,15 +221,17 @@ def correct(
         was, now = Run(call, 0, count, batch), Run(call, count, 2 * count, batch)
         versions = Versions(layers, streamed.weight_of, hold=True)
         become: dict[str, Tensor] = {}
-        with versions.in_place():
-            for layer in _in_order(layers, now):
-                _correct(layer, stay[layer], versions, was, now, give, become, damping=damping)
-            if not left:
-                raise _AllDone
-            with versions.as_they_were():
-                out = was.whole()
-            out = now.whole(out)
-        become.clear()  # the classes that stand in for the layers' live until they are collected, and know of it
+        try:
+            with versions.in_place():
+                for layer in _in_order(layers, now):
+                    _correct(layer, stay[layer], versions, was, now, give, become, damping=damping)
+                if not left:
+                    raise _AllDone
+                with versions.as_they_were():
+                    out = was.whole()
+                out = now.whole(out)
+        finally:
+            become.clear()  # the classes that stand in for the layers' live until they are collected, and know of it
         if dry:
             known[kind].append(tree_map(lambda leaf: Shape.of(leaf) if isinstance(leaf, Tensor) else leaf, out))
         return out
