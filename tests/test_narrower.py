@@ -11,6 +11,7 @@ import transformers as hf
 
 import memfit
 from memfit import demo
+from memfit.cli import main
 from memfit.errors import BrokenInput, DoesNotFit, UsageError
 from memfit.jobs import JOBS
 from memfit.plan.plan import read_plan
@@ -47,6 +48,37 @@ def text() -> memfit.Text:
     return memfit.Text(
         calibration=words[:6000], evaluation=words[6000:12000], length=32, calibration_windows=4, evaluation_windows=2
     )
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["memfit", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--technique", "narrow"], "say how much stays, with --blocks, --heads, --channels or --experts"),
+        (["--technique", "narrow", "--channels", "70%", "--bits", "4"], "--bits beside --technique narrow"),
+        (["--channels", "most"], "a number from 1 or a share as 70%, got 'most'"),
+        (["--technique", "narrow", "--heads", "3"], "--heads 3: of 4 heads, 2, 4 can stay"),
+        (["--technique", "narrow", "--experts", "3"], "counts no experts"),
+        (["--channels", "70%", "--format", "gguf:q4_k_m"], "--channels beside --format gguf:q4_k_m"),
+        (["--channels", "70%", "--plan", "plan.json"], "--channels beside --plan"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told(command, tmp_path, words, told):
+    code, err = command("fit", str(demo.model_directory()), "-o", str(tmp_path / "out"), "--quiet", *words)
+    assert code == 2 and told in err
 
 
 def peaks(account: Any) -> dict[str, int]:

@@ -144,10 +144,9 @@ def test_without_experts_it_is_the_whole_model_whose_router_never_takes_them(fam
     whole = loaded(source)
     for number, block in enumerate(blocks_of(whole)):
         router = block.get_submodule("mlp.gate")
-        before = nn.functional.linear
 
         def masked(hidden: Tensor, router: Any = router, stay: Any = kept[number]) -> Any:
-            logits = before(hidden.reshape(-1, router.hidden_dim), router.weight)
+            logits = nn.functional.linear(hidden.reshape(-1, router.hidden_dim), router.weight)
             gone = torch.full_like(logits, -torch.inf)
             gone[:, list(stay)] = logits[:, list(stay)]
             top, index = gone.float().softmax(-1).topk(router.top_k, dim=-1)
@@ -225,7 +224,7 @@ def test_it_is_loaded_alike_on_fake_tensors():
 
 def test_a_packed_checkpoint_is_refused():
     source = dataclasses.replace(source_of("llama"), raw={"quantization_config": {}})
-    with pytest.raises(UsageError, match="packed. Narrow the model that they were made from"):
+    with pytest.raises(UsageError, match=r"packed\. Narrow the model that they were made from"):
         narrowed(source, Kept(blocks=(0,)))
 
 
