@@ -100,6 +100,8 @@ def test_what_is_written_is_predicted_and_stock_transformers_runs_it(model, tmp_
     config = json.loads((out / "config.json").read_text())
     assert (config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]) == (2, 2, 1)
     assert (config["intermediate_size"], config["head_dim"]) == (128, 16) and "quantization_config" not in config
+    card = (out / "README.md").read_text()
+    assert "quantized" not in card and "is gone. In each block 2 heads and 128 channels stay." in card
     stock, told = hf.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype="auto")
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
     ids = torch.arange(5, 25)[None]

@@ -288,22 +288,20 @@ def fit(
     allowed = allowed_by(context, *settings, uniform=uniform) if given is None else None
     if form == ONNX:
         require_widths(allowed, given)
+    asked: dict[str, Any] = {
+        "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "narrow": narrow,
+        "progress": progress_to(quiet),
+    }  # fmt: skip
     if dry_run:
-        progress = progress_to(quiet)
-        made = memfit.plan(
-            source, budget, task=task, text=cut, allowed=allowed, given=given, uniform=uniform, narrow=narrow,
-            progress=progress,
-        )
+        made = memfit.plan(source, budget, **asked)
         if as_json:
             print_json(_plan_json(made))
         else:
             show(render_plan(made.to_json()))
         return
-    how: dict[str, Any] = {
-        "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "narrow": narrow,
-        "enforce": enforce,
+    how = asked | {
         "algorithm": None if algorithm is None else algorithm.value, "overwrite": overwrite, "max_kl": max_kl,
-        "ram": ram, "measure": measure, "resume": resume, "threads": threads, "progress": progress_to(quiet),
+        "enforce": enforce, "ram": ram, "measure": measure, "resume": resume, "threads": threads,
     }  # fmt: skip
     lines: list[str] = []
     try:

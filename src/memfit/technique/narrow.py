@@ -117,7 +117,7 @@ class Narrow:
         whole, counts = counts_of(config), self.counts(config)
         gone = () if kept.blocks is None else tuple(n for n in range(whole.blocks) if n not in kept.blocks)
         sizes = {what: getattr(counts, what) for what in _SIZES if getattr(self, what) is not None}
-        return replace(self, **sizes | {"blocks": None, "dropped": gone})
+        return replace(self, **sizes | {"blocks": None if gone else sizes.get("blocks"), "dropped": gone})
 
 
 def kv_heads_with(heads: int, whole: Counts) -> int:

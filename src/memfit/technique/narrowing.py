@@ -8,6 +8,7 @@ Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, J 
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -91,7 +92,7 @@ def choose_kept(
     elif counts.blocks < whole.blocks:
         with watch.phase("narrow"):
             losses = BlockLosses(source, windows_WT[:BLOCK_WINDOWS], batch=batch, dtype=dtype)
-            blocks = choose_blocks(losses.influences, whole.blocks - counts.blocks, losses.without)
+            blocks = choose_blocks(losses.influences, whole.blocks - counts.blocks, _where_it_can_be(losses.without))
             del losses
     left = whole if blocks is None else replace(whole, blocks=len(blocks))
     if replace(counts, blocks=left.blocks) == left:
@@ -106,8 +107,20 @@ def choose_kept(
     with watch.phase("narrow"):
         found = _by_scores(shallow, statistics, readers, counts, whole)
     numbers = blocks or tuple(range(whole.blocks))
-    kinds = {kind: {numbers[at]: kept for at, kept in mine.items()} for kind, mine in found.items()}
+    kinds: dict[str, Any] = {kind: {numbers[at]: kept for at, kept in mine.items()} for kind, mine in found.items()}
     return Kept(blocks=blocks, **kinds)
+
+
+def _where_it_can_be(loss_of: Callable[[tuple[int, ...]], float]) -> Callable[[tuple[int, ...]], float]:
+    """The same, and infinite where the config cannot say which blocks stay."""
+
+    def loss(blocks: tuple[int, ...]) -> float:
+        try:
+            return loss_of(blocks)
+        except UsageError:
+            return math.inf
+
+    return loss
 
 
 def first_kept(source: Source, narrow: Narrow) -> Kept:
