@@ -336,9 +336,8 @@ def _export(
     mixture_of(form)
     for name in _OF_A_PLAN:
         if said(context, name):
-            why = "a mixture has widths of its own"
-            if name in _OF_NARROWING:
-                why = "what is written is the model as it is (--technique narrow makes one to give here)"
+            as_it_is = "what is written is the model as it is (--technique narrow makes one to give here)"
+            why = as_it_is if name in _OF_NARROWING else "a mixture has widths of its own"
             raise UsageError(f"--{name.replace('_', '-')} beside --format {form}: {why}. Leave it out.")
     made = export(source, form, out, progress=progress_to(quiet), **how)
     if as_json:
