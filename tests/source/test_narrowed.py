@@ -1,6 +1,7 @@
 """A narrower model computes what the whole one does with zeros in the place of what is gone."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from memfit.errors import UsageError
+from memfit.format.config import model_config
 from memfit.source.check import check
 from memfit.source.checkpoint import TensorInfo
 from memfit.source.cuts import counts_of
@@ -154,6 +156,25 @@ def test_without_experts_it_is_the_whole_model_whose_router_never_takes_them(fam
 
         router.forward = masked
     torch.testing.assert_close(answers(loaded(view)), answers(whole), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "qwen3_moe", "bert", "gpt2"])
+def test_the_config_that_is_written_builds_the_narrower_model_in_stock_transformers(family, tmp_path):
+    source = source_of(family)
+    kept: dict[str, Any] = {"blocks": (1, 3)}
+    if family == "qwen3_moe":
+        kept["experts"] = {1: (0, 2, 3), 3: (1, 2, 4)}
+    else:
+        kept["channels"] = {1: tuple(range(20)), 3: tuple(range(20))}
+    view = narrowed(source, Kept(**kept))
+    told = model_config(view.config, schemes={}, version="0") | {"architectures": view.config.architectures}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with torch.device("meta"):
+        stock: Any = getattr(hf, told["architectures"][0])(hf.AutoConfig.from_pretrained(tmp_path))
+    shapes = {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
+    assert shapes == {name: view.parameters[name][0] for name in shapes}
+    if family in ("qwen2", "gemma3"):
+        assert len(stock.config.layer_types) == 2
 
 
 def test_experts_that_are_stored_one_by_one_are_read_by_rows(tmp_path):

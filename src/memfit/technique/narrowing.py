@@ -180,7 +180,7 @@ def _what_stays(source: Source, kept: Kept) -> tuple[Source, dict[str, np.ndarra
     first = narrowed(source, replace(kept, heads={}, kv_heads={}, channels={}))
     blocks = kept.blocks or tuple(range(counts_of(source.config).blocks))
     mine = {number: at for at, number in enumerate(blocks)}
-    kinds = {
+    kinds: dict[str, Any] = {
         kind: {mine[number]: numbers for number, numbers in getattr(kept, kind).items() if number in mine}
         for kind in ("heads", "kv_heads", "channels")
     }
