@@ -17,7 +17,7 @@ TEXTS = {".py", ".md", ".toml", ".html", ".txt", ".json", ".cfg", ".sh", ""}
 
 PUBLIC = (
     "Account", "Adapters", "Allowed", "BrokenInput", "DoesNotFit", "Entry", "Hyper", "Infer", "Interrupted",
-    "LossNotFinite", "MemfitError",
+    "LossNotFinite", "MemfitError", "Narrow",
     "Options", "OverBudget", "Phase", "Plan", "QualityMissed", "Recipe", "Report", "Text",
     "Train", "TrainPlan", "TrainStep", "UsageError",
     "account", "compare", "evaluate", "fit", "load", "measure", "plain_training", "plan",

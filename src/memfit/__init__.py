@@ -29,6 +29,7 @@ from memfit.plan.plan import Plan
 from memfit.report.report import Report
 from memfit.task.infer import Infer
 from memfit.technique.adapters import Adapters
+from memfit.technique.narrow import Narrow
 from memfit.train.hyper import Hyper
 from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe
@@ -49,6 +50,7 @@ __all__ = [
     "Interrupted",
     "LossNotFinite",
     "MemfitError",
+    "Narrow",
     "Options",
     "OverBudget",
     "Phase",

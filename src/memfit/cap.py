@@ -195,14 +195,19 @@ def keep(
         jobs["calibrate"] = lambda: _calibrating(source, job)
     for name, ways in jobs.items():
         try:
-            cap.predicted[name], cap.ways[name] = _first_that_keeps(cap, name, ways())
+            cap.predicted[name], cap.ways[name] = first_that_keeps(cap, name, ways())
         except DoesNotFit as refusal:
             refusals.append(refusal)
     if refusals:
         raise max(refusals, key=lambda refusal: refusal.smallest_nbytes)
 
 
-def _first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) -> tuple[Account, Any]:
+def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) -> tuple[Account, Any]:
+    """The first way to do a job that keeps to the cap, and its account with the resident peak.
+
+    Raises:
+        DoesNotFit: none does.
+    """
     least: Account | None = None
     for account, way in ways:
         if cap.needed_nbytes(account) <= cap.nbytes:

@@ -6,7 +6,7 @@ What takes the model's bytes runs in processes of its own; this one holds plans 
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,6 +25,7 @@ from memfit.evaluate.speed import Speed
 from memfit.format.directory import OutputDirectory
 from memfit.format.resume import WorkDirectory
 from memfit.models import load_model, load_to_train, loader_for
+from memfit.narrower import announced, narrow_as_asked, narrow_first, require_text, with_narrowing, with_settings
 from memfit.outside import known_outside, outside_of_machine
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
@@ -53,6 +54,7 @@ from memfit.steps import (
 )
 from memfit.study import Study
 from memfit.task.infer import Infer
+from memfit.technique.narrow import Narrow
 from memfit.text import Text, text_of
 from memfit.train.plan import TrainPlan
 from memfit.train.task import Train
@@ -134,6 +136,7 @@ def plan_to_run(
     allowed: Allowed | None = None,
     given: Plan | None = None,
     uniform: bool = False,
+    narrow: Narrow | None = None,
     device: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> Plan:
@@ -145,6 +148,7 @@ def plan_to_run(
             without weights, shapes alone decide. The demo model has its own.
         given: a plan to check and predict instead, within the budget that stands in it.
         uniform: no search: everything in the first scheme of `allowed` that can hold it.
+        narrow: how much of the model stays; the plan is of what does.
 
     Raises:
         DoesNotFit: nothing fits; names what binds, the smallest budget that works, and the levers.
@@ -153,23 +157,31 @@ def plan_to_run(
     task = task or Infer()
     source = open_source(model)
     check(source)
+    narrow = narrow_as_asked(narrow, given)
     if given is not None:
-        study = Study(source, task_of(given), allowed or allowed_by(given), device=device)
+        study = Study(announced(source, narrow), task_of(given), allowed or allowed_by(given), device=device)
         return adopted(study, given)
     share = isinstance(budget, str) and budget.strip().endswith("%")
     whole = account_of(source, task, device=device).peak_nbytes if share else None
     nbytes = parse_size(budget, whole_nbytes=whole)
+    original, texts = source, text_of(text, source)
+    source = announced(source, narrow)
+    require_text(narrow, source, texts)
     with no_collection():
         study = Study(source, task, allowed or Allowed(), device=device)
         if uniform:
-            return uniform_plan(study, nbytes)
+            return with_settings(uniform_plan(study, nbytes), narrow)
         require_fit(study, nbytes)
         if source.checkpoint is None:
-            return planned(study, nbytes, {})
+            return with_settings(planned(study, nbytes, {}), narrow)
     with tempfile.TemporaryDirectory(prefix="memfit-") as work:
-        job = calibration_job(study, text_of(text, source), Path(work), reference=False)
+        job = calibration_job(study, texts, Path(work), reference=False)
+        if narrow is not None:
+            progress("finding what is missed least")
+            source, narrow, *_ = narrow_first(Path(work), original, narrow, job)
+            study = Study(source, task, study.allowed, device=device)
         progress("pricing choices")
-        return planned(study, nbytes, run_job(job))
+        return with_settings(planned(study, nbytes, run_job(job)), narrow)
 
 
 def fit(
@@ -182,6 +194,7 @@ def fit(
     allowed: Allowed | None = None,
     given: Plan | None = None,
     uniform: bool = False,
+    narrow: Narrow | None = None,
     algorithm: Algorithm | None = None,
     enforce: bool = False,
     overwrite: bool = False,
@@ -200,6 +213,8 @@ def fit(
         out: where the fitted model goes, a Hugging Face directory; default: `NAME-fitted` here.
         given: a plan made before, carried out within the budget and for the task that stand in it.
         uniform: no search: everything in the first scheme of `allowed` that can hold it.
+        narrow: how much of the model stays: it is made narrower first, by what a text says is missed least, and what is
+            left is fitted. Judged beside the whole model.
         algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
             loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text;
             `tuned`: and each block then learns on it, in some five times the time.
@@ -235,8 +250,11 @@ def fit(
     ram_nbytes = None if ram is None else parse_size(ram)
     threads = threads or torch.get_num_threads()
     task = task_of(given) if given is not None else task
+    texts, narrow, whole = text_of(text, source), narrow_as_asked(narrow, given), source
+    require_text(narrow, source, texts)
     with _threads(threads):
         original = account_of(source, task)
+        source = announced(source, narrow)
         nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
         study = Study(source, task, allowed or allowed_by(given))
         if given is not None:
@@ -245,12 +263,11 @@ def fit(
             given = uniform_plan(study, nbytes)
         else:
             require_fit(study, nbytes)
-    texts = text_of(text, source)
     algorithm = algorithm or ("search" if texts is None else "gptq")
     if algorithm in BY_TEXT and texts is None:
         how = f"GPTQ chooses integers for a text (--algorithm {algorithm})"
         raise UsageError(f"{how}, and there is none. Give one (--text FILE).")
-    key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure]}
+    key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure], "narrow": narrow and asdict(narrow)}
     work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work, Process() as process:
         job = calibration_job(study, texts, work.path, reference=measure, threads=threads)
@@ -260,6 +277,14 @@ def fit(
         else:
             progress("finding out what fits in the cap")
             cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform)
+        jobs: dict[str, Any] = {}
+        narrowing = None
+        if narrow is not None:
+            progress("finding what is missed least")
+            source, narrow, narrowing, jobs["narrow"] = narrow_first(work, whole, narrow, job, cap)
+            study = Study(source, task, study.allowed)
+            if uniform:
+                given = uniform_plan(study, nbytes)
         before = "going on with what a stopped run has calibrated"
         first = "asking the original" if job["do"] == "reference" else "calibrating, and asking the original"
         progress(before if work.holds("calibrated") else first)
@@ -275,14 +300,15 @@ def fit(
                 chosen, predicted=given.predicted, smoothed=smoothed_of(calibrated),
                 priced_by=calibrated.get("priced_by", chosen.priced_by),
             )  # fmt: skip
+        chosen = with_settings(chosen, narrow)
         predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
         if cap is not None:
             predicted_fit = keep_as_planned(work, cap, source, chosen, job, algorithm)
         else:
-            predicted_fit = predict_fit(source, chosen, job, algorithm=algorithm)
+            predicted_fit = with_narrowing(predict_fit(source, chosen, job, algorithm=algorithm), narrowing)
         chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
-        jobs: dict[str, Any] = {"calibrate": calibrated} if "account" in calibrated else {}
+        jobs |= {"calibrate": calibrated} if "account" in calibrated else {}
         integers, rounding = None, None
         if algorithm in BY_TEXT:
             progress("choosing integers, block by block")

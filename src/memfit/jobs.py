@@ -134,11 +134,10 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.account.meter import reset_resident_peak
     from memfit.compress import calibrate, priced_by
     from memfit.plan.allowed import Allowed
-    from memfit.source.source import open_source
     from memfit.technique.smoothing import SMOOTHING
 
     _prepare(job)
-    source = open_source(job["model"])
+    source = _source(job)
     watch = _watch(job)
     with within(job):
         reset_resident_peak()
@@ -165,6 +164,32 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     return answer | (_reference(job) if job["reference"] else {})
 
 
+def _narrow(job: dict[str, Any]) -> dict[str, Any]:
+    """What stays of a model that is to be narrower, and its corrected weights, into the work directory."""
+    from memfit.account.meter import reset_resident_peak
+    from memfit.source.source import open_source
+    from memfit.technique.narrow import Narrow
+    from memfit.technique.narrowing import narrow_into
+
+    _prepare(job)
+    work, watch = Path(job["work"]), _watch(job)
+    source, how = open_source(job["model"]), Narrow.from_json(job["narrow"])
+    with within(job):
+        reset_resident_peak()
+        with watch.phase("narrow"):
+            windows_WT = _windows(job)["calibration"]
+        narrow_into(work, source, windows_WT, how, watch=watch, batch=job["batch"], spill=job["spill"])
+        return _seen(watch)
+
+
+def _source(job: dict[str, Any]) -> Any:
+    """The model that a job of fitting is told, as narrow as an earlier job has made it."""
+    from memfit.source.source import open_source
+    from memfit.technique.narrowing import narrowed_in
+
+    return narrowed_in(Path(job["work"]), open_source(job["model"]))
+
+
 def _reference(job: dict[str, Any]) -> dict[str, Any]:
     """Record the original's logits on the evaluation text, and time it."""
     import torch
@@ -189,13 +214,12 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.compress import choose_integers
     from memfit.format.integers import Integers
     from memfit.plan.plan import read_plan
-    from memfit.source.source import open_source
     from memfit.technique.smoothing import smoothed_in
     from memfit.technique.tune import Tuning
 
     _prepare(job)
     work = Path(job["work"])
-    source, plan = open_source(job["model"]), read_plan(work / "plan.json")
+    source, plan = _source(job), read_plan(work / "plan.json")
     integers, watch, file = Integers(Path(job["integers"])), _watch(job), work / "statistics.safetensors"
     thrift = Thrift(**job["thrift"]) if job.get("thrift") else None
     tuning = Tuning(**job["tuning"]) if job.get("tuning") else None
@@ -275,12 +299,11 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.compress import compress
     from memfit.format.integers import Integers
     from memfit.plan.plan import read_plan
-    from memfit.source.source import open_source
     from memfit.technique.smoothing import smoothed_in
 
     _prepare(job)
     work = Path(job["work"])
-    source, plan = open_source(job["model"]), read_plan(work / "plan.json")
+    source, plan = _source(job), read_plan(work / "plan.json")
     file = work / "statistics.safetensors"
     watch = _watch(job)
     with within(job):
@@ -352,6 +375,7 @@ JOBS = {
     "measure": _measure,
     "calibrate": _calibrate,
     "reference": _reference,
+    "narrow": _narrow,
     "choose": _choose,
     "compress": _compress,
     "gguf": _gguf,

@@ -87,8 +87,8 @@ def job_on(source: Source, work: Path, threads: int | None) -> dict[str, Any]:
 
 def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> Account:
     """The account of calibrating, choosing integers and compressing: the same functions, on fake tensors."""
-    with _on_fakes() as follow:
-        ids = _fake_ids(windows_of(job))
+    with on_fakes() as follow:
+        ids = fake_ids(windows_of(job))
         found = Calibrated(statistics=None, prices={}, kv_prices={})
         if job["do"] == "calibrate":
             allowed = None if job["allowed"] is None else Allowed.from_json(job["allowed"])
@@ -107,9 +107,9 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
 
 def predict_calibrating(source: Source, job: dict[str, Any]) -> Account:
     """The account of the job of calibration alone."""
-    with _on_fakes() as follow:
+    with on_fakes() as follow:
         allowed = None if job["allowed"] is None else Allowed.from_json(job["allowed"])
-        calibrate(source, _fake_ids(windows_of(job)), allowed, batch=job["batch"], watch=follow)
+        calibrate(source, fake_ids(windows_of(job)), allowed, batch=job["batch"], watch=follow)
     return settle(follow.ledger)
 
 
@@ -117,7 +117,7 @@ def predict_choosing(
     source: Source, chosen: Plan, windows: torch.Size, thrift: Thrift, *, algorithm: Algorithm = "gptq"
 ) -> Account:
     """The account of the job that chooses integers alone."""
-    with _on_fakes() as follow:
+    with on_fakes() as follow:
         ids = torch.zeros(windows, dtype=torch.int64)
         choose_integers(
             source, chosen, None, ids, Integers(None), watch=follow, thrift=thrift, scratch=Path("dry"),
@@ -128,20 +128,22 @@ def predict_choosing(
 
 def predict_compressing(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> Account:
     """The account of the job that writes the output alone, all integers chosen in it, which takes no less."""
-    with _on_fakes() as follow:
+    with on_fakes() as follow:
         compress(source, chosen, None, Path(job["work"]), watch=follow, dry=True, search=algorithm != "rtn")
     return settle(follow.ledger)
 
 
 @contextmanager
-def _on_fakes() -> Iterator[Follow]:
+def on_fakes() -> Iterator[Follow]:
+    """Inside, everything is done on fake tensors, and followed."""
     follow = Follow()
     repeated = Blocks(follow).on_training()
     with no_collection(), values_as_usual(), FakeTensorMode(allow_non_fake_inputs=True), follow, repeated:
         yield follow
 
 
-def _fake_ids(windows_WT: torch.Tensor | None) -> torch.Tensor | None:
+def fake_ids(windows_WT: torch.Tensor | None) -> torch.Tensor | None:
+    """Windows of that shape, fake."""
     return None if windows_WT is None else torch.zeros_like(torch.empty(windows_WT.shape, dtype=torch.int64))
 
 

@@ -39,7 +39,7 @@ def cache_losses(
         return {}
     with torch.no_grad():
         states = {kind: _read(streamed, windows_WT, kind, parts, packed[0].start) for kind in (16, *bits)}
-        return _divergences(streamed, states)
+        return divergences(streamed, states)
 
 
 def _read(streamed: Streamed, windows_WT: Tensor, bits: int, parts: list[slice], start: int) -> Tensor:
@@ -66,8 +66,9 @@ def _read(streamed: Streamed, windows_WT: Tensor, bits: int, parts: list[slice],
     return states_WTD.flatten(0, 1)
 
 
-def _divergences(streamed: Streamed, states: dict[int, Tensor]) -> dict[int, float]:
-    """KL(16 ‖ b) for every other b: Σ_v p_v (a_v − b_v) − log Σ eᵃ + log Σ eᵇ, the sums kept as rows pass by."""
+def divergences(streamed: Streamed, states: dict[int, Tensor]) -> dict[int, float]:
+    """KL(16 ‖ b) of hidden states [N, D] before the head, for every other key b: Σ_v p_v (a_v − b_v) − log Σ eᵃ +
+    log Σ eᵇ, the sums kept as rows pass by."""
     count = states[16].shape[0]
     total_N = {kind: torch.full((count,), -torch.inf) for kind in states}
     apart_N = {kind: torch.zeros(count) for kind in states if kind != 16}

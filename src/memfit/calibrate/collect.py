@@ -61,7 +61,7 @@ def collect(
     streamed.listener = hear
     for start in range(0, windows_WT.shape[0], batch):
         ids_WT = windows_WT[start : start + batch]
-        with torch.enable_grad(), _one_text_a_row(dry=is_fake(ids_WT)):
+        with torch.enable_grad(), one_text_a_row(dry=is_fake(ids_WT)):
             out = streamed.model(ids_WT, **arguments_of(streamed.model, ids_WT))
             hidden = hidden_of(out)
         slopes = [_head_gradient(streamed, state.detach(), sums, generator) for state in hidden]
@@ -111,7 +111,7 @@ def _count(sums: Sums, name: str, ids: Tensor, *, rows: int) -> None:
 
 
 @contextmanager
-def _one_text_a_row(*, dry: bool) -> Iterator[None]:
+def one_text_a_row(*, dry: bool) -> Iterator[None]:
     """Where there is no cache, transformers looks at positions for several texts in a row, and builds a mask unless
     it can see that there is one. Fake positions show nothing: in a dry run the answer is given here."""
     look = masking_utils.find_packed_sequence_indices

@@ -7,7 +7,7 @@ import typer
 
 from memfit.errors import UsageError
 
-from .app import said
+from .app import Technique, said
 
 
 def bits_of(values: str, bits: str) -> str:
@@ -18,6 +18,31 @@ def bits_of(values: str, bits: str) -> str:
     if due is not None and bits not in ("", str(due)):
         raise UsageError(f"--bits {bits}: {values} has {due} bits. Leave --bits out, or take --values int or codebook.")
     return bits if due is None else str(due)
+
+
+def narrow_by(blocks: str | None, heads: str | None, channels: str | None, experts: str | None) -> Any:
+    """How much of the model is to stay; None: all of it."""
+    import memfit
+
+    sizes = {"blocks": blocks, "heads": heads, "channels": channels, "experts": experts}
+    given: Any = {what: int(size) if size.isdecimal() else size for what, size in sizes.items() if size is not None}
+    return memfit.Narrow(**given) if given else None
+
+
+def narrows_alone(context: typer.Context, technique: Technique | None, narrow: Any) -> bool:
+    """Whether the model is to be narrower and no more: with a budget, a plan is searched for what stays."""
+    if technique is not Technique.narrow:
+        return False
+    if narrow is None:
+        raise UsageError("--technique narrow: say how much stays, with --blocks, --heads, --channels or --experts.")
+    if said(context, "budget"):
+        return False
+    for name in ("bits", "groups", "values", "asymmetric", "activations"):
+        if said(context, name):
+            raise UsageError(
+                f"--{name} beside --technique narrow: what stays is kept in 16 bits. Leave one out, or give a --budget."
+            )
+    return True
 
 
 def require_one_setting(bits: str, groups: str | None, kv_bits: str, values: str) -> None:

@@ -13,8 +13,12 @@ from .app import (
     Asymmetric,
     Batch,
     Bits,
+    Blocks,
     Budget,
+    Channels,
+    Experts,
     GroupSizes,
+    Heads,
     Json,
     Keep,
     KvBits,
@@ -35,7 +39,16 @@ from .app import (
     said,
     show,
 )
-from .choosing import ALGORITHMS, algorithm_of, allowed_by, bits_of, require_one_setting, setting_of
+from .choosing import (
+    ALGORITHMS,
+    algorithm_of,
+    allowed_by,
+    bits_of,
+    narrow_by,
+    narrows_alone,
+    require_one_setting,
+    setting_of,
+)
 
 COMPRESSED_TENSORS = "compressed-tensors"
 ONNX = "onnx"
@@ -68,13 +81,17 @@ def fit(
         Path | None,
         typer.Option("--plan", help="Carry out this plan: its budget, task and schemes; the rest is computed anew."),
     ] = None,
+    blocks: Blocks = None,
+    heads: Heads = None,
+    channels: Channels = None,
+    experts: Experts = None,
     allow: Allow = "quantize",
     technique: Annotated[
         Technique | None,
         typer.Option(
             help="Everything in one setting, plainly, and no plan is searched: quantize with one of --bits, prune with "
             "--sparsity or --pattern 2:4, low-rank with --rank, share (one basis for layers of one input), with --rank "
-            "too."
+            "too; narrow with --blocks, --heads, --channels, --experts."
         ),
     ] = None,
     sparsity: Annotated[
@@ -156,8 +173,13 @@ def fit(
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
         given = read_plan(plan_file)
-    uniform = technique is not None
-    if uniform:
+    narrow = narrow_by(blocks, heads, channels, experts)
+    plain = narrows_alone(context, technique, narrow)
+    uniform = plain or technique not in (None, Technique.narrow)
+    if plain:
+        budget, bits, algorithm = "100%", "16", algorithm or Rounding.rtn
+        kv_bits = kv_bits if said(context, "kv_bits") else "16"
+    elif uniform:
         budget = budget if said(context, "budget") else "100%"
         kv_bits = kv_bits if said(context, "kv_bits") else "16"
         if technique is Technique.quantize:
@@ -168,25 +190,25 @@ def fit(
         bits, kv_bits = bits if said(context, "bits") else "8,4,2", kv_bits if said(context, "kv_bits") else "16"
     settings = (bits, groups, kv_bits, keep, asymmetric, values, activations, smooth)
     setting = _setting(context, technique, allow, sparsity, pattern, rank)
-    allow = allow if technique is None else technique.value
+    allow = allow if technique is None else "quantize" if technique is Technique.narrow else technique.value
     allowed = allowed_by(context, *settings, allow=allow, setting=setting, uniform=uniform) if given is None else None
     known = allow.split(",") if given is None else ALGORITHMS
     if form == ONNX:
         require_widths(allowed, given)
+    asked: dict[str, Any] = {
+        "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "narrow": narrow,
+        "progress": progress_to(quiet),
+    }  # fmt: skip
     if dry_run:
-        progress = progress_to(quiet)
-        made = memfit.plan(
-            source, budget, task=task, text=cut, allowed=allowed, given=given, uniform=uniform, progress=progress
-        )
+        made = memfit.plan(source, budget, **asked)
         if as_json:
             print_json(plan_json(made))
         else:
             show(render_plan(made.to_json()))
         return
-    how: dict[str, Any] = {
-        "task": task, "text": cut, "allowed": allowed, "given": given, "uniform": uniform, "enforce": enforce,
+    how = asked | {
         "algorithm": algorithm_of(algorithm and algorithm.value, known), "overwrite": overwrite, "max_kl": max_kl,
-        "ram": ram, "measure": measure, "resume": resume, "threads": threads, "progress": progress_to(quiet),
+        "enforce": enforce, "ram": ram, "measure": measure, "resume": resume, "threads": threads,
     }  # fmt: skip
     lines: list[str] = []
     try:
@@ -224,8 +246,9 @@ def _setting(
             raise UsageError(f"--{name} is a setting of --technique {owner}: add that, or leave --{name} out.")
     if technique is not None and said(context, "allow"):
         raise UsageError(f"--allow {allow} beside --technique {technique.value}: leave one of them out.")
-    if technique is None or technique is Technique.quantize:
+    if technique in (None, Technique.quantize, Technique.narrow):
         return None
+    assert technique is not None
     for name in ("bits", "groups", "values", "asymmetric", "activations", "smooth"):
         if said(context, name):
             raise UsageError(f"--{name} says something of integers, and this is --technique {technique.value}.")
@@ -242,9 +265,9 @@ def _export(
     mixture_of(form)
     for name in _OF_A_PLAN:
         if said(context, name):
-            raise UsageError(
-                f"--{name.replace('_', '-')} beside --format {form}: a mixture has widths of its own. Leave it out."
-            )
+            as_it_is = "what is written is the model as it is (--technique narrow makes one to give here)"
+            why = as_it_is if name in _OF_NARROWING else "a mixture has widths of its own"
+            raise UsageError(f"--{name.replace('_', '-')} beside --format {form}: {why}. Leave it out.")
     made = export(source, form, out, progress=progress_to(quiet), **how)
     if as_json:
         print_json(made.to_json())
@@ -252,9 +275,10 @@ def _export(
     show(render_export(made.to_json()))
 
 
+_OF_NARROWING = ("blocks", "heads", "channels", "experts")
 _IN_THE_PLAN = (
     "budget", "batch", "prompt", "new_tokens", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "technique",
-    "activations", "smooth", "allow", "sparsity", "pattern", "rank",
+    "activations", "smooth", "allow", "sparsity", "pattern", "rank", *_OF_NARROWING,
 )  # fmt: skip
 """What a plan says itself."""
 _OF_A_PLAN = (

@@ -15,10 +15,14 @@ from .app import (
     Asymmetric,
     Batch,
     Bits,
+    Blocks,
     Budget,
+    Channels,
     Device,
+    Experts,
     FullOnly,
     GroupSizes,
+    Heads,
     Json,
     Keep,
     KvBits,
@@ -45,7 +49,7 @@ from .app import (
     show,
     write,
 )
-from .choosing import allowed_by
+from .choosing import allowed_by, narrow_by
 from .training import show_training_plan, training_task
 
 
@@ -118,6 +122,10 @@ def plan(
     activations: Activations = 16,
     smooth: Smooth = True,
     allow: Allow = "quantize",
+    blocks: Blocks = None,
+    heads: Heads = None,
+    channels: Channels = None,
+    experts: Experts = None,
     device: Device = Device.cpu,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan's JSON here.")] = None,
     as_json: Json = False,
@@ -145,6 +153,7 @@ def plan(
         task=memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens),
         text=text,
         allowed=allowed_by(context, bits, groups, kv_bits, keep, asymmetric, values, activations, smooth, allow=allow),
+        narrow=narrow_by(blocks, heads, channels, experts),
         device=device.value,
         progress=progress_to(quiet),
     )
@@ -225,7 +234,7 @@ def report(
 
 _OF_RUNNING = (
     "prompt", "new_tokens", "text", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "routing",
-    "activations", "smooth", "allow",
+    "activations", "smooth", "allow", "blocks", "heads", "channels", "experts",
 )  # fmt: skip
 _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")
 

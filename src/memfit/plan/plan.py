@@ -64,6 +64,9 @@ class Plan:
     smoothed: tuple[str, ...] = ()
     """Norms in which the channels of activations are evened out. Carried out, it is done anew for its text, if any are
     named here."""
+    narrowed: dict[str, Any] | None = None
+    """How much of the model stays (`technique.narrow.Narrow`, the blocks that go by number); None: all. The choices are
+    of the narrower model. Carried out, which heads, channels and experts stay is found anew for its text."""
     version: int = VERSION
 
     @property
@@ -104,14 +107,16 @@ class Plan:
         data["choices"] = [choice.to_json() for choice in self.choices]
         smoothed = list(data.pop("smoothed"))
         data |= {"smoothed": smoothed} if smoothed else {}
+        if self.narrowed is None:
+            del data["narrowed"]
         return data | {"average_bits": self.average_bits}
 
     @classmethod
     def from_json(cls, data: Any, *, file: str | Path = "plan.json") -> "Plan":
         """The plan of `to_json`'s object; BrokenInput names `file` and the field that is off."""
         check = _Check(str(file))
-        if isinstance(data, Mapping):  # plans that smooth nothing do not say so
-            data = {"smoothed": []} | dict(data)
+        if isinstance(data, Mapping):  # plans that smooth nothing do not say so, nor those that leave nothing out
+            data = {"smoothed": [], "narrowed": None} | dict(data)
         check.keys(data, {field.name for field in fields(cls)} | {"average_bits"}, "the plan")
         version = check.integer(data, "version")
         if version != VERSION:
@@ -128,6 +133,7 @@ class Plan:
         plan = cls(
             version=version,
             smoothed=tuple(data["smoothed"]),
+            narrowed=None if data["narrowed"] is None else check.mapping(data, "narrowed"),
             model=check.text(data, "model"),
             task=check.mapping(data, "task"),
             budget_nbytes=check.integer(data, "budget_nbytes"),

@@ -5,7 +5,7 @@ import re
 from typing import Any, Final
 
 from memfit.packed.scheme import OWN_VALUES
-from memfit.report.choices import rows
+from memfit.report.choices import narrowed_line, rows
 from memfit.report.report import Report
 from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
 from memfit.units import format_size
@@ -29,7 +29,7 @@ def model_card(
     """
     name = base_model or report.model
     parts = [
-        _front_matter(base_model, license, pipeline_tag, own=_own(report)),
+        _front_matter(base_model, license, pipeline_tag, own=_own(report), narrowed=bool(_narrowed(report))),
         f"# {name}, made to fit by memfit",
         _summary(report, name),
         _OWN_USE if _own(report) else _how_to_load(auto_class),
@@ -52,11 +52,13 @@ def _own(report: Report) -> bool:
     return any("form" in scheme or scheme.get("values") in OWN_VALUES for scheme in schemes)
 
 
-def _front_matter(base_model: str | None, license: str | None, pipeline_tag: str | None, *, own: bool) -> str:
+def _front_matter(
+    base_model: str | None, license: str | None, pipeline_tag: str | None, *, own: bool, narrowed: bool
+) -> str:
     # A JSON string is a YAML string, whatever it contains.
     fields: list[tuple[str, Any]] = []
     if base_model is not None and is_hub_id(base_model):
-        fields += [("base_model", base_model), ("base_model_relation", "quantized")]
+        fields += [("base_model", base_model), ("base_model_relation", "finetune" if narrowed else "quantized")]
     fields.append(("library_name", "memfit" if own else "transformers"))
     if license is not None:
         fields.append(("license", license))
@@ -65,6 +67,11 @@ def _front_matter(base_model: str | None, license: str | None, pipeline_tag: str
     lines = [f"{key}: {_yaml(value)}" for key, value in fields]
     tags = ["- memfit"] if own else ["- memfit", "- compressed-tensors"]
     return "\n".join(["---", *lines, "tags:", *tags, "---"])
+
+
+def _narrowed(report: Report) -> Any:
+    """How much of the model stays, by the plan; None: all of it."""
+    return (report.plan or {}).get("narrowed")
 
 
 def _yaml(text: str) -> str:
@@ -90,7 +97,11 @@ def _summary(report: Report, name: str) -> str:
         doing = (
             f" for batch {task['batch']}, {task['prompt']} tokens of prompt and {task['new_tokens']} new ones"
         )
-    text = f"`{name}` with its weights quantized so that its peak of memory is **{peak}** ({how}{doing})"
+    done = "its weights quantized"
+    if _narrowed(report):
+        quantized = any(row.bits < 16 for row in rows(report.choices))
+        done = "fewer blocks, heads, channels or experts" + (f", {done}," if quantized else "")
+    text = f"`{name}` with {done} so that its peak of memory is **{peak}** ({how}{doing})"
     if report.budget_nbytes is not None:
         text += f", within a budget of {format_size(report.budget_nbytes)}"
     if report.original is not None:
@@ -143,6 +154,8 @@ def _plan(report: Report) -> str:
         f"| {row.where} | {_cell(row.what)} | {row.scheme} | {format_size(row.nbytes)} |"
         for row in rows(report.choices)
     ]
+    if narrowed := _narrowed(report):
+        lines += ["", narrowed_line(narrowed)]
     kv_bits = (report.plan or {}).get("kv_bits")
     if kv_bits is not None and kv_bits != 16:
         lines += ["", f"The KV cache is kept in {kv_bits} bits when memfit runs the model."]

@@ -102,6 +102,18 @@ def smoothed_line(norms: Iterable[str]) -> str:
     return "Smoothed: " + ", ".join(f"{what} ({ranges(n)})" if n else what for what, n in layers.items())
 
 
+def narrowed_line(narrowed: Mapping[str, Any]) -> str:
+    """`Blocks 3, 7-8 are gone. Of each that is left stay 1408 channels.`, of a plan's `narrowed`."""
+    gone, stay = narrowed.get("dropped") or [], []
+    for what in ("heads", "channels", "experts"):
+        if narrowed.get(what) is not None:
+            stay.append(f"{narrowed[what]} {what}")
+    lines = []
+    if gone:
+        lines.append(f"Block {gone[0]} is gone." if len(gone) == 1 else f"Blocks {ranges(gone)} are gone.")
+    return " ".join(lines + ([f"In each block {' and '.join(stay)} stay."] if stay else []))
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """`0-3, 7, 9-17`."""
     parts: list[list[int]] = []

@@ -10,7 +10,7 @@ from rich.text import Text
 from memfit.account.account import Account, Difference, compare
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
-from memfit.report.choices import rows, smoothed_line
+from memfit.report.choices import narrowed_line, rows, smoothed_line
 from memfit.report.report import Report
 from memfit.units import format_size
 
@@ -54,6 +54,8 @@ def render_plan(plan: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [title, table]
     if smoothed := plan.get("smoothed"):
         parts.append(Text(f"Activations of 8 bits. {smoothed_line(smoothed)}"))
+    if narrowed := plan.get("narrowed"):
+        parts.append(Text(narrowed_line(narrowed)))
     if predicted := plan.get("predicted"):
         account = Account.from_json(dict(predicted))
         parts += [Text(), render_account(account, top=0, budget_nbytes=plan.get("budget_nbytes"))]

@@ -66,7 +66,8 @@ def make_for(weight_NK: Tensor, form: Form, factor: Factor, *, rows: int | None 
 
 
 def _whole(weight: Tensor) -> Made:
-    return Made(form=Whole(), shape=(weight.shape[0], weight.shape[1]), parts={"weight_whole": weight.to(torch.bfloat16)})
+    shape = (weight.shape[0], weight.shape[1])
+    return Made(form=Whole(), shape=shape, parts={"weight_whole": weight.to(torch.bfloat16)})
 
 
 def weight_of(made: Quantized | Made) -> Tensor:
