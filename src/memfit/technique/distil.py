@@ -148,8 +148,10 @@ def distil_loss(logits_NV: Tensor, labels_N: Tensor, answers: Answers, distil: D
         kept = log_q.gather(1, ids)
         if ids.shape[1] < z.shape[1]:
             log_p = torch.cat([log_p, answers.rest_N.to(z.dtype).unsqueeze(1)], 1)
-            rest = log_q.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-            kept = torch.cat([kept, rest], 1)
+            # Step by step: what torch's logsumexp holds meanwhile, a dry run does not see.
+            left = log_q.scatter(1, ids, -torch.inf)
+            most = left.detach().amax(1, keepdim=True)
+            kept = torch.cat([kept, (left - most).exp().sum(1, keepdim=True).log() + most], 1)
         log_q = kept
     else:
         assert isinstance(answers, FromLogits)
