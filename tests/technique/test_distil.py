@@ -14,12 +14,11 @@ from memfit.technique.distil import (
     FromHead,
     FromLogits,
     attention_loss,
-    distil_loss,
     hidden_loss,
     matched_layers,
     top_of,
 )
-from memfit.technique.distil_loss import chunked_distil_loss
+from memfit.technique.distil_loss import chunked_distil_loss, distil_loss
 
 N, V, D, E = 300, 420, 12, 20
 CHUNKS = {"one chunk": 1 << 30, "tokens": 16 * V * 256, "entries": 16 * N * 100, "the fewest entries": 1}
@@ -124,7 +123,7 @@ def test_whole_logits_give_the_same():
         z = logits_of(*student, HEAD)
         answers = answers_of("logits", theirs, HEAD, distil)
         right = plain(z, logits_of(*theirs, HEAD), labels, distil, 0.02)
-        found = distil_loss(z, labels, answers, distil, scale=0.02)
+        found = distil_loss(z, labels, answers, distil, scale=0.02, chunk_nbytes=1 << 18)
         assert off(found, right) < 1e-10
         wanted, had = torch.autograd.grad(right, student, retain_graph=True), torch.autograd.grad(found, student)
         assert all(off(one, other) < 1e-10 for one, other in zip(had, wanted, strict=True))

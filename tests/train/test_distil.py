@@ -12,12 +12,10 @@ import memfit
 from memfit.account.dry_run import dry_run
 from memfit.account.meter import Meter
 from memfit.account.structure import stacked_blocks
-from memfit.errors import UsageError
 from memfit.models import load_to_train
 from memfit.source.source import source_from_config
 from memfit.technique.adapters import Adapters
-from memfit.technique.distil import Distil, attention_loss, hidden_loss, matched_layers, top_of
-from memfit.train.distil import IDS, LOG_PROBS, REST
+from memfit.technique.distil import Distil, attention_loss, hidden_loss, matched_layers
 from memfit.train.hyper import Hyper
 from memfit.train.recipe import Recipe
 from memfit.train.task import Train
@@ -84,7 +82,8 @@ def gradients_of(model, recipe, distil, batch, teacher):
     """What one step of plain descent moved the weights by."""
     recipe = replace(recipe, optimizer="sgd")
     before = [p.detach().clone() for p in model.parameters()]
-    task = Train(batch=6, sequence=24, recipe=recipe, hyper=Hyper(lr=1.0, weight_decay=0, momentum=0, clip=None), distil=distil)
+    hyper = Hyper(lr=1.0, weight_decay=0, momentum=0, clip=None)
+    task = Train(batch=6, sequence=24, recipe=recipe, hyper=hyper, distil=distil)
     step = memfit.train_step(model, task, teacher=teacher)
     loss = step(batch).loss
     step.close()
@@ -193,8 +192,8 @@ def test_what_a_distillation_takes_is_predicted(name, teachers):
     predicted, measured = both(hf.LlamaConfig(**WIDE), recipe, distil)
     check(predicted, measured)
     held = sum(entry.nbytes for entry in predicted.entries if entry.module.startswith("teacher"))
-    nbytes = 2 * sum(p.numel() for p in hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE | {"num_hidden_layers": 5})).parameters())
-    assert (held >= nbytes) == (distil.place == "memory")
+    weights = sum(p.numel() for p in hf.AutoModelForCausalLM.from_pretrained(teachers["llama"]).parameters())
+    assert (held >= 2 * weights) == (distil.place == "memory")
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])

@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from memfit.technique.chunk_loss import IGNORED, Head
+from memfit.technique.chunk_loss import Head
 
 Kl = Literal["forward", "reverse"]
 Place = Literal["auto", "memory", "disk"]
@@ -133,35 +132,6 @@ def top_of(logits_NV: Tensor, *, top: int, temperature: float) -> Top:
     tiny = torch.finfo(torch.float32).tiny
     rest.clamp_(min=tiny).log_().sub_(norm)
     return Top(ids_Nk=ids.to(torch.int32), log_probs_Nk=kept.sub_(norm), rest_N=rest.squeeze(1))
-
-
-def distil_loss(logits_NV: Tensor, labels_N: Tensor, answers: Answers, distil: Distil, *, scale: float) -> Tensor:
-    """The loss of logits that are there as a whole, in fp32 (fp64 for fp64)."""
-    z = logits_NV.float() if logits_NV.dtype in (torch.bfloat16, torch.float16) else logits_NV
-    loss = F.cross_entropy(z, labels_N, ignore_index=IGNORED, reduction="sum") * (distil.alpha * scale)
-    if distil.alpha == 1:
-        return loss
-    log_q = F.log_softmax(z / distil.temperature, dim=-1)
-    if isinstance(answers, Top):
-        ids = answers.ids_Nk.long()
-        log_p = answers.log_probs_Nk.to(z.dtype)
-        kept = log_q.gather(1, ids)
-        if ids.shape[1] < z.shape[1]:
-            log_p = torch.cat([log_p, answers.rest_N.to(z.dtype).unsqueeze(1)], 1)
-            # Step by step: what torch's logsumexp holds meanwhile, a dry run does not see.
-            left = log_q.scatter(1, ids, -torch.inf)
-            most = left.detach().amax(1, keepdim=True)
-            kept = torch.cat([kept, (left - most).exp().sum(1, keepdim=True).log() + most], 1)
-        log_q = kept
-    else:
-        assert isinstance(answers, FromLogits)
-        log_p = F.log_softmax(answers.logits_NV.to(z.dtype) / distil.temperature, dim=-1)
-    if distil.kl == "forward":
-        kl_N = (log_p.exp() * (log_p - log_q)).sum(-1)
-    else:
-        kl_N = (log_q.exp() * (log_q - log_p)).sum(-1)
-    counted = labels_N.ne(IGNORED)
-    return loss + torch.where(counted, kl_N, 0).sum() * ((1 - distil.alpha) * distil.temperature**2 * scale)
 
 
 # -- what lies between the layers ----------------------------------------------------------------------

@@ -35,7 +35,7 @@ from memfit.technique.chunk_loss import (
     _Wanted,
     _wide,
 )
-from memfit.technique.distil import Answers, Distil, FromHead, FromLogits, Top
+from memfit.technique.distil import Answers, Distil, FromLogits, Top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def chunked_distil_loss(
     head: Head | None = None,
     keep: Callable[[DistilCall], None] | None = None,
 ) -> Tensor:
-    """What `distil_loss` says of the head's logits, a number in fp32 (fp64 for fp64).
+    """What `distil_loss` says of a head's logits, a number in fp32 (fp64 for fp64).
 
     Args:
         hidden_ND: hidden states, in the weight's dtype.
@@ -154,6 +154,41 @@ class _ChunkedDistil(torch.autograd.Function):
         return (*(None if t is None else t.mul_(gradient.to(t.dtype)) for t in found), None, None)
 
 
+def distil_loss(
+    logits_NV: Tensor, labels_N: Tensor, answers: Answers, distil: Distil, *, scale: float, chunk_nbytes: int = 32 << 20
+) -> Tensor:
+    """The loss of logits that are there as a whole: masked language models, classifiers. Their gradient is made with
+    the loss, some tokens at a time."""
+    options = _Options(answers, distil, chunk_nbytes, scale, Head(), None, torch.is_grad_enabled())
+    return _OfLogits.apply(logits_NV, labels_N, options)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _OfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, options: _Options) -> Tensor:
+        wide, (tokens, entries) = _wide(logits.dtype), logits.shape
+        step = max(1, options.chunk_nbytes // (2 * entries * wide.itemsize))
+        call, part = _call(logits.detach(), labels, wide, options), slice(0, entries)
+        learns = options.learns and ctx.needs_input_grad[0]
+        ctx.found = torch.empty_like(logits) if learns else None
+        loss = torch.zeros((), dtype=wide, device=logits.device)
+        for start in blocks_to_run(range(0, tokens, step)):
+            rows = slice(start, min(start + step, tokens))
+            z = call.buffers.take("softmax", (rows.stop - start, entries), logits, wide).copy_(logits[rows])
+            chunk, sums = _Chunk(z, None, _theirs(call, z, rows, part)), _Sums(call, rows)
+            sums.add(chunk, part)
+            loss.add_(sums.finish(entries))
+            if learns:
+                ctx.found[rows].copy_(_slope(call, chunk, rows, part))
+            del z, chunk, sums
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        found, ctx.found = ctx.found, None
+        return None if found is None else found.mul_(gradient.to(found.dtype)), None, None
+
+
 def _call(x_ND: Tensor, labels_N: Tensor, wide: torch.dtype, options: _Options) -> DistilCall:
     """The call, its sums not known yet."""
     tokens, answers = labels_N.shape[0], options.answers
@@ -172,7 +207,7 @@ def _in_chunks(
     call: DistilCall, weight_VD: Tensor, bias_V: Tensor | None, wanted: _Wanted, *, step: int, size: int
 ) -> Tensor:
     """The loss, and the gradients that are wanted: `step` tokens and `size` entries at a time."""
-    x_ND, distil = call.hidden_ND, call.distil
+    x_ND = call.hidden_ND
     tokens, entries = x_ND.shape[0], weight_VD.shape[0]
     parts = [slice(start, min(start + size, entries)) for start in range(0, entries, size)]
     loss = torch.zeros((), dtype=call.weights_N1.dtype, device=x_ND.device)
@@ -183,11 +218,8 @@ def _in_chunks(
         for part in blocks_to_run(parts):
             chunk = _chunk(call, _rows(whole, weight_VD, part, x_ND.dtype), bias_V, rows, part)
             sums.add(chunk, part)
-        picked = sums.finish(entries)
-        own = call.logsumexp_N1[rows].sub(picked).mul_(distil.alpha)
-        own.add_(call.kl_N1[rows], alpha=(1 - distil.alpha) * distil.temperature**2)
-        loss.add_(own.mul_(call.weights_N1[rows]).sum())
-        del sums, picked, own
+        loss.add_(sums.finish(entries))
+        del sums
         for part in blocks_to_run(parts if wanted.any else []):
             weight = _rows(whole, weight_VD, part, x_ND.dtype)
             if len(parts) > 1:
@@ -240,15 +272,22 @@ class _Chunk:
 
 def _chunk(call: DistilCall, weight_vD: Tensor, bias_V: Tensor | None, rows: slice, part: slice) -> _Chunk:
     z, slope = _logits(call.hidden_ND[rows], weight_vD, _part(bias_V, part), call.head, call.buffers)
-    answers, theirs = call.answers, None
-    if isinstance(answers, FromHead):
+    return _Chunk(z, slope, _theirs(call, z, rows, part))
+
+
+def _theirs(call: DistilCall, z: Tensor, rows: slice, part: slice) -> Tensor | None:
+    """The teacher's logits of the same tokens and entries, in a buffer and the same dtype; None of kept answers."""
+    answers = call.answers
+    if isinstance(answers, Top):
+        return None
+    if isinstance(answers, FromLogits):
+        theirs = answers.logits_NV[rows, part]
+    else:
         weight, bias = answers.weight_VE[part], _part(answers.bias_V, part)
         theirs = _logits(answers.hidden_NE[rows], weight, bias, answers.head, call.theirs)[0]
-    elif isinstance(answers, FromLogits):
-        theirs = answers.logits_NV[rows, part]
-    if theirs is not None and (theirs.dtype != z.dtype or isinstance(answers, FromLogits)):
-        theirs = call.theirs.take("wide", (z.shape[0], z.shape[1]), z, z.dtype).copy_(theirs)
-    return _Chunk(z, slope, theirs)
+        if theirs.dtype == z.dtype:
+            return theirs
+    return call.theirs.take("wide", (z.shape[0], z.shape[1]), z, z.dtype).copy_(theirs)
 
 
 class _Sums:
@@ -307,7 +346,7 @@ class _Sums:
         e.scatter_add_(1, target, e.gather(1, target).mul_(here).neg_())
 
     def finish(self, entries: int) -> Tensor:
-        """Write the sums of these tokens down; returns the logit of each label [c, 1]."""
+        """Write the sums of these tokens down; their part of the loss."""
         call, rows, t = self.call, self.rows, self.call.distil.temperature
         top = self.top / t
         kl = call.kl_N1[rows]
@@ -326,7 +365,9 @@ class _Sums:
             own.copy_(tempered if t == 1 else self.plain.log_().add_(self.top))
         else:
             call.logsumexp_N1[rows].zero_()
-        return self.picked
+        loss = call.logsumexp_N1[rows].sub(self.picked).mul_(call.distil.alpha)
+        loss.add_(kl, alpha=(1 - call.distil.alpha) * t * t)
+        return loss.mul_(call.weights_N1[rows]).sum()
 
     def _finish_kept(self, top: Tensor, entries: int) -> None:
         call, rows, t, kept = self.call, self.rows, self.call.distil.temperature, self.kept

@@ -9,7 +9,7 @@ Legend: B batch, T time, N = B · T tokens (or B rows of a classifier), V vocabu
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -30,11 +30,10 @@ from memfit.technique.distil import (
     FromLogits,
     Top,
     attention_loss,
-    distil_loss,
     hidden_loss,
     matched_layers,
 )
-from memfit.technique.distil_loss import chunked_distil_loss
+from memfit.technique.distil_loss import chunked_distil_loss, distil_loss
 
 from .objective import (
     Batch,
@@ -139,10 +138,9 @@ class Distilled:
             return self.own.forward(model, batch)
 
     def loss(self, model: nn.Module, out: Tensor, batch: Batch, *, scale: float, keep: KeepCall | None) -> Tensor:
-        answers, asked, seen = _answers_with(batch), self._asked, self._seen
+        asked, seen = self._asked, self._seen
         self._asked = self._seen = None  # nothing outlives its micro-batch
-        if asked is not None:
-            answers = asked.answers
+        answers: Answers | None = _answers_with(batch) if asked is None else asked.answers
         if answers is None:
             raise UsageError(
                 f"the batch has no tensor {IDS!r}: the teacher's answers come with each batch. Give them, or let the "
@@ -266,7 +264,7 @@ def _entries(model: nn.Module, out: Tensor, chunked: bool) -> int:
 def _check_entries(answers: Answers, entries: int, distil: Distil) -> None:
     if isinstance(answers, Top):
         return
-    theirs = (answers.weight_VE.shape[0] if isinstance(answers, FromHead) else answers.logits_NV.shape[1])
+    theirs = answers.weight_VE.shape[0] if isinstance(answers, FromHead) else answers.logits_NV.shape[1]
     if theirs != entries:
         raise UsageError(
             f"the teacher {distil.teacher} tells {theirs} entries apart, and the student {entries}: they must be the "
@@ -337,16 +335,17 @@ def _look_for_attention(block: nn.Module, seen: Seen, stack: ExitStack) -> None:
 @contextmanager
 def _with_weights(model: nn.Module) -> Iterator[None]:
     """Inside, attention is computed where its weights can be seen; not by a kernel that has none."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(model, "set_attn_implementation"):
+    switch: Any = getattr(model, "set_attn_implementation", None)
+    if switch is None:
         yield
         return
+    config: Any = model.config
     before = config._attn_implementation
-    model.set_attn_implementation("eager")
+    switch("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        switch(before)
 
 
 @contextmanager
@@ -354,7 +353,7 @@ def _like_earlier(model: nn.Module) -> Iterator[None]:
     """Inside, a dry run tells a block of the teacher from an equal one before it."""
 
     def told(name: str, block: nn.Module) -> Any:
-        plain = block.forward
+        plain: Any = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return repeated(
@@ -363,16 +362,14 @@ def _like_earlier(model: nn.Module) -> Iterator[None]:
 
         return forward
 
-    blocks = list(stacked_blocks(model))
-    for name, block in blocks:
+    blocks = [(name, block, vars(block).get("forward")) for name, block in stacked_blocks(model)]
+    for name, block, _ in blocks:
         block.forward = told(name, block)
     try:
         yield
     finally:
-        for _, block in blocks:
-            vars(block).pop("forward", None)
-
-
-def in_memory(distil: Distil) -> Distil:
-    """The same with its teacher in memory, where that was left to be chosen."""
-    return replace(distil, place="memory") if distil.place == "auto" else distil
+        for _, block, before in blocks:
+            if before is None:
+                del block.forward
+            else:
+                block.forward = before

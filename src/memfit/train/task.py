@@ -66,6 +66,11 @@ class Train:
         )  # fmt: skip
 
     @property
+    def keeps_blocks(self) -> bool:
+        """Whether no block may be run again: attention that is matched must be there in the backward pass."""
+        return self.distil is not None and "attention" in self.distil.match
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the weights are loaded in."""
         return self.recipe.dtype
