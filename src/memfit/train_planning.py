@@ -173,12 +173,12 @@ def _refusal(
         raise UsageError(f"no way to train takes at most {slowdown} times as long as plain training. Allow more.")
     # Of every tier the most frugal way; the whole of the smallest, as a user will ask for just that.
     recipe = min(frugal, key=tracer.peak)
-    account = tracer.whole(recipe)
-    least, how = account.peak_nbytes, describe(recipe, len(tracer.shape.blocks))
+    least, how = (account := tracer.whole(recipe)).peak_nbytes, describe(recipe, len(tracer.shape.blocks))
     worst = max(account.phases, key=lambda phase: phase.peak_nbytes)
     levers = {}
     for what, other in _smaller(tracer.task).items():
-        levers[what] = max(0, least - _Tracer(tracer.make, other, tracer.device, tracer.shape).whole(recipe).peak_nbytes)
+        there = _Tracer(tracer.make, other, tracer.device, tracer.shape)
+        levers[what] = max(0, least - there.whole(recipe).peak_nbytes)
     helps = "".join(f" {what} frees {format_size(nbytes)}." for what, nbytes in levers.items() if nbytes)
     if not adapters:
         helps += " Adapters (without --full) take less."

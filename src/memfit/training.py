@@ -168,6 +168,8 @@ def train(
     for note in batches.notes:
         progress(note)
     if task.distil is not None:
+        if loss is not None:
+            raise UsageError("a loss of one's own has no logits to distil into. Leave out the loss, or the teacher.")
         student = Student(
             name=subject.name, kind=subject.kind, tokenizer=subject.tokenizer, vocabulary=subject.vocabulary,
             classes=subject.classes, source=subject.source,

@@ -150,7 +150,10 @@ def test_cross_entropy_alone_is_that_of_plain_training():
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), top=st.integers(1, 30), t=st.floats(0.3, 5), kl=st.sampled_from(["forward", "reverse"]))
+@given(
+    seed=st.integers(0, 2**31), top=st.integers(1, 30), t=st.floats(0.3, 5),
+    kl=st.sampled_from(["forward", "reverse"]),
+)  # fmt: skip
 def test_the_likeliest_alone_never_say_more_than_all(seed, top, t, kl):
     generator = torch.Generator().manual_seed(seed)
     z, z_t = (4 * torch.randn(5, 30, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -36,9 +36,10 @@ class Distil:
 
     teacher: str
     """A directory, a `.gguf` file or a hub id, of the same tokenizer."""
-    alpha: float = 0.5
-    """Share of the cross-entropy with the text's own tokens; 1: the teacher says nothing."""
-    temperature: float = 2.0
+    alpha: float = 0.0
+    """Share of the cross-entropy with the text's own tokens; 1: the teacher says nothing. On a text that the teacher
+    was not trained on, cross-entropy leads away from the teacher (`bench/distil.py`)."""
+    temperature: float = 1.0
     kl: Kl = "forward"
     """`forward`: the student covers all that the teacher holds likely; `reverse`: it keeps to what is likeliest."""
     match: tuple[str, ...] = ()

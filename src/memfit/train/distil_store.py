@@ -273,7 +273,7 @@ class Kept:
             shape = (count,) if name == "rest" else (count, top)
             file = directory / name
             if not file.exists() or file.stat().st_size != math.prod(shape) * dtype.itemsize:
-                raise BrokenInput(f"{file}: is missing or cut short. Remove {directory}, and the teacher is asked anew.")
+                raise BrokenInput(f"{file}: is missing or cut short. Remove {directory}; the teacher is asked anew.")
             self._arrays[name] = np.memmap(file, dtype=dtype, mode="r", shape=shape)
 
     def of(self, rows: np.ndarray, width: int) -> dict[str, Tensor]:
