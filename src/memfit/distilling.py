@@ -181,9 +181,12 @@ def _told(plan: TrainPlan, kind: Kind, device: str) -> TrainPlan:
 
 
 def asking_within(
-    distil: Distil, kind: Kind, sequence: int, budget_nbytes: int, *, device: str = "cpu"
+    distil: Distil, kind: Kind, sequence: int, budget_nbytes: int, *, masked: bool = True, device: str = "cpu"
 ) -> tuple[Asking, Account]:
     """The pass that asks the teacher, of as many rows at once as fit, and its account.
+
+    Args:
+        masked: whether rows are of different lengths, which takes more.
 
     Raises:
         DoesNotFit: the teacher alone does not fit.
@@ -193,9 +196,7 @@ def asking_within(
     top = entries if kind == "classifier" else top_for(distil, entries)
     account: Account | None = None
     for rows in _AT_ONCE:
-        asking = Asking(
-            rows=rows, sequence=sequence, top=top, temperature=distil.temperature, masked=kind == "classifier"
-        )
+        asking = Asking(rows=rows, sequence=sequence, top=top, temperature=distil.temperature, masked=masked)
         account = dry_run(lambda: load_model(source), asking, device=device)
         if account.peak_nbytes <= budget_nbytes:
             return asking, account
@@ -228,7 +229,9 @@ def ask_beforehand(
     distil = plan.task.distil
     assert distil is not None
     rows = Rows.of(batches)
-    asking, account = asking_within(distil, rows.kind, plan.task.sequence, plan.budget_nbytes, device=plan.device)
+    asking, account = asking_within(
+        distil, rows.kind, plan.task.sequence, plan.budget_nbytes, masked=not rows.packed, device=plan.device
+    )
     about = _about(distil, asking, rows)
     if not directory.exists():
         progress(f"asking the teacher of {len(rows)} rows, {asking.rows} at once")

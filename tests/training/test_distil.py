@@ -148,7 +148,7 @@ def test_a_large_teacher_is_asked_beforehand(make_llama):
     assert plan.peak_nbytes <= tight
     assert plan.changes == (CHANGE,)
     with pytest.raises(DoesNotFit, match="needed at the least to ask the teacher") as told:
-        asking_within(Distil(teacher=large), "causal", 32, tight // 2)
+        asking_within(Distil(teacher=large), "causal", 32, tight // 2, masked=False)
     assert told.value.smallest_nbytes == asking.peak_nbytes
 
 
@@ -407,3 +407,11 @@ def test_the_command_passes_on_what_was_said(model, teacher, text, monkeypatch, 
     )
     plan = ["--plan", str(text)]
     assert "--teacher beside --plan: the plan has its own" in command("--teacher", str(teacher), *plan)
+
+
+def test_the_trainers_batches_have_no_teacher(model, teacher):
+    plan = TrainPlan(
+        model="m", task=replace(TASK, distil=Distil(teacher=str(teacher))), budget_nbytes=1 << 30, predicted={}
+    )
+    with pytest.raises(UsageError, match="the plan has a teacher"):
+        plan.callback().on_train_begin(SimpleNamespace(gradient_accumulation_steps=1), None, None)

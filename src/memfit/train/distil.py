@@ -84,7 +84,7 @@ class Teacher:
             match: what is looked at between the blocks.
         """
         model, device = self.model, batch["input_ids"].device
-        objective = objective_of(model, chunks=ChunkLoss() if chunks else None)
+        objective = _asked_as(model, chunks=chunks)
         # A block that is looked into is not told from an equal one.
         alike = _like_earlier(model) if "attention" not in match else ExitStack()
         with (
@@ -132,6 +132,7 @@ class Distilled:
         return self.own.count(batch)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        self._asked = self._seen = None  # of a pass that was left by an error
         if self.teaching.teacher is not None:
             self._asked = self.teaching.teacher.ask(batch, chunks=self._chunked, match=self.distil.match)
         with looking(model, self.distil.match) as self._seen:
@@ -247,6 +248,15 @@ def top_for(distil: Distil, entries: int) -> int:
             f"{distil.top} of the teacher's answers are to be kept, and it has {entries}. Keep {entries} at the most."
         )
     return min(USUAL_TOP, entries) if distil.top is None else distil.top
+
+
+def _asked_as(model: nn.Module, *, chunks: bool) -> Objective:
+    """How a teacher's outputs are got; one whose head is packed makes its logits itself."""
+    get = getattr(model, "get_output_embeddings", None)
+    if output_head(model) is None and callable(get) and get() is not None:
+        config: Any = model.config
+        return LanguageModel(encodes=bool(config.is_encoder_decoder))
+    return objective_of(model, chunks=ChunkLoss() if chunks else None)
 
 
 def _answers_with(batch: Batch) -> Top | None:
