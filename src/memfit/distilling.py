@@ -241,6 +241,7 @@ def ask_beforehand(
         job = {
             "do": "teach", "teacher": distil.teacher, "rows": str(file), "directory": str(directory), "about": about,
             "at_once": asking.rows, "top": asking.top, "temperature": asking.temperature, "device": plan.device,
+            "threads": torch.get_num_threads(),
         }  # fmt: skip
         run_job(job, enforce_nbytes=plan.budget_nbytes if enforce else None, kernels=account.kernels)
         file.unlink()

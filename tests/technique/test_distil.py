@@ -20,8 +20,8 @@ from memfit.technique.distil import (
 )
 from memfit.technique.distil_loss import chunked_distil_loss, distil_loss
 
-N, V, D, E = 300, 420, 12, 20
-CHUNKS = {"one chunk": 1 << 30, "tokens": 16 * V * 256, "entries": 16 * N * 100, "the fewest entries": 1}
+N, V, D, E = 300, 210, 12, 20
+CHUNKS = {"one chunk": 1 << 30, "tokens": 16 * V * 256, "entries": 16 * N * 80, "the fewest entries": 1}
 HEAD = Head(softcap=5.0, multiplier=0.7)
 
 
