@@ -16,8 +16,8 @@ MOST_LINES = 450
 TEXTS = {".py", ".md", ".toml", ".html", ".txt", ".json", ".cfg", ".sh", ""}
 
 PUBLIC = (
-    "Account", "Adapters", "Allowed", "BrokenInput", "DoesNotFit", "Entry", "Hyper", "Infer", "Interrupted",
-    "LossNotFinite", "MemfitError", "Narrow",
+    "Account", "Adapters", "Allowed", "BrokenInput", "Distil", "DoesNotFit", "Entry", "Hyper", "Infer",
+    "Interrupted", "LossNotFinite", "MemfitError", "Narrow",
     "Options", "OverBudget", "Phase", "Plan", "QualityMissed", "Recipe", "Report", "Text",
     "Train", "TrainPlan", "TrainStep", "UsageError",
     "account", "compare", "evaluate", "fit", "load", "measure", "plain_training", "plan",

@@ -29,6 +29,7 @@ from memfit.plan.plan import Plan
 from memfit.report.report import Report
 from memfit.task.infer import Infer
 from memfit.technique.adapters import Adapters
+from memfit.technique.distil import Distil
 from memfit.technique.narrow import Narrow
 from memfit.train.hyper import Hyper
 from memfit.train.plan import TrainPlan
@@ -43,6 +44,7 @@ __all__ = [
     "Adapters",
     "Allowed",
     "BrokenInput",
+    "Distil",
     "DoesNotFit",
     "Entry",
     "Hyper",

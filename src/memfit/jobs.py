@@ -364,6 +364,25 @@ def _kernel_nbytes(job: dict[str, Any]) -> dict[str, Any]:
     return {"nbytes": max(0, resident_nbytes()["now"] - before) // shapes}
 
 
+def _teach(job: dict[str, Any]) -> dict[str, Any]:
+    """Ask a teacher of every row, and leave its answers on the disk."""
+    from memfit.account.meter import reset_resident_peak, resident_nbytes
+    from memfit.source.load import load
+    from memfit.source.source import open_source
+    from memfit.train.distil import Teacher
+    from memfit.train.distil_store import Rows, record
+
+    _prepare(job)
+    rows = Rows.load(Path(job["rows"]))
+    reset_resident_peak()
+    with limited(job.get("enforce_nbytes"), runtime_nbytes=job.get("runtime_nbytes", RUNTIME_NBYTES)):
+        record(
+            Teacher(load(open_source(job["teacher"]), device=job["device"])), rows, Path(job["directory"]),
+            about=job["about"], at_once=job["at_once"], top=job["top"], temperature=job["temperature"],
+        )  # fmt: skip
+    return {"resident": resident_nbytes()}
+
+
 def _windows(job: dict[str, Any]) -> Any:
     import torch
 
@@ -383,6 +402,7 @@ JOBS = {
     "onnx_proof": _onnx_proof,
     "idle": _idle,
     "prove": _prove,
+    "teach": _teach,
     "kernel_nbytes": _kernel_nbytes,
 }
 """What a job's `do` may be."""

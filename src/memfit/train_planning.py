@@ -20,12 +20,14 @@ from memfit.account.dry_run import trace
 from memfit.account.replay import Products
 from memfit.account.settle import settle
 from memfit.account.structure import stacked_blocks
+from memfit.distilling import plan_with_teacher
 from memfit.errors import DoesNotFit, UsageError
 from memfit.models import load_to_train
 from memfit.planning import account_of
 from memfit.source.check import check
 from memfit.source.source import Source, open_source
 from memfit.technique.adapters import Adapters
+from memfit.train.classifier import kind_of
 from memfit.train.ladder import Rung
 from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe, describe
@@ -93,16 +95,16 @@ def plan_to_train(
     check(source)
     stored = stored_dtype(source)
 
-    def make(recipe: Recipe) -> nn.Module:
-        return load_to_train(source, recipe)
-
+    make: Make = lambda recipe: load_to_train(source, recipe)  # noqa: E731
     whole = None
     if isinstance(budget, str) and budget.strip().endswith("%"):
         plain = task.with_recipe(plain_recipe(stored, task))
         whole = account_of(source, plain, device=device, dtype=plain.dtype).peak_nbytes
-    return plan_training(
-        make, source.name, task, parse_size(budget, whole_nbytes=whole), stored=stored, full=full,
-        adapters=adapters, slowdown=slowdown, device=device, progress=progress,
+    return plan_with_teacher(
+        lambda task: plan_training(
+            make, source.name, task, parse_size(budget, whole_nbytes=whole), stored=stored, full=full,
+            adapters=adapters, slowdown=slowdown, device=device, progress=progress,
+        ), task, kind_of(source), device=device,
     )  # fmt: skip
 
 
@@ -169,14 +171,12 @@ def _refusal(
 ) -> DoesNotFit:
     if not frugal:
         raise UsageError(f"no way to train takes at most {slowdown} times as long as plain training. Allow more.")
-    task = tracer.task
     # Of every tier the most frugal way; the whole of the smallest, as a user will ask for just that.
     recipe = min(frugal, key=tracer.peak)
-    account = tracer.whole(recipe)
-    least, how = account.peak_nbytes, describe(recipe, len(tracer.shape.blocks))
+    least, how = (account := tracer.whole(recipe)).peak_nbytes, describe(recipe, len(tracer.shape.blocks))
     worst = max(account.phases, key=lambda phase: phase.peak_nbytes)
     levers = {}
-    for what, other in _smaller(task).items():
+    for what, other in _smaller(tracer.task).items():
         there = _Tracer(tracer.make, other, tracer.device, tracer.shape)
         levers[what] = max(0, least - there.whole(recipe).peak_nbytes)
     helps = "".join(f" {what} frees {format_size(nbytes)}." for what, nbytes in levers.items() if nbytes)
@@ -266,7 +266,7 @@ def _ways(
     chunk = 32 << 20 if shape.chunks else None
     splits = [1 << n for n in range(task.batch.bit_length()) if 1 << n <= task.batch]
     rows = (False, True) if shape.tables and whole and tier.settings["optimizer"] in ("adamw", "sgd") else (False,)
-    recomputes: tuple[tuple[str, ...], ...] = ((), shape.blocks) if shape.blocks else ((),)
+    recomputes: tuple[tuple[str, ...], ...] = ((), shape.blocks) if shape.blocks and not task.keeps_blocks else ((),)
     places: tuple[Literal["memory", "disk"], ...] = ("memory", "disk")
     options = itertools.product(
         recomputes, splits, rows, (False, True) if whole else (False,), places, places, places
@@ -368,7 +368,7 @@ def _rungs(recipe: Recipe, account: Account, tracer: "_Tracer") -> tuple[Rung, .
     blocks, batch = tracer.shape.blocks, tracer.task.batch
     end = account.phase("step").end_nbytes
     found = [Rung(recipe=recipe, peak_nbytes=account.peak_nbytes, extra_nbytes=account.peak_nbytes - end)]
-    if blocks:
+    if blocks and not tracer.task.keeps_blocks:
         parts = max(recipe.slices, -(-batch // (recipe.micro_batch or batch)))
         whole = replace(recipe, recompute=blocks, micro_batch=None, gradients="weights")
         tried = [replace(whole, slices=min(batch, 2 * parts)), replace(whole, slices=batch)]

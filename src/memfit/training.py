@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from memfit.account.dry_run import dry_run
 from memfit.account.meter import reset_resident_peak, resident_nbytes
+from memfit.account.watch import Unwatched
 from memfit.data.batches import Batches, Kind, batches_of
 from memfit.data.read import RawData, read_data, split_rows, with_classes_of
+from memfit.distilling import Student, ask_beforehand, check_teacher, plan_with_teacher
 from memfit.errors import MemfitError, UsageError
 from memfit.format.directory import OutputDirectory
 from memfit.limits import limited, runtime_nbytes_of
@@ -30,12 +32,14 @@ from memfit.source.check import check
 from memfit.source.live import fake_copy
 from memfit.source.source import Source, open_source
 from memfit.technique.checkpoint import is_out_of_memory
+from memfit.technique.distil import Distil
 from memfit.train.away import sending
 from memfit.train.certify import certify
 from memfit.train.checkpoints import Checkpoints
-from memfit.train.classifier import is_classifier, load_classifier
+from memfit.train.classifier import is_classifier, kind_of, load_classifier
+from memfit.train.distil import load_teaching
 from memfit.train.judge import classification_of, judge_on
-from memfit.train.loop import Loop, Observer, Settings
+from memfit.train.loop import Data, Loop, Observer, Settings
 from memfit.train.output import write_model
 from memfit.train.plan import TrainPlan, read_train_plan
 from memfit.train.recipe import Recipe
@@ -93,6 +97,7 @@ def train(
     out: str | Path | None = None,
     *,
     task: Train | None = None,
+    distil: Distil | None = None,
     options: Options | None = None,
     given: TrainPlan | str | Path | None = None,
     full: bool = True,
@@ -115,7 +120,8 @@ def train(
         budget: bytes at the peak of a step, of evaluation and of saving; a share is of what plain training takes.
         out: the directory to write; default: `NAME-trained`, here.
         task: batch, sequence, hyperparameters; of its recipe the optimizer.
-        given: a plan made before, or its file: its task, budget and recipe.
+        distil: a teacher to learn from beside the data, and how.
+        given: a plan made before, or its file: its task, budget and recipe; its teacher, if it has one.
         full, adapters, slowdown: see `plan_to_train`.
         resume: go on from the last checkpoint of `out`, if there is one.
         enforce: under a hard limit of the budget: more memory is refused by the system.
@@ -134,6 +140,9 @@ def train(
         raise UsageError("no CUDA device is here: `plan` works without one, `train` needs it. Use --device cpu.")
     Schedule(steps=1, kind=options.schedule)  # a name that is not known is told before anything is made
     task = task or Train()
+    task = task if distil is None else replace(task, distil=distil)
+    if given is not None and distil is not None:
+        raise UsageError("a plan says itself whether there is a teacher: leave out the teacher, or plan with it.")
     if isinstance(given, str | Path):
         given = read_train_plan(given)
     if given is not None:
@@ -158,6 +167,14 @@ def train(
     judged = subject.batches(held, task, options.seed, shuffle=False)
     for note in batches.notes:
         progress(note)
+    if task.distil is not None:
+        if loss is not None:
+            raise UsageError("a loss of one's own has no logits to distil into. Leave out the loss, or the teacher.")
+        student = Student(
+            name=subject.name, kind=subject.kind, tokenizer=subject.tokenizer, vocabulary=subject.vocabulary,
+            classes=subject.classes, source=subject.source,
+        )  # fmt: skip
+        check_teacher(task.distil, student, raw.rows[0].text)
     output = OutputDirectory(target, overwrite=overwrite or resume)
     _make_way(run, resume=resume, overwrite=overwrite)
     plan = given
@@ -168,17 +185,23 @@ def train(
         if isinstance(budget, str) and budget.strip().endswith("%"):
             plain = task.with_recipe(plain_recipe(stored, task))
             whole = dry_run(lambda: subject.make(plain.recipe), plain, device=device).peak_nbytes
-        plan = plan_training(
-            subject.make, subject.name, task, parse_size(budget, whole_nbytes=whole), stored=stored, full=full,
-            adapters=adapters, slowdown=slowdown, device=device, progress=progress,
+        allowed_nbytes = parse_size(budget, whole_nbytes=whole)
+        plan = plan_with_teacher(
+            lambda task: plan_training(
+                subject.make, subject.name, task, allowed_nbytes, stored=stored, full=full, adapters=adapters,
+                slowdown=slowdown, device=device, progress=progress,
+            ), task, subject.kind, device=device,
         )  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     (run / "plan.json").write_text(plan.dumps(), encoding="utf-8")
     steps = options.steps or max(1, round(options.epochs * len(batches)))
+    learned: Data = batches
+    if plan.task.distil is not None and plan.task.distil.asks and plan.task.distil.place == "disk":
+        learned = ask_beforehand(plan, batches, run / "answers", enforce=enforce, progress=progress)
     certificate = None
     if options.certify:
         progress(f"{options.certify} steps of plain training, to compare with")
-        certificate = certify(subject.real, plan, batches, options.certify, loss=loss)
+        certificate = certify(subject.real, plan, learned, options.certify, loss=loss)
     progress(f"training {steps} steps")
     reset_resident_peak()
     outside = resident_nbytes()["now"]
@@ -189,12 +212,14 @@ def train(
             if device != "cpu":
                 trained.to(device)
             make_trainable(trained, plan.recipe)
+            teaching = load_teaching(plan.task.distil, Unwatched(), device=device)
             step = TrainStep(
-                trained, plan.recipe, hyper=plan.task.hyper, loss=loss, directory=str(run), seed=options.seed
-            )
+                trained, plan.recipe, hyper=plan.task.hyper, loss=loss, directory=str(run), seed=options.seed,
+                teaching=teaching,
+            )  # fmt: skip
         log = LogFile(run / "log.jsonl")
         loop = Loop(
-            step, batches, _settings(options, steps, plan), ladder=plan.ladder,
+            step, learned, _settings(options, steps, plan), ladder=plan.ladder,
             checkpoints=Checkpoints(run / "checkpoints"), evaluate=judge_on(judged, _MOST_EVALUATED),
             observers=(log, *observers), outside_nbytes=outside, stop=stop,
         )  # fmt: skip
@@ -265,7 +290,7 @@ class Subject:
 
         text: Any = source.config.get_text_config()
         return cls(
-            name=source.name, kind=_kind_of(source), make=make, real=make, stored=stored_dtype(source),
+            name=source.name, kind=kind_of(source), make=make, real=make, stored=stored_dtype(source),
             tokenizer=tokenizer or source.tokenizer(), vocabulary=int(text.vocab_size), context=_context(source.config),
             source=source, classes=int(source.config.num_labels) if is_classifier(source) else None,
         )  # fmt: skip
@@ -329,18 +354,6 @@ class Subject:
             raw, self.tokenizer, kind=self.kind, sequence=task.sequence, batch=task.batch, seed=seed,
             vocabulary=self.vocabulary, context=self.context, num_labels=self.classes, shuffle=shuffle,
         )  # fmt: skip
-
-
-def _kind_of(source: Source) -> Kind:
-    from memfit.source.skeleton import model_class
-
-    name = model_class(source.config).__name__
-    if name.endswith("ForMaskedLM"):
-        return "masked"
-    if getattr(source.config, "is_encoder_decoder", False):
-        return "seq2seq"
-    # A body alone has no loss of its own: it can become a classifier.
-    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) else "classifier"
 
 
 def _context(config: Any) -> int | None:

@@ -34,9 +34,10 @@ from .app import (
 _ALONE = "MEMFIT_ALONE"
 """Set in the process that trains."""
 _IN_THE_PLAN = (
-    "budget", "batch", "sequence", "lr", "weight_decay", "clip", "optimizer", "full", "adapters", "slowdown",
+    "budget", "batch", "sequence", "lr", "weight_decay", "clip", "optimizer", "full", "adapters", "slowdown", "teacher",
 )  # fmt: skip
 """What a plan says itself."""
+_OF_A_TEACHER = ("alpha", "temperature", "kl", "match", "match_weight", "teacher_top", "teacher_in")
 
 
 def training_task(batch: int, sequence: int, optimizer: str = "adamw", **settings: Any) -> Any:
@@ -47,6 +48,24 @@ def training_task(batch: int, sequence: int, optimizer: str = "adamw", **setting
     return memfit.Train(
         batch=batch, sequence=sequence, recipe=memfit.Recipe(optimizer=optimizer), hyper=memfit.Hyper(**given)
     )
+
+
+def distillation(context: typer.Context, teacher: str | None) -> Any:
+    """A teacher and how to learn from it, of what was said on the command line; None without one."""
+    from memfit.technique.distil import Distil
+
+    given = {name: context.params[name] for name in _OF_A_TEACHER}
+    if teacher is None:
+        for name in _OF_A_TEACHER:
+            if said(context, name):
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} says how to learn from a teacher: name one with --teacher.")
+        return None
+    match = tuple(part.strip() for part in (given["match"] or "").split(",") if part.strip())
+    return Distil(
+        teacher=teacher, alpha=given["alpha"], temperature=given["temperature"], kl=given["kl"], match=match,
+        match_weight=given["match_weight"], top=given["teacher_top"], place=given["teacher_in"],
+    )  # fmt: skip
 
 
 def show_training_plan(plan: Any, *, as_json: bool) -> None:
@@ -88,6 +107,23 @@ def train(
     clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: any.", min=0.0)] = 1.0,
     schedule: Annotated[str, typer.Option(help="cosine, linear, constant.")] = "cosine",
     warmup: Annotated[int | None, typer.Option(help="Steps. Default: a twentieth of the run.", min=0)] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Distil: learn what this model of the same tokenizer answers.", show_default=False),
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Share of the text's own tokens in the loss, beside the teacher.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of both distributions; their divergence counts T² times.")] = 1.0,
+    kl: Annotated[str, typer.Option(help="forward: of the student from the teacher; or reverse.")] = "forward",
+    match: Annotated[
+        str | None, typer.Option(help="hidden, attention, or both: match what is between the layers.")
+    ] = None,
+    match_weight: Annotated[float, typer.Option(help="Of each of these in the loss.")] = 1.0,
+    teacher_top: Annotated[
+        int | None, typer.Option(help="Tokens told apart where answers wait on the disk.  [default: 64]")
+    ] = None,
+    teacher_in: Annotated[
+        str, typer.Option(help="memory; disk: asked beforehand; auto: as the budget allows.")
+    ] = "auto",
     optimizer: Optimizer = "adamw",
     full: FullOnly = False,
     adapters: AdaptersOnly = False,
@@ -121,6 +157,7 @@ def train(
     refuse_both(full, adapters)
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
+    distil = distillation(context, teacher)
     if resume:
         _refuse_other_settings(context, out or Path(f"{Path(model).name.removesuffix('.gguf')}-trained"))
     _in_a_process_of_its_own()
@@ -142,8 +179,8 @@ def train(
     task = replace(task, hyper=replace(task.hyper, clip=clip or None))
     report = run(
         model, data, budget, out,
-        task=task, given=plan_file, full=not adapters, adapters=not full, slowdown=slowdown, resume=resume,
-        overwrite=overwrite, enforce=enforce, device=device.value, observers=tuple(observers),
+        task=task, distil=distil, given=plan_file, full=not adapters, adapters=not full, slowdown=slowdown,
+        resume=resume, overwrite=overwrite, enforce=enforce, device=device.value, observers=tuple(observers),
         progress=progress_to(quiet),
         options=Options(
             epochs=epochs, steps=steps, schedule=schedule, warmup=warmup, seed=seed,  # type: ignore[arg-type]
@@ -170,6 +207,13 @@ def _refuse_other_settings(context: typer.Context, out: Path) -> None:
         "batch": task.batch, "sequence": task.sequence, "optimizer": task.recipe.optimizer, "lr": task.hyper.lr,
         "weight_decay": task.hyper.weight_decay, "clip": task.hyper.clip or 0.0,
     }  # fmt: skip
+    if (distil := task.distil) is not None:
+        known |= {
+            "teacher": distil.teacher, "alpha": distil.alpha, "temperature": distil.temperature, "kl": distil.kl,
+            "match": ",".join(distil.match) or None, "match_weight": distil.match_weight, "teacher_top": distil.top,
+        }  # fmt: skip
+    elif said(context, "teacher"):
+        raise UsageError("--teacher with --resume: the run was begun without one. Begin anew with --overwrite.")
     for name, before in known.items():
         now = context.params[name]
         if said(context, name) and now != before:

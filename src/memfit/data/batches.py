@@ -107,7 +107,7 @@ class Batches:
         """
         if not 0 <= index < self.count:
             raise IndexError(f"batch {index} of {self.count}")
-        order = self._ordered(epoch)[index * self.size : (index + 1) * self.size]
+        order = self.rows_in(epoch, index)
         ids = [self.rows.ids(number) for number in order]
         longest = max(map(len, ids))
         if not self.rows.packed:
@@ -125,6 +125,10 @@ class Batches:
                 "sequence. Take the rows out, or allow longer sequences."
             )
         return made
+
+    def rows_in(self, epoch: int, index: int) -> np.ndarray:
+        """The numbers of the rows of batch `index` of `epoch`."""
+        return self._ordered(epoch)[index * self.size : (index + 1) * self.size]
 
     def _ordered(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

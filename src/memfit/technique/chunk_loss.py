@@ -76,6 +76,10 @@ class HeadCall:
     head: Head
     buffers: Buffers = field(default_factory=Buffers)
 
+    def rows_of_gradient(self, weight_VD: Tensor, bias_V: Tensor | None, start: int, stop: int) -> Tensor:
+        """See the function of that name."""
+        return rows_of_gradient(self, weight_VD, bias_V, start, stop)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkLoss:

@@ -49,6 +49,8 @@ class PlanCallback(TrainerCallback):  # type: ignore[misc]
                 f"the plan keeps weights on the {self.plan.recipe.weights}, and the Trainer would save what is in "
                 "their place. Train with `memfit.train` or a loop of your own, or plan with a larger budget."
             )
+        if self.plan.task.distil is not None:
+            raise UsageError("the plan has a teacher, of which the Trainer's batches know nothing. Use `memfit.train`.")
         model: nn.Module = given["model"]
         self._optimizer = given.get("optimizer")
         make_trainable(model, self.plan.recipe)

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from memfit.account.watch import Unwatched
+
+from .distil import load_teaching
 from .loop import Data, draw_from
 from .plan import TrainPlan
 from .recipe import Recipe
@@ -63,14 +66,15 @@ def _losses(
     draw_from(seed, 0)
     model = make(recipe)
     make_trainable(model, recipe)
-    step = TrainStep(model, recipe, hyper=plan.task.hyper, loss=loss, seed=seed)
+    teaching = load_teaching(plan.task.distil, Unwatched())
+    step = TrainStep(model, recipe, hyper=plan.task.hyper, loss=loss, seed=seed, teaching=teaching)
     found = []
     for number in range(steps):
         draw_from(seed, number)
         epoch, index = divmod(number, len(data))
         found.append(step(data.batch(epoch, index)).loss)
     step.close()
-    del step, model
+    del step, model, teaching
     gc.collect()
     return found
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from memfit.data.batches import Kind
 from memfit.errors import UsageError
 from memfit.source.load import Read, load
 from memfit.source.skeleton import build_skeleton, locate, model_class
@@ -17,6 +18,17 @@ from memfit.source.source import Source
 def is_classifier(source: Source) -> bool:
     """Whether the model has a head for classes."""
     return model_class(source.config).__name__.endswith("ForSequenceClassification")
+
+
+def kind_of(source: Source) -> Kind:
+    """How the model of a source is trained."""
+    name = model_class(source.config).__name__
+    if name.endswith("ForMaskedLM"):
+        return "masked"
+    if getattr(source.config, "is_encoder_decoder", False):
+        return "seq2seq"
+    # A body alone has no loss of its own: it can become a classifier.
+    return "causal" if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) else "classifier"
 
 
 def load_classifier(

@@ -341,8 +341,9 @@ class Loop:
 
     def _identity(self) -> dict[str, Any]:
         """What decides what is learned, the length of the run aside."""
-        recipe = self.step.recipe
-        return {
+        recipe, teaching = self.step.recipe, self.step.teaching
+        distil = {} if teaching is None else {"teacher": teaching.distil.to_json()}
+        return distil | {
             "seed": self.settings.seed, "data": self.data.fingerprint, "settings": self.step.hyper.to_json(),
             "precision": recipe.precision, "optimizer": recipe.optimizer, "state_bits": recipe.state_bits,
         }  # fmt: skip

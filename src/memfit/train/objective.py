@@ -20,9 +20,10 @@ from memfit.errors import UsageError
 from memfit.packed.fake import is_fake
 from memfit.task.infer import vocabulary
 from memfit.technique.chunk_loss import IGNORED, ChunkLoss, Head, HeadCall
+from memfit.technique.distil_loss import DistilCall
 
 Batch = Mapping[str, Tensor]
-KeepCall = Callable[[HeadCall], None]
+KeepCall = Callable[[HeadCall | DistilCall], None]
 
 
 class Objective(Protocol):
@@ -86,14 +87,21 @@ class LanguageModel:
             given["decoder_input_ids"] = _moved_right(batch["labels"], model.config)
         return model(**given, **_without_cache(model)).logits  # type: ignore[no-any-return]
 
-    def loss(self, model: nn.Module, out: Tensor, batch: Batch, *, scale: float, keep: KeepCall | None) -> Tensor:
+    def targets(self, batch: Batch) -> Tensor:
+        """What each position is to answer: [B · T]."""
         labels = batch["labels"]
         if self.shift:
             # The last position has no next token: its label is ignored, and nothing has to be cut off the output.
             moved = torch.full_like(labels, IGNORED)
             moved[:, :-1].copy_(labels[:, 1:])
             labels = moved
-        labels = labels.reshape(-1)
+        return labels.reshape(-1)
+
+    def loss(self, model: nn.Module, out: Tensor, batch: Batch, *, scale: float, keep: KeepCall | None) -> Tensor:
+        return self.loss_of(model, out, self.targets(batch), scale=scale, keep=keep)
+
+    def loss_of(self, model: nn.Module, out: Tensor, labels: Tensor, *, scale: float, keep: KeepCall | None) -> Tensor:
+        """scale · Σ cross-entropy with `targets` [B · T]."""
         if self.chunks is None:
             return cross_entropy(out.reshape(-1, out.shape[-1]), labels, scale=scale)
         head = output_head(model)
@@ -139,8 +147,16 @@ class Classifier:
             return out
         return out.logits if hasattr(out, "logits") else out[0]  # type: ignore[no-any-return]
 
+    def targets(self, batch: Batch) -> Tensor:
+        """Each row's class: [B]."""
+        return batch["labels"]
+
     def loss(self, model: nn.Module, out: Tensor, batch: Batch, *, scale: float, keep: KeepCall | None) -> Tensor:
-        return cross_entropy(out, batch["labels"], scale=scale)
+        return self.loss_of(model, out, self.targets(batch), scale=scale, keep=keep)
+
+    def loss_of(self, model: nn.Module, out: Tensor, labels: Tensor, *, scale: float, keep: KeepCall | None) -> Tensor:
+        """scale · Σ cross-entropy with `targets` [B]."""
+        return cross_entropy(out, labels, scale=scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,13 @@ from memfit.account.watch import Unwatched, Watch
 from memfit.errors import MemfitError, UsageError
 from memfit.packed.fake import is_fake, repeated
 from memfit.technique.checkpoint import Checkpoint, Segment
-from memfit.technique.chunk_loss import ChunkLoss, HeadCall, rows_of_gradient
+from memfit.technique.chunk_loss import ChunkLoss, HeadCall
+from memfit.technique.distil_loss import DistilCall
 from memfit.technique.precision import LossScale, Precision
 from memfit.technique.row_gradients import rows_on
 
 from .away import bring_back, changed, here, sending
+from .distil import Teaching, distilled
 from .gradients import Accumulated, clip_coefficient, trained
 from .hyper import Hyper
 from .micro_batch import holds_fakes, micro_batches, once
@@ -62,6 +64,7 @@ class TrainStep:
         watch: is told the phases.
         directory: where states go that wait on the disk; default: a temporary one.
         seed: of stochastic rounding and random projections.
+        teaching: a teacher to learn from beside the labels.
     """
 
     def __init__(
@@ -74,14 +77,15 @@ class TrainStep:
         watch: Watch | None = None,
         directory: str | None = None,
         seed: int = 0,
+        teaching: Teaching | None = None,
     ) -> None:
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.teaching = model, recipe, teaching
         self.hyper = hyper or Hyper()
         self.watch: Watch = watch or Unwatched()
         self.precision = Precision(kind=recipe.precision)
         self.precision.apply(model)
         model.train()
-        self._loss = loss
+        self._loss, self._directory = loss, directory
         self.scaler = LossScale() if recipe.precision == "fp16" else None
         self.steps = 0
         """Steps done."""
@@ -95,7 +99,6 @@ class TrainStep:
         self._uses: dict[int, int] = {}
         self._expected: dict[int, int] = {}
         self._stack, self._closed = ExitStack(), False
-        self._directory = directory
         self._set_up(recipe)
 
     def _set_up(self, recipe: Recipe) -> None:
@@ -103,6 +106,7 @@ class TrainStep:
         self.recipe = recipe
         chunks = None if recipe.chunk_nbytes is None else ChunkLoss(chunk_nbytes=recipe.chunk_nbytes)
         self.objective: Objective = objective_of(self.model, chunks=chunks, loss=self._loss)
+        self.learned = distilled(self.objective, self.teaching, recomputed=bool(recipe.recompute))
         self._tables = find_tables(self.model, self.objective) if recipe.rows else {}
         self.gradients = Accumulated(recipe.gradients, self._tables)
         self.segments: list[Segment] = self._stack.enter_context(
@@ -306,9 +310,9 @@ class TrainStep:
         """Forward and backward over one micro-batch; its part of the loss. No backward pass where that is no number."""
         found = 0.0
         with self.watch.phase("forward"), self._forward_mode():
-            out = self.objective.forward(self.model, part)
+            out = self.learned.forward(self.model, part)
         with self.watch.phase("loss"), self.precision.on(out.device):
-            loss = self.objective.loss(self.model, out, part, scale=scale, keep=self._keep if self._keeps else None)
+            loss = self.learned.loss(self.model, out, part, scale=scale, keep=self._keep if self._keeps else None)
             del out
             if not is_fake(loss):
                 found = float(loss.detach())
@@ -434,13 +438,13 @@ class TrainStep:
         given = lambda: (parameter, self._held(name, parameter))  # noqa: E731
         self._hold(name, parameter, repeated(key, None, name.rpartition(".")[0], given, run))
 
-    def _keep(self, call: HeadCall) -> None:
+    def _keep(self, call: HeadCall | DistilCall) -> None:
         """What is left of a head's call goes to the gradient of its table."""
         head = output_head(self.model)
         assert head is not None
         bias = head.bias
 
         def make(table: Tensor, start: int, stop: int) -> Tensor:
-            return rows_of_gradient(call, table, bias, start, stop)
+            return call.rows_of_gradient(table, bias, start, stop)
 
         self._tables[id(head.weight)].add_head(call.hidden_ND.shape[0], make)

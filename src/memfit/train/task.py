@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from memfit.account.account import Kind
 from memfit.account.dry_run import hold_model
-from memfit.account.watch import Watch
+from memfit.account.watch import Unwatched, Watch
 from memfit.errors import UsageError
 from memfit.packed.scheme import Scheme
 from memfit.task.infer import vocabulary
+from memfit.technique.distil import Distil
 from memfit.technique.quantize import quantize
 
+from .distil import Teacher, Teaching, load_teaching, made_up_answers
 from .gradients import trained
 from .hyper import Hyper
 from .objective import Classifier, LanguageModel
@@ -39,6 +41,8 @@ class Train:
     sequence: int = 512
     recipe: Recipe = field(default_factory=Recipe)
     hyper: Hyper = field(default_factory=Hyper)
+    distil: Distil | None = None
+    """A teacher to learn from beside the text."""
     learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -47,17 +51,24 @@ class Train:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        found = {
             "task": "train", "batch": self.batch, "sequence": self.sequence,
             "recipe": self.recipe.to_json(), "hyper": self.hyper.to_json(),
         }  # fmt: skip
+        return found if self.distil is None else found | {"distil": self.distil.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Train":
         return cls(
             batch=data["batch"], sequence=data["sequence"],
             recipe=Recipe.from_json(data["recipe"]), hyper=Hyper.from_json(data["hyper"]),
+            distil=None if data.get("distil") is None else Distil.from_json(data["distil"]),
         )  # fmt: skip
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether no block may be run again: attention that is matched must be there in the backward pass."""
+        return self.distil is not None and "attention" in self.distil.match
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,9 +83,10 @@ class Train:
         with watch.phase("load"):
             make_trainable(model, self.recipe)
             told = _Steps(watch)
-            step = TrainStep(model, self.recipe, hyper=self.hyper, watch=told)
+            teaching = load_teaching(self.distil, watch, device=next(model.parameters()).device)
+            step = TrainStep(model, self.recipe, hyper=self.hyper, watch=told, teaching=teaching)
             hold_model(model, watch)
-            batch = made_up_batch(model, step.objective, self.batch, self.sequence)
+            batch = made_up_batch(model, step, self.batch, self.sequence)
         try:
             told.prefix = "first "
             step(batch)
@@ -102,8 +114,9 @@ class SteadyStep:
         """Make the states as a first step would, and run one step."""
         with watch.phase("load"):
             make_trainable(model, self.task.recipe)
-            step = TrainStep(model, self.task.recipe, hyper=self.task.hyper, watch=watch)
-            batch = made_up_batch(model, step.objective, self.task.batch, self.task.sequence)
+            teaching = load_teaching(self.task.distil, watch, device=next(model.parameters()).device)
+            step = TrainStep(model, self.task.recipe, hyper=self.task.hyper, watch=watch, teaching=teaching)
+            batch = made_up_batch(model, step, self.task.batch, self.task.sequence)
         try:
             for name, parameter in trained(model):
                 step.mover.make(name, parameter)
@@ -134,8 +147,9 @@ def _rounded(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | N
     return found.q, found.scale, found.zero
 
 
-def made_up_batch(model: nn.Module, objective: Any, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Random token ids [B, T] and labels, as `objective` wants them."""
+def made_up_batch(model: nn.Module, step: TrainStep, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Random token ids [B, T] and labels, as the step's objective wants them, and answers if a teacher gave them."""
+    objective = step.objective
     config = getattr(model, "config", None)
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if isinstance(most, int) and tokens > most and not getattr(config, "is_encoder_decoder", False):
@@ -147,13 +161,14 @@ def made_up_batch(model: nn.Module, objective: Any, rows: int, tokens: int) -> d
     device = next(model.parameters()).device
     ids = torch.randint(0, vocabulary(model), (rows, tokens), generator=generator).to(device)
     if isinstance(objective, LanguageModel):
-        return {"input_ids": ids, "labels": ids.clone()}
+        return made_up_answers({"input_ids": ids, "labels": ids.clone()}, objective, step.teaching, vocabulary(model))
     if isinstance(objective, Classifier):
         classes = getattr(config, "num_labels", 2)
         labels = torch.randint(0, classes, (rows,), generator=generator).to(device)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # rows are of different lengths: a mask without a gap would be dropped by some models
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return made_up_answers(batch, objective, step.teaching, classes)
     return {"input_ids": ids}
 
 
@@ -193,6 +208,7 @@ def train_step(
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
     directory: str | None = None,
     seed: int = 0,
+    teacher: nn.Module | None = None,
 ) -> TrainStep:
     """What trains `model` as planned, in a loop of one's own: `step(batch)` is one step, and tells its loss.
 
@@ -203,6 +219,7 @@ def train_step(
         loss: `loss(model, batch)` -> mean over the batch's rows; default: by the model's class.
         directory: where states go that the plan puts on the disk.
         seed: of stochastic rounding.
+        teacher: of a task with `distil`; default: loaded, unless its answers come with each batch.
 
     Where the plan keeps weights on the disk, the blocks' parameters have no values of their own between steps;
     `step.close()` gives them back.
@@ -211,7 +228,15 @@ def train_step(
     label a row of a classifier.
     """
     task = plan if isinstance(plan, Train) else plan.task
+    if teacher is not None and task.distil is None:
+        raise UsageError("a teacher was given, and the task says nothing of one: Train(distil=Distil(...)).")
     make_trainable(model, task.recipe)
-    step = TrainStep(model, task.recipe, hyper=task.hyper, loss=loss, directory=directory, seed=seed)
+    if teacher is not None and task.distil is not None:
+        teaching: Teaching | None = Teaching(distil=task.distil, teacher=Teacher(teacher))
+    else:
+        teaching = load_teaching(task.distil, Unwatched(), device=next(model.parameters()).device)
+    step = TrainStep(
+        model, task.recipe, hyper=task.hyper, loss=loss, directory=directory, seed=seed, teaching=teaching
+    )
     step.most = (task.batch, task.sequence)
     return step
