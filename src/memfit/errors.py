@@ -72,11 +72,16 @@ class Interrupted(MemfitError):
     exit_code = 75
 
 
-def disk_full(error: OSError, place: object) -> MemfitError | None:
-    """What to tell where a write failed for want of room: of the disk, a quota, or a limit on files; else None."""
+def disk_full(error: OSError, place: object, *, kept: bool = False) -> MemfitError | None:
+    """What to tell where a write failed for want of room: of the disk, a quota, or a limit on files; else None.
+
+    `kept`: what is done stays beside the output, and the same command goes on.
+    """
     if error.errno not in _FULL:
         return None
-    return MemfitError(
-        f"{place}: the disk is full ({error.strerror}). The output is as it was before, and nothing half-written is "
-        "left. Free some space or write to another disk."
+    then = (
+        "what is done is kept beside it. Free some space and run the same command again"
+        if kept
+        else "nothing half-written is left. Free some space or write to another disk"
     )
+    return MemfitError(f"{place}: the disk is full ({error.strerror}). The output is as it was before, and {then}.")

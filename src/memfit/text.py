@@ -26,12 +26,14 @@ class Text:
     calibration_windows: int = 16
     evaluation_windows: int | None = None
     """None: up to 16, fewer where the vocabulary is so large that their logits would not fit 2 GiB."""
+    name: str = "the text"
+    """For messages: the file that it was read from."""
 
     @classmethod
     def from_file(cls, file: str | Path, **options: Any) -> "Text":
         text = read_text(file)
         half = text.find("\n", len(text) // 2) + 1 or len(text) // 2
-        return cls(calibration=text[:half], evaluation=text[half:], **options)
+        return cls(calibration=text[:half], evaluation=text[half:], name=str(file), **options)
 
     @classmethod
     def of_demo(cls, **options: Any) -> "Text":
@@ -61,8 +63,8 @@ def write_windows(source: Source, text: Text, work: Path) -> None:
     affordable = max(1, _LOGITS_NBYTES // (2 * (vocabulary or 1) * text.length))
     evaluated = text.evaluation_windows or min(16, affordable)
     cut = {
-        "calibration": _windows(tokenizer, "calibrate", text.calibration, text.length, text.calibration_windows),
-        "evaluation": _windows(tokenizer, "evaluate", text.evaluation, text.length, evaluated),
+        "calibration": _windows(tokenizer, text, "calibrate", text.calibration, text.calibration_windows),
+        "evaluation": _windows(tokenizer, text, "evaluate", text.evaluation, evaluated),
     }
     largest = max(int(windows_WT.max()) for windows_WT in cut.values())
     if vocabulary is not None and largest >= vocabulary:
@@ -74,18 +76,20 @@ def write_windows(source: Source, text: Text, work: Path) -> None:
     torch.save(cut, work / "windows.pt")
 
 
-def _windows(tokenizer: Any, use: str, text: str, length: int, most: int) -> torch.Tensor:
-    """As many windows as the text has, up to `most`."""
+def _windows(tokenizer: Any, text: Text, use: str, words: str, most: int) -> torch.Tensor:
+    """As many windows as a part of the text has, up to `most`."""
     try:
-        found = windows(tokenizer, text, length=length)[:most].clone()
+        found = windows(tokenizer, words, length=text.length)[:most].clone()
     except UsageError as error:
-        raise UsageError(f"The part of the text to {use} on, half of a file, is too short: {error}") from error
+        raise UsageError(
+            f"{text.name}: the part to {use} on, half of a file, is too short: {error} --window sets the length."
+        ) from error
     before, after = (len(tokens) for tokens in special_tokens(tokenizer))
-    body = found[:, before : length - after]
+    body = found[:, before : text.length - after]
     if bool((body == body[0, 0]).all()):
         token = tokenizer.decode(body[0, :1])
         raise UsageError(
-            f"The part of the text to {use} on is one token, {token!r}, {body.numel()} times over: it says nothing of "
+            f"{text.name}: the part to {use} on is one token, {token!r}, {body.numel()} times over: it says nothing of "
             "what the model does with others. Give a text such as the model is used on."
         )
     return found

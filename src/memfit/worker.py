@@ -150,12 +150,12 @@ def _answer_to(job: dict[str, Any]) -> dict[str, Any]:
             raise
         answer = {"error": "OverBudget", "message": f"the job needed more than the enforced {limit} bytes: {error}"}
     except OSError as error:
-        clear = disk_full(error, error.filename or job.get("output") or job.get("target") or job.get("work", ""))
+        fits = job["do"] in ("calibrate", "choose", "compress")
+        place = error.filename or job.get("output") or job.get("target") or job.get("work", "")
+        clear = disk_full(error, place, kept=fits)
         if clear is None:
             raise
-        fits = job["do"] in ("calibrate", "choose", "compress")
-        kept = " What is done is kept beside it: run the same command again." if fits else ""
-        answer = {"error": "Interrupted" if fits else "MemfitError", "message": f"{clear}{kept}"}
+        answer = {"error": "Interrupted" if fits else "MemfitError", "message": str(clear)}
     return answer
 
 

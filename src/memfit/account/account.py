@@ -171,11 +171,19 @@ def compare(predicted: Account, measured: Account) -> tuple[Difference, ...]:
     return tuple(lines)
 
 
+def _named(entries: Iterable[Entry]) -> dict[tuple[str, str, str], int]:
+    found: dict[tuple[str, str, str], int] = {}
+    for entry in entries:
+        if entry.kind in ("parameter", "buffer", "kv_cache"):
+            key = (entry.kind, entry.module, entry.dtype)
+            found[key] = found.get(key, 0) + entry.nbytes
+    return found
+
+
 def _entries_side_by_side(predicted: Iterable[Entry], measured: Iterable[Entry]) -> list[Difference]:
-    """Entries that both sides can name: parameters, buffers and caches, by module and dtype."""
-    key_of = {"parameter", "buffer", "kv_cache"}
-    left = {(e.kind, e.module, e.dtype): e.nbytes for e in predicted if e.kind in key_of}
-    right = {(e.kind, e.module, e.dtype): e.nbytes for e in measured if e.kind in key_of}
+    """What both sides can name: parameters, buffers and caches, by module and dtype; several of one name as their sum,
+    as a cache that has grown and the one that it was made of."""
+    left, right = _named(predicted), _named(measured)
     return [
         Difference(
             what="entry " + " ".join(part for part in key if part),

@@ -90,7 +90,11 @@ class Routing(StrEnum):
 
 Model = Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub id.", show_default=False)]
 Budget = Annotated[
-    str, typer.Option("--budget", "-b", help="Bytes allowed at the peak of the task: 400MiB, 0.5GB, 50%.")
+    str,
+    typer.Option(
+        "--budget", "-b",
+        help="Bytes allowed at the peak of the task: 400MiB, 0.5GB, or a share of the original's peak, 50%.",
+    ),
 ]
 Batch = Annotated[int, typer.Option(help="Texts at once.", min=1)]
 Prompt = Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)]
@@ -108,8 +112,8 @@ ValuesOption = Annotated[
     str,
     typer.Option(
         "--values",
-        help="What codes may stand for: int, nf4, fp8 (E4M3), mxfp4, codebook (levels learned for a tensor). What has "
-        "nf4 or codebooks is written for memfit alone.",
+        help="What a weight's bits may stand for, one or several: int, nf4 (4 bits), fp8 (E4M3, 8 bits), mxfp4 (4), "
+        "codebook (levels learned for each tensor, at --bits). nf4 and codebooks are written for memfit alone.",
     ),
 ]
 Allow = Annotated[
@@ -130,7 +134,7 @@ Asymmetric = Annotated[
 ]
 Activations = Annotated[
     int,
-    typer.Option(help="8: linear layers of 8 bits are multiplied in integers, activations rounded token by token."),
+    typer.Option(help="16; or 8: linear layers of 8 bits are multiplied in integers, inputs rounded token by token."),
 ]
 Smooth = Annotated[
     bool,
@@ -274,3 +278,11 @@ def plan_json(made: Any) -> dict[str, Any]:
     data = {key: value for key, value in made.to_json().items() if key not in ("predicted", "predicted_fit")}
     fits = predicted["peak_nbytes"] <= made.budget_nbytes
     return predicted | data | {"fits": fits}
+
+
+def with_default_budget(context: typer.Context, error: DoesNotFit) -> DoesNotFit:
+    """The refusal, which says what the budget was where none was asked for."""
+    if said(context, "budget"):
+        return error
+    told = f"{error} The budget is the default here: give --budget, a size or a share of the original's peak."
+    return DoesNotFit(told, smallest_nbytes=error.smallest_nbytes, levers=error.levers)

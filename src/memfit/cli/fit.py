@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memfit.errors import OverBudget, QualityMissed, UsageError
+from memfit.errors import DoesNotFit, OverBudget, QualityMissed, UsageError
 
 from .app import (
     Activations,
@@ -38,6 +38,7 @@ from .app import (
     refuse_beside_a_plan,
     said,
     show,
+    with_default_budget,
 )
 from .choosing import (
     ALGORITHMS,
@@ -118,8 +119,8 @@ def fit(
         str,
         typer.Option(
             "--format",
-            help="compressed-tensors; onnx: for ONNX Runtime; or a file for llama.cpp: gguf:q4_k_m and its other "
-            "mixtures.",
+            help="compressed-tensors: a directory for transformers and vLLM; onnx: one for ONNX Runtime; or a file for "
+            "llama.cpp in one of its mixtures: gguf:q8_0, q6_k, q5_k_m, q4_k_m, q4_0, q3_k_m, q2_k and others.",
         ),
     ] = COMPRESSED_TENSORS,
     window: Annotated[int, typer.Option(help="Tokens of a window of the text.", min=8)] = 256,
@@ -200,7 +201,10 @@ def fit(
         "progress": progress_to(quiet),
     }  # fmt: skip
     if dry_run:
-        made = memfit.plan(source, budget, **asked)
+        try:
+            made = memfit.plan(source, budget, **asked)
+        except DoesNotFit as error:
+            raise with_default_budget(context, error) from error
         if as_json:
             print_json(plan_json(made))
         else:
@@ -220,6 +224,8 @@ def fit(
             out = out or default_output(open_source(source))
             report = memfit.fit(source, budget, out, **how)
             told = report.to_json()
+    except DoesNotFit as error:
+        raise with_default_budget(context, error) from error
     except (OverBudget, QualityMissed) as error:
         if isinstance(error.report, memfit.Report) and not as_json:
             show(render_report(error.report))
