@@ -231,7 +231,7 @@ def test_a_disk_that_fills_is_told_and_nothing_called_done(call, model, planned,
     answer = json.loads(next(line for line in said.splitlines() if "{" in line).partition(":")[2])
     assert answer["error"] == "Interrupted"
     assert f"the disk is full ({os.strerror(errno.ENOSPC)}). The output is as it was before" in answer["message"]
-    assert answer["message"].endswith("What is done is kept beside it: run the same command again.")
+    assert answer["message"].endswith("what is done is kept beside it. Free some space and run the same command again.")
     assert all(path.suffix == ".part" for path in integers.iterdir()), "no block is called done"
 
 
