@@ -89,7 +89,7 @@ def test_blocks_go_one_by_one_by_what_is_measured_of_those_of_least_influence():
         ({"blocks": "50%"}, {"blocks": 1}),
         ({"heads": "50%"}, {"heads": 2, "kv_heads": 1}),
         ({"heads": 2}, {"heads": 2, "kv_heads": 1}),
-        ({"channels": "70%"}, {"channels": 32}),
+        ({"channels": "70%"}, {"channels": 34}),
         ({"channels": 33}, {"channels": 33}),
         ({"dropped": (1,)}, {"blocks": 1}),
         ({"channels": "100%"}, {}),
@@ -120,6 +120,11 @@ def test_shares_come_to_numbers_that_work(narrow, counts):
 def test_what_cannot_be_is_told_with_what_can(narrow, told):
     with pytest.raises(UsageError, match=told):
         Narrow(**narrow).counts(hf.LlamaConfig(**DECODER))
+
+
+@pytest.mark.parametrize(("whole", "stay"), [(2048, 1408), (640, 448), (256, 176), (14336, 9984)])
+def test_shares_of_channels_are_such_as_groups_take(whole, stay):
+    assert Narrow(channels="70%").counts(hf.LlamaConfig(**DECODER | {"intermediate_size": whole})).channels == stay
 
 
 def test_as_many_experts_stay_as_a_token_takes():

@@ -25,9 +25,10 @@ from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source.cuts import Counts, counts_of, narrower_config
 from memfit.source.narrowed import Kept
 
-_EVEN: Final = 128
-"""A share of the channels is brought to a multiple of this, as groups and kernels ask for, where the whole is one."""
-_EVEN_IN_SMALL: Final = 16
+_EVEN: Final = (128, 64, 32, 16)
+"""A share of the channels is brought to a multiple of the first of these, as groups and kernels ask for, of which the
+whole has `_STEPS` or more: a share is then met within 3 %."""
+_STEPS: Final = 16
 _CANDIDATES: Final = 4
 """Blocks of least influence that are measured before one of them is dropped."""
 _SIZES: Final = ("blocks", "heads", "channels", "experts")
@@ -230,7 +231,7 @@ def _heads_that_work(config: PretrainedConfig, whole: Counts) -> Sequence[int]:
 
 def _even(channels: int) -> Sequence[int]:
     """Numbers of channels that a share may come to."""
-    for step in (_EVEN, _EVEN_IN_SMALL):
-        if channels % step == 0 and channels > step:
+    for step in _EVEN:
+        if channels % step == 0 and channels // step >= _STEPS:
             return range(step, channels + 1, step)
     return range(1, channels + 1)
