@@ -49,14 +49,19 @@ def shared_by_rows(form: Form, rows: Iterable[Tensor], importance_K: Tensor | No
     return learned(form, rows, importance_K) if isinstance(form, Scheme) else None
 
 
-def make_for(weight_NK: Tensor, form: Form, factor: Factor, *, rows: int | None = None) -> Quantized | Made:
-    """A weight as `form` stores it, for inputs whose second moments were factored: errors are made up for."""
+def make_for(
+    weight_NK: Tensor, form: Form, factor: Factor, *, rows: int | None = None, rows_N: Tensor | None = None
+) -> Quantized | Made:
+    """A weight as `form` stores it, for inputs whose second moments were factored: errors are made up for.
+
+    rows: that are rounded at once. rows_N: what errors of each output count, for factors; None: all alike.
+    """
     if isinstance(form, Sparse):
         return sparsegpt(weight_NK, factor, form)
     if isinstance(form, LowRank):
-        return factorize(weight_NK, form, factor=factor)
+        return factorize(weight_NK, form, factor=factor, rows_N=rows_N)
     if isinstance(form, Shared):  # the rest of the weight, which its owner has, is taken off already
-        rest = factorize(weight_NK, LowRank(rank=form.rank), factor=factor).parts if form.rank else {}
+        rest = factorize(weight_NK, LowRank(rank=form.rank), factor=factor, rows_N=rows_N).parts if form.rank else {}
         return Made(form=form, shape=(weight_NK.shape[0], weight_NK.shape[1]), parts=rest)
     if isinstance(form, Whole):
         return _whole(weight_NK)
