@@ -38,7 +38,7 @@ class Distil:
     """A directory, a `.gguf` file or a hub id, of the same tokenizer."""
     alpha: float = 0.0
     """Share of the cross-entropy with the text's own tokens; 1: the teacher says nothing. On a text that the teacher
-    was not trained on, cross-entropy leads away from the teacher (`bench/distil.py`)."""
+    was not trained on, cross-entropy leads away from the teacher."""
     temperature: float = 1.0
     kl: Kl = "forward"
     """`forward`: the student covers all that the teacher holds likely; `reverse`: it keeps to what is likeliest."""
