@@ -195,6 +195,7 @@ def fit(
     given: Plan | None = None,
     uniform: bool = False,
     narrow: Narrow | None = None,
+    beside: str | Path | None = None,
     algorithm: Algorithm | None = None,
     enforce: bool = False,
     overwrite: bool = False,
@@ -215,6 +216,7 @@ def fit(
         uniform: no search: everything in the first scheme of `allowed` that can hold it.
         narrow: how much of the model stays: it is made narrower first, by what a text says is missed least, and what is
             left is fitted. Judged beside the whole model.
+        beside: the model that the fitted one is judged beside, and that shares of a budget are of; default: `model`.
         algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
             loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text;
             `tuned`: and each block then learns on it, in some five times the time.
@@ -253,7 +255,7 @@ def fit(
     texts, narrow, whole = text_of(text, source), narrow_as_asked(narrow, given), source
     require_text(narrow, source, texts)
     with _threads(threads):
-        original = account_of(source, task)
+        original = account_of(source if beside is None else open_source(beside), task)
         source = announced(source, narrow)
         nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
         study = Study(source, task, allowed or allowed_by(given))
@@ -268,9 +270,11 @@ def fit(
         how = f"GPTQ chooses integers for a text (--algorithm {algorithm})"
         raise UsageError(f"{how}, and there is none. Give one (--text FILE).")
     key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure], "narrow": narrow and asdict(narrow)}
+    key |= {} if beside is None else {"beside": str(beside)}
     work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work, Process() as process:
         job = calibration_job(study, texts, work.path, reference=measure, threads=threads)
+        job |= {} if beside is None else {"beside": str(beside)}
         cap = None
         if ram_nbytes is None:
             job = asked_plainly(job, study, given, algorithm, uniform=uniform)

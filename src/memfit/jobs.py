@@ -199,7 +199,7 @@ def _reference(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.models import load_model, loader_for
 
     _prepare(job)
-    model = load_model(loader_for(job["model"]), dtype=torch.bfloat16)
+    model = load_model(loader_for(job.get("beside") or job["model"]), dtype=torch.bfloat16)
     text = _windows(job)
     if text is not None:
         record_logits(model, text["evaluation"], Path(job["work"]) / "logits")

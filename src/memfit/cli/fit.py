@@ -106,6 +106,18 @@ def fit(
         str | None,
         typer.Option(help="Of --technique low-rank and share: a number, or a share of the bytes.", show_default=False),
     ] = None,
+    distil: Annotated[
+        str | None,
+        typer.Option(
+            help="Data as of `memfit train`: a narrower model learns on it what the whole one answers, before it is "
+            "fitted.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of --distil, 8 x 256 tokens each.", min=1)] = 500,
+    training_budget: Annotated[
+        str, typer.Option(help="Of --distil: bytes at the peak of learning; a share is of what plain training takes.")
+    ] = "100%",
     algorithm: Annotated[
         Rounding | None,
         typer.Option(
@@ -154,6 +166,7 @@ def fit(
     from memfit import demo
     from memfit.export_onnx import export_onnx, require_widths
     from memfit.plan.plan import read_plan
+    from memfit.regain import fit_and_distil
     from memfit.report.terminal import onnx_lines, render_plan, render_report
     from memfit.source.source import open_source
     from memfit.steps import default_output
@@ -174,6 +187,11 @@ def fit(
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
         given = read_plan(plan_file)
+    for name in ("steps", "training_budget"):
+        if distil is None and said(context, name):
+            raise UsageError(f"--{name.replace('_', '-')} says how a narrower model learns: add --distil FILE.")
+    if distil is not None and (form != COMPRESSED_TENSORS or dry_run):
+        raise UsageError("--distil goes with a directory that is written: leave out --format and --dry-run.")
     narrow = narrow_by(blocks, heads, channels, experts)
     plain = narrows_alone(context, technique, narrow)
     uniform = plain or technique not in (None, Technique.narrow)
@@ -222,7 +240,12 @@ def fit(
             lines = [f"{name}  {value}" for name, value in onnx_lines(told["onnx"])]
         else:
             out = out or default_output(open_source(source))
-            report = memfit.fit(source, budget, out, **how)
+            if distil is None:
+                report = memfit.fit(source, budget, out, **how)
+            else:
+                report = fit_and_distil(
+                    source, budget, out, distil=distil, steps=steps, training_budget=training_budget, **how
+                )
             told = report.to_json()
     except DoesNotFit as error:
         raise with_default_budget(context, error) from error
