@@ -180,6 +180,7 @@ def test_rows_by_blocks_are_rows_at_once(form: Sparse, monkeypatch: pytest.Monke
     monkeypatch.setattr(room, "WORKSPACE_NBYTES", 20 * 96 * 17)
     parts = sparsegpt(w, hessian, form)
     assert torch.equal(dense(whole), dense(parts))
+    assert torch.equal(dense(whole), dense(sparsegpt(w, hessian, form, rows=20)))
 
 
 @CASES
