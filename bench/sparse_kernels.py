@@ -1,6 +1,6 @@
 """How fast products with pruned weights run against bf16: one row (decode), 16 and 512 rows (prompt).
 
-    python bench/sparse_kernels.py [--rounds 9] [--threads 1 2]
+    python bench/sparse_kernels.py [--rounds 9] [--threads 1]
 
 A figure is the least of its rounds, in which all take turns: processor seconds of one thread, and of two the seconds
 that pass. Ratios are to `F.linear` with the dense weight. Pruning itself is timed too, at 4096 x 4096.
@@ -94,7 +94,7 @@ def pruning() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     options = parser.parse_args()
     made = pruning()
     lines = [line for threads in options.threads for line in products(threads, options.rounds)]

@@ -5,7 +5,7 @@ N outputs, K inputs, k values kept in a row, G = K/4 groups of four, M rows of a
 Rows are made dense plane by plane: of "any" first all inputs in the lowest bits of the mask's bytes (0, 8, 16, ...),
 then those in the next, of "2:4" the first of each four, then the second. Each plane is a few operations on whole
 vectors, and x is put into that order instead of the weight. "any" must look the place of each value up, and is bound by
-that: 1 ns a weight and core where a dense product with one row takes 0.1, and 2:4 some 0.3. Of "blocks" a row's values
+that: 1.3 ns a weight where a dense product with one row takes 0.12, and 2:4 some 0.5. Of "blocks" a row's values
 are one run: for few rows of activations x is gathered, and nothing is made dense.
 """
 

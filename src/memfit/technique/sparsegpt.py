@@ -42,6 +42,7 @@ _FEW: Final = 256
 _HALVINGS: Final = 16
 """Of the interval that holds that limit."""
 WORKSPACE_NBYTES: Final = 64 << 20
+"""Most bytes of temporaries at one moment, but never less than a row (a band) takes."""
 _NBYTES: Final = 20
 """Bytes of temporaries for each weight of a block of rows: w and t in fp32, scores of all, what is chosen in bf16."""
 
@@ -76,7 +77,9 @@ def order_for(importance: Tensor, form: Sparse) -> Tensor:
 
 
 @torch.no_grad()
-def sparsegpt(weight: Tensor, hessian: "Tensor | Factor", form: Sparse, *, damping: float = DAMPING) -> Made:
+def sparsegpt(
+    weight: Tensor, hessian: "Tensor | Factor", form: Sparse, *, damping: float = DAMPING, rows: int | None = None
+) -> Made:
     """What stays of weight [N, K] for inputs with E[x xᵀ] = `hessian`, made up for what goes.
 
     Args:
@@ -85,6 +88,8 @@ def sparsegpt(weight: Tensor, hessian: "Tensor | Factor", form: Sparse, *, dampi
             `order_for` gives the best.
         form: how many stay in each row, and in which pattern.
         damping: see `factor`; of no use with a factor.
+        rows: worked on at once, of blocks whole bands of them; None: as many as `WORKSPACE_NBYTES` hold. No row (band)
+            depends on another.
 
     Raises:
         ValueError: as `prune` and `factor` do; a Hessian of another width.
@@ -98,7 +103,7 @@ def sparsegpt(weight: Tensor, hessian: "Tensor | Factor", form: Sparse, *, dampi
         raise ValueError(f"the Hessian is of {made.order.shape[0]} inputs, the weight has {shape[1]}")
     parts = empty_parts(form, shape, weight.device)
     multiple = BLOCK[0] if form.pattern == "blocks" else 1
-    for start, stop in blocks_to_run(blocks_of(shape[0], WORKSPACE_NBYTES // (_NBYTES * shape[1]), multiple)):
+    for start, stop in blocks_to_run(blocks_of(shape[0], rows or WORKSPACE_NBYTES // (_NBYTES * shape[1]), multiple)):
         values, mask = _compensated(weight[start:stop], made, form)
         put_rows(parts, pack(values, mask, form), start, shape[0])
         del values, mask
