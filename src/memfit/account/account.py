@@ -174,15 +174,15 @@ def compare(predicted: Account, measured: Account) -> tuple[Difference, ...]:
 def _named(entries: Iterable[Entry]) -> dict[tuple[str, str, str], int]:
     found: dict[tuple[str, str, str], int] = {}
     for entry in entries:
-        if entry.kind in ("parameter", "buffer", "kv_cache"):
+        if entry.kind in ("parameter", "buffer"):
             key = (entry.kind, entry.module, entry.dtype)
             found[key] = found.get(key, 0) + entry.nbytes
     return found
 
 
 def _entries_side_by_side(predicted: Iterable[Entry], measured: Iterable[Entry]) -> list[Difference]:
-    """What both sides can name: parameters, buffers and caches, by module and dtype; several of one name as their sum,
-    as a cache that has grown and the one that it was made of."""
+    """What both sides can name at any moment: parameters and buffers, by module and dtype; several of one name as their
+    sum. What a cache has grown out of has no name in a measurement; its kind is compared."""
     left, right = _named(predicted), _named(measured)
     return [
         Difference(

@@ -57,7 +57,7 @@ def make_for(
     rows: that are rounded at once. rows_N: what errors of each output count, for factors; None: all alike.
     """
     if isinstance(form, Sparse):
-        return sparsegpt(weight_NK, factor, form)
+        return sparsegpt(weight_NK, factor, form, rows=rows)
     if isinstance(form, LowRank):
         return factorize(weight_NK, form, factor=factor, rows_N=rows_N)
     if isinstance(form, Shared):  # the rest of the weight, which its owner has, is taken off already
