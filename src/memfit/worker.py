@@ -14,6 +14,7 @@ import tempfile
 from contextlib import nullcontext, suppress
 from typing import Any, Final
 
+from memfit.account.meter import trim
 from memfit.errors import BrokenInput, Interrupted, MemfitError, OverBudget, UsageError, disk_full
 from memfit.jobs import JOBS
 from memfit.limits import runtime_nbytes_of
@@ -108,6 +109,7 @@ def run_job(
     job = job | {"parent": os.getpid()}
     if enforce_nbytes is not None:
         job = job | {"enforce_nbytes": enforce_nbytes, "runtime_nbytes": runtime_nbytes_of(kernels)}
+    trim()  # what this process had for a tokenizer or a dry run, hundreds of MiB, is not to wait beside the job
     with Process() if process is None else nullcontext(process) as doing:
         answer = doing.answer(job)
         if answer is None:
