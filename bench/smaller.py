@@ -31,6 +31,7 @@ from _common import verdict, write_result  # noqa: E402
 from _measured import run  # noqa: E402
 from _probe import ANSWER as PROBED  # noqa: E402
 from _quality import EVALUATED, MODELS, Model, digest, judged, prepare  # noqa: E402
+from quality import divergence  # noqa: E402
 
 TOKENS, WINDOWS = 512, 16
 PRUNE = ("magnitude", "wanda", "sparsegpt")
@@ -233,15 +234,6 @@ def line_of(row: dict[str, Any]) -> str:
         for now, was in zip(row["speeds"], row["speeds_original"], strict=True)
     ]
     return f"{line} {row['measured_nbytes'] / 2**20:>7.2f}M {error:>+7.3f}% {ratios[0]:>6} {ratios[1]:>6}"
-
-
-def divergence(row: dict[str, Any]) -> tuple[float, float, float]:
-    """KL and its interval; of an encoder 1 - cosine."""
-    quality = row["quality"]
-    if quality["kl"] is not None:
-        return quality["kl"], *quality["kl_interval"]
-    low, high = quality["cosine_interval"]
-    return 1 - quality["cosine"], 1 - high, 1 - low
 
 
 # -- verdicts ----------------------------------------------------------------------------------------
