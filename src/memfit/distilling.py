@@ -57,8 +57,8 @@ def check_teacher(distil: Distil, student: Student, text: str) -> None:
     """
     if student.source is not None and student.source.schemes:
         raise UsageError(
-            f"{student.name}: its weights are quantized, and quantized weights are not trained. Distil the model "
-            "before it is quantized."
+            f"{student.name}: its weights are packed (quantized, pruned, factored or shared), and packed weights are "
+            "not trained. Distil the model before it is fitted."
         )
     teacher = open_source(distil.teacher)
     check(teacher)

@@ -196,6 +196,7 @@ def fit(
     uniform: bool = False,
     narrow: Narrow | None = None,
     beside: str | Path | None = None,
+    learned: str | None = None,
     algorithm: Algorithm | None = None,
     enforce: bool = False,
     overwrite: bool = False,
@@ -216,7 +217,9 @@ def fit(
         uniform: no search: everything in the first scheme of `allowed` that can hold it.
         narrow: how much of the model stays: it is made narrower first, by what a text says is missed least, and what is
             left is fitted. Judged beside the whole model.
-        beside: the model that the fitted one is judged beside, and that shares of a budget are of; default: `model`.
+        beside: the model that `model` was made of: the fitted one is judged beside it, shares of a budget are of it,
+            and the report is of it; default: `model`.
+        learned: how it was made, for the report.
         algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
             loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text;
             `tuned`: and each block then learns on it, in some five times the time.
@@ -315,7 +318,7 @@ def fit(
         jobs |= {"calibrate": calibrated} if "account" in calibrated else {}
         integers, rounding = None, None
         if algorithm in BY_TEXT:
-            progress("choosing integers, block by block")
+            progress("choosing what is stored, block by block")
             choosing = choosing_job(chosen, job, algorithm=algorithm) | ({} if cap is None else cap.told("choose"))
             jobs["choose"] = found = run_job(choosing, process=process)
             integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"], algorithm)
@@ -334,8 +337,10 @@ def fit(
             limit: dict[str, Any] = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
             ran = {key: value for key, value in chosen.task.items() if key != "task"}
             proof = run_job(proof_job(output.path, ran, job), **limit)
+        lineage = source if beside is None else open_source(beside)
+        chosen = chosen if beside is None else replace(chosen, model=lineage.name)
         report = Report(
-            model=source.name,
+            model=lineage.name,
             budget_nbytes=nbytes,
             plan=chosen.to_json(),
             task=chosen.task,
@@ -345,7 +350,7 @@ def fit(
             predicted_fit=predicted_fit,
             measured_fit=joined(*(done["account"] for done in jobs.values())) if cap is None else None,
             ram=None if cap is None else cap.to_json(),
-            rounding=rounding,
+            rounding="\n".join(line for line in (learned, rounding) if line) or None,
             original=original,
             quality=Quality.from_json(proof["quality"]) if proof.get("quality") else None,
             speed=Speed(**proof["speed"]) if proof else None,
@@ -355,7 +360,7 @@ def fit(
             versions=describe_versions(),
             files=compressed["files"],
         )
-        write_papers(output, report, chosen, source)
+        write_papers(output, report, chosen, lineage)
     if not report.fits:
         peak = report.best.peak
         raise OverBudget(

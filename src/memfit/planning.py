@@ -15,7 +15,7 @@ from memfit.account.account import Account
 from memfit.account.dry_run import Task, trace
 from memfit.account.replay import Products
 from memfit.account.settle import settle
-from memfit.errors import DoesNotFit
+from memfit.errors import DoesNotFit, UsageError
 from memfit.format.config import model_config
 from memfit.format.output import stored_tensors
 from memfit.models import load_model
@@ -116,11 +116,19 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
     """The plan that puts everything in the first scheme that may be chosen, the cache in the narrowest; no search.
 
     Raises:
+        UsageError: there is something to choose from, and nothing in the model can have it.
         DoesNotFit: that is more than the budget.
     """
     nothing: Prices = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
     # What a group may have by itself comes first: likeness to another block is never taken unasked.
     chosen = {group.name: min(1, len(study.allowed.schemes(group))) for group in study.groups}
+    if study.allowed.techniques != ("quantize",) and not any(chosen.values()):
+        first = next((group for group in study.groups if not study.allowed.is_kept(group)), None)
+        shapes = "" if first is None else " and ".join(str(list(shape)) for shape in first.shapes)
+        sample = "" if first is None else f" {first.name} is {shapes}."
+        raise UsageError(
+            f"nothing in the model can be stored as asked for.{sample} Choose another setting or technique."
+        )
     if study.kv_nbytes:
         chosen["kv_cache"] = len(study.kv_choices()) - 1
     plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")
@@ -128,7 +136,7 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
     if predicted.peak_nbytes > budget_nbytes:
         raise DoesNotFit(
             f"{_both(budget_nbytes, predicted.peak_nbytes)} needed with this setting, in {predicted.peak_phase}. Give "
-            "that budget, or fewer bits.",
+            "that budget, or a setting that keeps less.",
             smallest_nbytes=predicted.peak_nbytes,
         )
     return replace(plan, predicted=predicted.to_json())

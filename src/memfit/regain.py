@@ -11,12 +11,14 @@ from typing import Any
 from memfit.errors import UsageError
 from memfit.fit import fit
 from memfit.format.directory import OutputDirectory
+from memfit.measuring import evaluate
 from memfit.plan.allowed import Allowed
 from memfit.report.report import Report
 from memfit.source.source import open_source
 from memfit.steps import default_output
 from memfit.technique.distil import Distil
 from memfit.technique.narrow import Narrow
+from memfit.text import Text, text_of
 from memfit.train.hyper import Hyper
 from memfit.train.task import Train
 from memfit.training import Options, train
@@ -44,9 +46,12 @@ def fit_and_distil(
 
     What is done stays in `.NAME.memfit-student-...` beside `out` until all is done: the same call goes on there.
 
+    With a text, what has learned is kept only if it is nearer to the whole model than before.
+
     Args:
         narrow: how much of the model stays. Other techniques leave no weights that can be trained.
         training_budget: bytes at the peak of learning; see `memfit.train`.
+        lr: learning rate.
         how: of the fit at the end; see `memfit.fit`.
 
     Raises:
@@ -54,8 +59,8 @@ def fit_and_distil(
     """
     if narrow is None:
         raise UsageError(
-            "a model that is quantized, pruned or factored cannot be trained here: distillation goes with a narrower "
-            "one. Add --blocks, --heads, --channels or --experts."
+            "what learns from the whole model is a narrower one, and nothing says how much of it is to stay. Add "
+            "--blocks, --heads, --channels or --experts. (Weights that are quantized, pruned or factored are not trained.)"
         )
     target = Path(out) if out is not None else default_output(open_source(model))
     OutputDirectory(target, overwrite=overwrite)  # refuses what may not be written, before hours of learning
@@ -79,7 +84,23 @@ def fit_and_distil(
             student, distil, training_budget, taught, task=task, distil=Distil(teacher=str(model)),
             options=replace(Options(), steps=steps), resume=True, adapters=False, progress=progress,
         )  # fmt: skip
-    progress("fitting what has learned")
-    report = fit(taught, budget, target, beside=model, overwrite=overwrite, progress=progress, **how)
+    progress("judging what was learned")
+    chosen, learned = taught, f"Learned: {steps} steps from {model} on {distil}."
+    texts = text_of(text, open_source(model))
+    if texts is not None:
+        before, after = (_divergence(place, model, texts, how.get("threads")) for place in (student, taught))
+        chosen = taught if after < before else student
+        kept = "" if after < before else " That was worse, and is not kept: take more steps, or another --lr."
+        learned = f"{learned} KL from the whole model {before:.4g} before, {after:.4g} after.{kept}"
+    progress("fitting it")
+    report = fit(
+        chosen, budget, target, beside=model, learned=learned, overwrite=overwrite, progress=progress, **how
+    )
     shutil.rmtree(place)
     return report
+
+
+def _divergence(model: Path, reference: str | Path, text: Text, threads: int | None) -> float:
+    """KL from the whole model, nats a token; of an encoder 1 - cosine."""
+    quality = evaluate(model, reference, text, threads=threads)["quality"]
+    return float(1 - quality.cosine if quality.kl is None else quality.kl)

@@ -29,6 +29,7 @@ from memfit.format.directory import OutputDirectory
 from memfit.format.gguf import write_gguf
 from memfit.format.integers import Integers
 from memfit.format.onnx import onnx_parts, read_all
+from memfit.packed.forms import techniques_of
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.planning import plan_files
@@ -250,7 +251,10 @@ def rounding_line(chosen: Plan, damping: dict[str, float], algorithm: Algorithm)
     """What is to be told of the algorithm: how many layers went by GPTQ, where H needed more damping, what learned."""
     most = max(damping.values(), default=0.0)
     raised = sum(value > DAMPING for value in damping.values())
-    told = f"GPTQ: {len(damping)} of {len(chosen.schemes())} quantized modules, damping {DAMPING:g}"
+    names = {"quantize": "GPTQ", "prune": "SparseGPT", "low-rank": "whitened factors", "share": "shared factors"}
+    used = dict.fromkeys(names[kind] for form in chosen.schemes().values() for kind in sorted(techniques_of(form)))
+    what = "quantized modules" if list(used) == ["GPTQ"] else "modules"
+    told = f"{', '.join(used) or 'GPTQ'}: {len(damping)} of {len(chosen.schemes())} {what}, damping {DAMPING:g}"
     tuning = tuning_of(algorithm)
     after = "" if tuning is None else f"; then {tuning.steps} steps of learning for each block"
     return told + (f", up to {most:g} in {raised} that needed more" if raised else "") + after

@@ -362,7 +362,7 @@ def test_teachers_that_do_not_suit_are_refused(model, teacher, text, make_llama,
 def test_quantized_students_are_refused(teacher):
     packed = SimpleNamespace(schemes={"model.layers.0.mlp.up_proj": Scheme(bits=4, group=32)})
     student = Student(name="fitted", kind="causal", tokenizer=None, vocabulary=4096, source=packed)
-    with pytest.raises(UsageError, match=r"fitted: its weights are quantized, .* before it is quantized"):
+    with pytest.raises(UsageError, match=r"fitted: its weights are packed .* before it is fitted"):
         check_teacher(Distil(teacher=str(teacher)), student, "text")
 
 

@@ -82,8 +82,10 @@ def setting_of(technique: str, sparsity: float | None, pattern: str | None, rank
     from memfit.packed.forms import Sparse
 
     if technique == "prune":
-        if sparsity is None and pattern != "2:4":
-            raise UsageError("--technique prune has one setting: give --sparsity, as 0.5, or --pattern 2:4.")
+        if sparsity is None and pattern is None:
+            raise UsageError(
+                "--technique prune has one setting: give --sparsity, as 0.5, or --pattern, 2:4 or blocks (half goes)."
+            )
         try:
             form = Sparse(pattern=pattern or "any", sparsity=0.5 if sparsity is None else sparsity)  # type: ignore[arg-type]
         except ValueError as error:
@@ -96,10 +98,14 @@ def setting_of(technique: str, sparsity: float | None, pattern: str | None, rank
 
 
 def _rank(text: str) -> int | float:
+    how = f"--rank {text!r}: write a number from 1, as 64, or a share of the bytes between 0% and 100%, as 80%."
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+        found = float(text[:-1]) / 100 if text.endswith("%") else int(text)
     except ValueError as error:
-        raise UsageError(f"--rank {text!r}: write a number, as 64, or a share of the bytes, as 80%.") from error
+        raise UsageError(how) from error
+    if not (0 < found < 1 if isinstance(found, float) else found >= 1):
+        raise UsageError(how)
+    return found
 
 
 def allowed_by(

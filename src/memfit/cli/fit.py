@@ -115,6 +115,7 @@ def fit(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Of --distil, 8 x 256 tokens each.", min=1)] = 500,
+    lr: Annotated[float, typer.Option(help="Learning rate of --distil.", min=0.0)] = 1e-3,
     training_budget: Annotated[
         str, typer.Option(help="Of --distil: bytes at the peak of learning; a share is of what plain training takes.")
     ] = "100%",
@@ -187,7 +188,7 @@ def fit(
     if plan_file is not None:
         refuse_beside_a_plan(context, _IN_THE_PLAN)
         given = read_plan(plan_file)
-    for name in ("steps", "training_budget"):
+    for name in ("steps", "lr", "training_budget"):
         if distil is None and said(context, name):
             raise UsageError(f"--{name.replace('_', '-')} says how a narrower model learns: add --distil FILE.")
     if distil is not None and (form != COMPRESSED_TENSORS or dry_run):
@@ -244,7 +245,7 @@ def fit(
                 report = memfit.fit(source, budget, out, **how)
             else:
                 report = fit_and_distil(
-                    source, budget, out, distil=distil, steps=steps, training_budget=training_budget, **how
+                    source, budget, out, distil=distil, steps=steps, lr=lr, training_budget=training_budget, **how
                 )
             told = report.to_json()
     except DoesNotFit as error:

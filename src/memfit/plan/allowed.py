@@ -107,6 +107,10 @@ class Allowed:
         wanted = [group for group in groups if any(scheme.activations == 8 for scheme in self._integers(group))]
         return frozenset(member for group in wanted for member in group.members) if self.smooth else frozenset()
 
+    def is_kept(self, group: Group) -> bool:
+        """Whether a group stays in 16 bits."""
+        return any(self.keeps(part, group) for part in self.keep)
+
     @staticmethod
     def keeps(part: str, group: Group) -> bool:
         """Whether one of `keep` means a group."""

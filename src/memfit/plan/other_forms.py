@@ -50,7 +50,9 @@ def basis_candidates(group: Group, shares: Iterable[int | float]) -> tuple[Share
     if group.kind != "linear" or len(group.members) < 2 or len({shape[-1] for shape in group.shapes}) > 1:
         return ()
     width, rows = group.shapes[0][-1], sum(shape[0] for shape in group.shapes)
-    ranks = {s if isinstance(s, int) else math.floor(s * rows * width / (rows + width)) for s in shares}
+    # A rank above what the narrowest of them has would be stored for nothing.
+    most = min(*(shape[0] for shape in group.shapes), width)
+    ranks = {s if isinstance(s, int) else min(math.floor(s * rows * width / (rows + width)), most) for s in shares}
     forms = (Shared(owner=group.members[0], common="right", rank=r) for r in sorted(ranks, reverse=True) if r > 0)
     return tuple(form for form in forms if group.why_not(form) is None)
 

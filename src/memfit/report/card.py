@@ -88,6 +88,13 @@ def _yaml(text: str) -> str:
     return text if plain else json.dumps(text)
 
 
+_DONE: Final = {
+    "scheme": ("quantized",), "sparse": ("pruned",), "low-rank": ("factored",), "shared": ("shared",),
+    "whole": ("shared",), "narrow": ("factored",),
+}  # fmt: skip
+"""Form of a weight to what was done to it."""
+
+
 def _summary(report: Report, name: str) -> str:
     how = "measured" if report.measured is not None else "predicted"
     peak = format_size(report.best.peak_nbytes)
@@ -97,10 +104,12 @@ def _summary(report: Report, name: str) -> str:
         doing = (
             f" for batch {task['batch']}, {task['prompt']} tokens of prompt and {task['new_tokens']} new ones"
         )
-    done = "its weights quantized"
+    schemes = [choice.get("scheme") for choice in report.choices]
+    kinds = sorted({word for scheme in schemes if scheme for word in _DONE[scheme.get("form", "scheme")]})
+    done = f"its weights {' and '.join(kinds)}" if kinds else ""
     if _narrowed(report):
-        quantized = any(row.bits < 16 for row in rows(report.choices))
-        done = "fewer blocks, heads, channels or experts" + (f", {done}," if quantized else "")
+        done = "fewer blocks, heads, channels or experts" + (f", {done}," if done else "")
+    done = done or "its weights as they were"
     text = f"`{name}` with {done} so that its peak of memory is **{peak}** ({how}{doing})"
     if report.budget_nbytes is not None:
         text += f", within a budget of {format_size(report.budget_nbytes)}"
