@@ -59,7 +59,7 @@ def fit_and_distil(
     """
     if narrow is None:
         raise UsageError(
-            "what learns from the whole model is a narrower one, and nothing says how much of it is to stay. Add "
+            "what learns from the whole model is a narrower one, and nothing says how much is to stay. Add "
             "--blocks, --heads, --channels or --experts. (Weights that are quantized, pruned or factored are not trained.)"
         )
     target = Path(out) if out is not None else default_output(open_source(model))
@@ -85,7 +85,9 @@ def fit_and_distil(
             options=replace(Options(), steps=steps), resume=True, adapters=False, progress=progress,
         )  # fmt: skip
     progress("judging what was learned")
-    chosen, learned = taught, f"Learned: {steps} steps from {model} on {distil}."
+    sizes = {what: getattr(narrow, what) for what in ("blocks", "heads", "channels", "experts")}
+    stays = ", ".join(f"{what} {size}" for what, size in sizes.items() if size is not None)
+    chosen, learned = taught, f"Narrower: {stays} stay. Learned: {steps} steps from {model} on {distil}."
     texts = text_of(text, open_source(model))
     if texts is not None:
         before, after = (_divergence(place, model, texts, how.get("threads")) for place in (student, taught))

@@ -109,7 +109,7 @@ def _summary(report: Report, name: str) -> str:
     done = f"its weights {' and '.join(kinds)}" if kinds else ""
     if _narrowed(report):
         done = "fewer blocks, heads, channels or experts" + (f", {done}," if done else "")
-    done = done or "its weights as they were"
+    done = done or "its weights in 16 bits"
     text = f"`{name}` with {done} so that its peak of memory is **{peak}** ({how}{doing})"
     if report.budget_nbytes is not None:
         text += f", within a budget of {format_size(report.budget_nbytes)}"
