@@ -60,7 +60,7 @@ def fit_and_distil(
     if narrow is None:
         raise UsageError(
             "what learns from the whole model is a narrower one, and nothing says how much is to stay. Add "
-            "--blocks, --heads, --channels or --experts. (Weights that are quantized, pruned or factored are not trained.)"
+            "--blocks, --heads, --channels or --experts. (Quantized, pruned and factored weights are not trained.)"
         )
     target = Path(out) if out is not None else default_output(open_source(model))
     OutputDirectory(target, overwrite=overwrite)  # refuses what may not be written, before hours of learning
