@@ -1,7 +1,7 @@
 """Pruned, factored and shared weights, from a model to files and back: what is planned is built, and runs."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from memfit.compress import calibrate, choose_integers, compress
 from memfit.errors import BrokenInput, UsageError
 from memfit.format.integers import Integers
 from memfit.models import load_model
-from memfit.packed.forms import LowRank, Shared, Sparse, Whole, form_of
+from memfit.packed.forms import LowRank, Narrow, Shared, Sparse, Whole, form_of
 from memfit.packed.modules import packed_modules
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
@@ -44,6 +44,10 @@ SETTINGS = {
     "beside": Allowed(
         techniques=("quantize", "low-rank"), bits=(3,), groups={3: (64,)}, ranks=(), residual_ranks=(8,), kv_bits=(16,)
     ),
+    "heads": Allowed(techniques=("low-rank",), ranks=(), **FACTORED),
+    "heads in integers": Allowed(
+        techniques=("quantize", "low-rank"), bits=(8, 4), groups={8: (32,), 4: (32,)}, **FACTORED
+    ),
 }
 IDS = torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(0))
 
@@ -62,9 +66,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return open_source(path)
 
 
+def narrow_plan(source: Source, study: Study, base: Scheme | None) -> Plan:
+    """Heads of three quarters in each attention, values and output in two kinds of integers."""
+    prices = {(name, form): 0.0 for name, forms in study.schemes.items() for form in forms}
+    prices |= {(name, form): 0.0 for one in study.narrow_heads for name, forms in one.forms.items() for form in forms}
+    chosen = dict.fromkeys(study.schemes, 0) | {"kv_cache": 0}
+    for one in study.narrow_heads:
+        for group, wanted in ((one.values, base), (one.output, base and replace(base, bits=4))):
+            forms = study.forms(group.name, prices)
+            chosen[group.name] = next(
+                n for n, form in enumerate(forms) if isinstance(form, Narrow) and (form.kept, form.base) == (24, wanted)
+            )
+    return study.plan(chosen, prices, 1 << 40, KV_PRICES, "weights")
+
+
 def plan_of(source: Source, what: str) -> Plan:
     """Everything in one setting; factors beside integers are the last choice of each group."""
     study = Study(source, TASK, SETTINGS[what])
+    if what in ("heads", "heads in integers"):
+        return narrow_plan(source, study, None if what == "heads" else Scheme(bits=8, group=32))
     if what != "beside":
         return uniform_plan(study, 1 << 40)
     nothing = {(name, form): 0.0 for name, forms in study.schemes.items() for form in forms}
@@ -108,7 +128,7 @@ def test_running_it_takes_what_is_predicted(source: Source, what: str, tmp_path:
     plan = plan_of(source, what)
     fitted = write(source, plan, tmp_path)
     account = memfit.measure(tmp_path, TASK)
-    assert Plan.from_json(plan.to_json()).predicted is not None or what == "beside"
+    assert Plan.from_json(plan.to_json()).predicted is not None or what in ("beside", "heads", "heads in integers")
     predicted = predict_with(Study(source, TASK, SETTINGS[what]), plan)
     assert predicted.peak_nbytes == pytest.approx(account.peak_nbytes, rel=0.005)
     assert fitted.schemes.keys() == plan.schemes().keys()

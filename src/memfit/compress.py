@@ -91,7 +91,7 @@ def calibrate(
     if by_text and everything_WT is not None and pairs is not None:
         found = made_prices(
             source, everything_WT, groups, schemes, lambda name: pairs[name][1], watch=watch, batch=batch,
-            scratch=scratch,
+            scratch=scratch, narrow=allowed.narrowed(source.build(dtype=torch.bfloat16), groups),
         )  # fmt: skip
     rest = [group for group in groups if any((group.name, form) not in found for form in schemes[group.name])]
     # One of each kind is enough to know what pricing takes.

@@ -26,6 +26,7 @@ from memfit.packed.forms import BLOCK, Form, LowRank, Shared, Sparse
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group
 from memfit.plan.price import Prices, systematic
+from memfit.plan.sharing import NarrowHeads
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, factor, gptq, integer_errors
 from memfit.technique.made import dense
@@ -54,6 +55,7 @@ def made_prices(
     gradients: Callable[[str], Tensor],
     *,
     watch: Watch,
+    narrow: Sequence[NarrowHeads] = (),
     batch: int = 4,
     scratch: Path | None = None,
     damping: float = DAMPING,
@@ -66,6 +68,7 @@ def made_prices(
     Args:
         candidates: group name to forms.
         gradients: of a module G [N].
+        narrow: attentions whose heads may become narrower: what both of their groups may then be is priced, too.
         scratch: where what blocks give each other waits in files; None: in memory.
         damping: see `gptq.factor`.
         rows: of each layer that are made.
@@ -82,9 +85,19 @@ def made_prices(
     found: dict[str, dict[Form, float]] = {}
     seen: dict[str, int] = {}
 
+    by_output = {one.narrowing.output: one for one in narrow}
+    lost: dict[str, Tensor] = {}
+
     def heard(layers: Mapping[str, nn.Linear], stage: Sequence[str], hessian: Tensor) -> None:
-        for group in dict.fromkeys(group_of[name] for name in stage):
-            members = [name for name in stage if group_of[name] is group]
+        for name in stage:
+            if (one := by_output.get(name)) is not None and one.narrowing.value in layers:
+                lost[name] = one.narrowing.prices(
+                    lambda name: layers[name].weight.detach(),
+                    lambda _: factor(hessian, damping=damping),
+                    gradients,
+                )
+        for group in dict.fromkeys(group_of[name] for name in stage if name in group_of):
+            members = [name for name in stage if group_of.get(name) is group]
             weights = {name: layers[name].weight.detach() for name in members}
             layer = _Layers(
                 source=source, weights=weights, gradients={name: gradients(name) for name in members},
@@ -95,19 +108,27 @@ def made_prices(
                 totals[form] = totals.get(form, 0.0) + price
             seen[group.name] = seen.get(group.name, 0) + len(members)
 
-    kinds = {name: tuple(map(_kind, candidates[group.name])) for name, group in group_of.items()}
+    kinds: dict[str, Any] = {name: tuple(map(_kind, candidates[group.name])) for name, group in group_of.items()}
+    kinds = {name: None for one in narrow for name in (one.narrowing.value, one.narrowing.output)} | kinds
     hear_inputs(source, windows_WT, kinds, heard, watch=watch, phase="price", batch=batch, scratch=scratch)
     if is_fake(windows_WT):  # of equal blocks two were heard
         blocks = tuple(f"{name}." for name, _ in stacked_blocks(source.build(dtype=torch.bfloat16)))
         inside = [group for group in group_of.values() if all(name.startswith(blocks) for name in group.members)]
-        return {(group.name, form): 0.0 for group in inside for form in candidates[group.name]}
-    return {
+        priced = {(group.name, form): 0.0 for group in inside for form in candidates[group.name]}
+        return priced | {(name, form): 0.0 for one in narrow for name, forms in one.forms.items() for form in forms}
+    priced = {
         (group.name, form): found[group.name][form]
         for group in groups
         if seen.get(group.name) == len(group.members)
         for form in candidates[group.name]
         if form in found[group.name]
     }
+    for name, errors in lost.items():
+        one = by_output[name]
+        bases = {(g.name, form.base) for g in (one.values, one.output) for form in one.forms[g.name] if form.base}
+        if bases <= priced.keys():
+            priced |= one.prices(priced, errors)
+    return priced
 
 
 def _kind(form: Form) -> Any:
