@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memfit.account.watch import Watch
-from memfit.calibrate.cache_loss import cache_losses
+from memfit.calibrate.cache_loss import cache_losses, without_floor
 from memfit.calibrate.collect import collect
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import row_shape, rows_of
@@ -78,7 +78,7 @@ def calibrate(
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
             narrow = [bits for bits in allowed.kv_bits if bits != 16] if allowed is not None else []
-            kv_prices = cache_losses(source, windows_WT[:KV_WINDOWS], narrow)
+            kv_prices = without_floor(cache_losses(source, windows_WT[:KV_WINDOWS], narrow))
     if allowed is None:
         return Calibrated(statistics=statistics, prices={}, kv_prices={})
     schemes = allowed.schemes_of(groups)
