@@ -36,7 +36,7 @@ from quality import divergence  # noqa: E402
 TOKENS, WINDOWS = 512, 16
 PRUNE = ("magnitude", "wanda", "sparsegpt")
 FACTORS = ("svd", "scaled", "whitened")
-SEARCHED = ("quantize", "prune", "low-rank", "quantize,prune,low-rank")
+SEARCHED = ("quantize", "prune", "low-rank", "share", "quantize,prune,low-rank,share")
 BUDGETS = (60, 45, 35, 25, 15)
 """Of the peak of the task in bf16, in percent."""
 MASK_BITS = 1 / 16

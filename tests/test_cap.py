@@ -139,7 +139,7 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
     much = kept(2000 * MIB)
     assert much.ways == {"choose": Thrift(batch=4), "calibrate": 4, "compress": None}
     assert much.told("choose") == {"ram_nbytes": 2000 * MIB, "thrift": Thrift(batch=4).to_json()}
-    assert much.told("calibrate") == {"ram_nbytes": 2000 * MIB, "batch": 4}
+    assert much.told("calibrate") == {"ram_nbytes": 2000 * MIB, "batch": 4, "spill": True}
     assert much.predicted["choose"].resident_nbytes == 1000 * MIB
     assert kept(800 * MIB).ways["choose"] == Thrift(batch=4, wait=False, spill=True, hold=False)
     with pytest.raises(DoesNotFit, match=r"\(--ram\).*needed at the least to choose.*works is (\d+) bytes") as refused:

@@ -1,7 +1,7 @@
 """Pruned, factored and shared weights, from a model to files and back: what is planned is built, and runs."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from memfit.compress import calibrate, choose_integers, compress
 from memfit.errors import BrokenInput, UsageError
 from memfit.format.integers import Integers
 from memfit.models import load_model
-from memfit.packed.forms import LowRank, Shared, Sparse, Whole, form_of
+from memfit.packed.forms import LowRank, Narrow, Shared, Sparse, Whole, form_of
 from memfit.packed.modules import packed_modules
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
@@ -44,6 +44,10 @@ SETTINGS = {
     "beside": Allowed(
         techniques=("quantize", "low-rank"), bits=(3,), groups={3: (64,)}, ranks=(), residual_ranks=(8,), kv_bits=(16,)
     ),
+    "heads": Allowed(techniques=("low-rank",), ranks=(), **FACTORED),
+    "heads in integers": Allowed(
+        techniques=("quantize", "low-rank"), bits=(8, 4), groups={8: (32,), 4: (32,)}, **FACTORED
+    ),
 }
 IDS = torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(0))
 
@@ -62,9 +66,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return open_source(path)
 
 
+def narrow_plan(source: Source, study: Study, base: Scheme | None) -> Plan:
+    """Heads of three quarters in each attention, values and output in two kinds of integers."""
+    prices = {(name, form): 0.0 for name, forms in study.schemes.items() for form in forms}
+    prices |= {(name, form): 0.0 for one in study.narrow_heads for name, forms in one.forms.items() for form in forms}
+    chosen = dict.fromkeys(study.schemes, 0) | {"kv_cache": 0}
+    for one in study.narrow_heads:
+        for group, wanted in ((one.values, base), (one.output, base and replace(base, bits=4))):
+            forms = study.forms(group.name, prices)
+            chosen[group.name] = next(
+                n for n, form in enumerate(forms) if isinstance(form, Narrow) and (form.kept, form.base) == (24, wanted)
+            )
+    return study.plan(chosen, prices, 1 << 40, KV_PRICES, "weights")
+
+
 def plan_of(source: Source, what: str) -> Plan:
     """Everything in one setting; factors beside integers are the last choice of each group."""
     study = Study(source, TASK, SETTINGS[what])
+    if what in ("heads", "heads in integers"):
+        return narrow_plan(source, study, None if what == "heads" else Scheme(bits=8, group=32))
     if what != "beside":
         return uniform_plan(study, 1 << 40)
     nothing = {(name, form): 0.0 for name, forms in study.schemes.items() for form in forms}
@@ -91,9 +111,8 @@ def test_what_is_planned_is_built_and_runs_as_its_dense_weights_do(source: Sourc
     fitted = write(source, plan, tmp_path, watch=meter)
     told = predict_compressing(source, plan, {"work": str(tmp_path)}, algorithm="search")
     assert told.peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.05)
-    assert sum(info.nbytes for name, info in fitted.tensors.items() if ".weight_" in name) == sum(
-        choice.nbytes for choice in plan.choices if choice.scheme is not None
-    )
+    stored = [info.nbytes for name, info in fitted.tensors.items() if "norm" not in name and "weight_shape" not in name]
+    assert sum(stored) == sum(choice.nbytes for choice in plan.choices)
     model, dense = load(fitted, dtype=torch.bfloat16), load_model(source, dtype=torch.bfloat16)
     packed = packed_modules(model)
     assert packed.keys() == plan.schemes().keys()
@@ -108,7 +127,7 @@ def test_running_it_takes_what_is_predicted(source: Source, what: str, tmp_path:
     plan = plan_of(source, what)
     fitted = write(source, plan, tmp_path)
     account = memfit.measure(tmp_path, TASK)
-    assert Plan.from_json(plan.to_json()).predicted is not None or what == "beside"
+    assert Plan.from_json(plan.to_json()).predicted is not None or what in ("beside", "heads", "heads in integers")
     predicted = predict_with(Study(source, TASK, SETTINGS[what]), plan)
     assert predicted.peak_nbytes == pytest.approx(account.peak_nbytes, rel=0.005)
     assert fitted.schemes.keys() == plan.schemes().keys()
@@ -266,3 +285,51 @@ def test_what_is_not_allowed_says_what_is() -> None:
         Allowed(techniques=("low-rank",), ranks=(1.5,))
     everything = Allowed(techniques=EVERYTHING)
     assert Allowed.from_json(json.loads(json.dumps(asdict(everything)))) == everything
+
+
+def test_heads_are_narrower_on_both_sides_or_on_none(source: Source) -> None:
+    allowed = Allowed(techniques=("quantize", "low-rank"), bits=(4,), groups={4: (32,)}, ranks=(), kv_bits=(16,))
+    found = calibrate(source, IDS, allowed, batch=2, watch=Unwatched(), by_text=True)
+    study = Study(source, TASK, allowed)
+    assert len(study.narrow_heads) == 2
+    for one in study.narrow_heads:
+        for group in (one.values, one.output):
+            assert set(one.forms[group.name]) <= {form for name, form in found.prices if name == group.name}
+        alone = [found.prices[one.output.name, form] for form in one.forms[one.output.name] if form.base is None]
+        assert alone == sorted(alone), "the fewer dimensions, the more is lost"
+    cheap = {key: price / 100 if isinstance(key[1], Narrow) else price for key, price in found.prices.items()}
+    plan = make_plan(study, round(predict_with(study, plan_of(source, "heads")).peak_nbytes * 0.95), prices=cheap)
+    kept = [form for form in plan.schemes().values() if isinstance(form, Narrow)]
+    assert kept and {form.side for form in kept} == {"in", "out"}
+    for n in range(2):
+        sides = [plan.schemes().get(f"model.layers.{n}.self_attn.{leaf}_proj") for leaf in "vo"]
+        assert len({form.kept if isinstance(form, Narrow) else None for form in sides}) == 1
+    lines = fronts(study, prices=found.prices, kv_prices={})
+    assert list(lines) == ["quantize", "low-rank", "all together"]
+    # Without a text nothing of it is priced, and none of it chosen.
+    assert not any(isinstance(form, Narrow) for form in uniform_plan(study, 1 << 40).schemes().values())
+
+
+def test_a_plan_with_half_of_an_attention_narrower_is_refused(source: Source) -> None:
+    study, plan = Study(source, TASK, SETTINGS["heads"]), plan_of(source, "heads")
+    output = "model.layers.0.self_attn.o_proj"
+    choices = tuple(replace(choice, scheme=None) if choice.name == output else choice for choice in plan.choices)
+    with pytest.raises(BrokenInput, match=r"heads of 24 and of all dimensions.*same `kept`"):
+        study.adopt(replace(plan, choices=choices), {}, KV_PRICES)
+    assert study.adopt(plan, {}, KV_PRICES).nbytes == plan.nbytes
+
+
+def test_heads_that_keep_all_their_dimensions_lose_nothing(source: Source, tmp_path: Path) -> None:
+    study, plan = Study(source, TASK, SETTINGS["heads"]), plan_of(source, "heads")
+    choices = tuple(
+        replace(choice, scheme=replace(choice.scheme, kept=32)) if isinstance(choice.scheme, Narrow) else choice
+        for choice in plan.choices
+    )
+    plan = study.adopt(replace(plan, choices=choices), {}, KV_PRICES)
+    integers = Integers(tmp_path / "integers")
+    choose_integers(source, plan, None, IDS, integers, watch=Unwatched())
+    out = tmp_path / "out"
+    out.mkdir()
+    fitted = logits(load(write(source, plan, out, integers=integers), dtype=torch.bfloat16))
+    original = logits(load_model(source, dtype=torch.bfloat16))
+    assert (fitted - original).norm() < 0.02 * original.norm()

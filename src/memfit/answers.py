@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from memfit.errors import DoesNotFit
-from memfit.packed.forms import LowRank, Sparse, form_of
+from memfit.packed.forms import LowRank, Narrow, Sparse, form_of
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.front import dominated
@@ -84,8 +84,9 @@ def allowed_by(given: Plan | None) -> Allowed:
     found = dict.fromkeys(given.schemes().values())
     pruned = tuple(form for form in found if isinstance(form, Sparse))
     factors = [form for form in found if isinstance(form, LowRank)]
-    rounded = any(isinstance(form, Scheme) or (isinstance(form, LowRank) and form.base) for form in found)
-    used = {"quantize": rounded, "prune": pruned, "low-rank": factors}
+    narrow = any(isinstance(form, Narrow) for form in found)
+    rounded = any(isinstance(form, Scheme) or (isinstance(form, LowRank | Narrow) and form.base) for form in found)
+    used = {"quantize": rounded, "prune": pruned, "low-rank": factors or narrow}
     allowed = Allowed(
         techniques=tuple(name for name, uses in used.items() if uses) or ("quantize",), sparse=pruned,
         ranks=tuple(form.rank for form in factors if form.base is None),

@@ -69,7 +69,7 @@ class Cap:
     def told(self, name: str) -> dict[str, Any]:
         """What a job is told, to keep to the cap and to be held to it."""
         way = self.ways.get(name)
-        how = {"thrift": way.to_json()} if isinstance(way, Thrift) else {"batch": way} if way else {}
+        how = {"thrift": way.to_json()} if isinstance(way, Thrift) else {"batch": way, "spill": True} if way else {}
         return {"ram_nbytes": self.nbytes} | how
 
     def kept(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) ->
 
 def _calibrating(source: Source, job: dict[str, Any]) -> Iterator[tuple[Account, Any]]:
     for batch in _BATCHES:
-        yield predict_calibrating(source, job | {"batch": batch}), batch
+        yield predict_calibrating(source, job | {"batch": batch, "spill": True}), batch
 
 
 def _choosing(

@@ -35,9 +35,10 @@ from memfit.calibrate.stream import Streamed
 from memfit.calibrate.versions import Versions
 from memfit.format.integers import Integers
 from memfit.packed.fake import blocks_to_run, is_fake, repeated
-from memfit.packed.forms import Form, LowRank, basis_of, like_of
+from memfit.packed.forms import Form, LowRank, Narrow, basis_of, like_of, output_of
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor
+from memfit.technique.heads import fitted_output, narrow_heads
 from memfit.technique.made import Made
 from memfit.technique.making import make, make_for, of_tensors, order_of, shared_by_rows, tensors_of, weight_of
 from memfit.technique.quantize import Quantized, dequantize
@@ -201,9 +202,23 @@ def _choose(
         return
     used: dict[str, float] = {}
     learners: dict[str, Learner] = {}
+    narrow: dict[str, Tensor] = {}
     for stage in _stages(versions.layers, now.run):
         moved = _moved(stage, versions, was, now, random)
         hessian = moved.hessian()
+        for name in [name for name in stage if name in narrow]:
+            amount, halves = moved.of(name)
+            form = schemes[name]
+            assert isinstance(form, Narrow), "as its values are"
+            fitted, used[name] = fitted_output(
+                versions.was(name), narrow.pop(name), amount, halves, hessian, form, damping=damping
+            )
+            del amount, halves
+            keep(name, fitted)
+            stage.remove(name)
+            del fitted
+        if not stage:
+            continue
         order = order_of(schemes[stage[0]], hessian)
         made = factor(hessian, damping=damping, overwrite=True, order=order)
         del hessian
@@ -218,6 +233,12 @@ def _choose(
             if (owner := basis_of(schemes[name]) or name) in together:
                 together[owner][name] = Member.of(weight, factor=made)
                 continue
+            if isinstance(form := schemes[name], Narrow):
+                output = output_of(name)
+                value, narrow[output] = _narrow(weight, made, output, form, versions, was, damping)
+                keep(name, value)
+                del weight, value
+                continue
             if (owner := like_of(schemes[name])) is not None:
                 weight.sub_(integers.weight(owner, schemes, versions.shape(name)))
             quantized = _rounded(name, weight, made, schemes[name], rows)
@@ -228,15 +249,39 @@ def _choose(
                 versions.become(name, partial(dequantize, quantized))
             del weight, quantized
         for owner, members in together.items():
-            form = schemes[owner]
-            assert isinstance(form, LowRank), "a basis is a right factor"
-            for name, shared in share(members, "right", form.rank).items():
+            basis = schemes[owner]
+            assert isinstance(basis, LowRank), "a basis is a right factor"
+            for name, shared in share(members, "right", basis.rank).items():
                 keep(name, shared)
         del made, moved, together
     if learn is not None and learners:
         for name, quantized in learn(learners).items():
             keep(name, quantized)
     integers.finish(block, used)
+
+
+def _narrow(
+    weight: Tensor, made: Factor, output: str, form: Narrow, versions: Versions, was: Pass, damping: float
+) -> tuple[Made, Tensor]:
+    """Narrow values, and the output O′ [M, D] in their basis: for what came to the output in the model as it was."""
+    layer = versions.layers[output]
+    total, tokens = torch.zeros(layer.in_features, layer.in_features), 0
+    read = Pass(was.run, within=versions.as_they_were, waits=False)
+    for half in range(len(read.halves)):
+        for x_TK in read.inputs(half, layer):
+            tokens += x_TK.shape[0]
+            for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS)):
+                x = x_TK[start : start + _TOKENS].float()
+                total.addmm_(x.t(), x)
+                del x
+            del x_TK
+    inputs = factor(total.div_(tokens), damping=damping, overwrite=True)
+    del total
+    value, whole = narrow_heads(
+        weight, versions.was(output), width=weight.shape[0] // form.heads, kept=form.kept, factor_Q=inputs,
+        value_base=form.base, factor_K=made,
+    )  # fmt: skip
+    return value, whole.parts["weight_narrow"]
 
 
 def _tuned(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memfit.account.watch import Watch
-from memfit.calibrate.cache_loss import cache_losses
+from memfit.calibrate.cache_loss import cache_losses, without_floor
 from memfit.calibrate.collect import collect
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import row_shape, rows_of
@@ -21,6 +21,7 @@ from memfit.format.integers import Integers
 from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import OWN, stored_as, stored_scale, stored_values
 from memfit.format.safetensors import Writer
+from memfit.made_prices import made_prices
 from memfit.packed.fake import is_fake
 from memfit.packed.forms import FORM_PARTS, Own
 from memfit.packed.scheme import Scheme
@@ -55,15 +56,20 @@ class Calibrated:
 
 
 def calibrate(
-    source: Source, windows_WT: Tensor | None, allowed: Allowed | None, *, batch: int, watch: Watch
-) -> Calibrated:
+    source: Source, windows_WT: Tensor | None, allowed: Allowed | None, *, batch: int, watch: Watch,
+    by_text: bool = False, scratch: Path | None = None,
+) -> Calibrated:  # fmt: skip
     """Statistics of the text's windows, and the price of every choice.
 
     Without windows there are no statistics, and prices come from the weights alone. With `allowed` None nothing is
     priced.
+
+    Args:
+        by_text: whether `choose_integers` will make the linear layers of blocks: they are priced by what it errs by.
+        scratch: where what blocks give each other waits in files, while that is found out; None: in memory.
     """
     groups = find_groups(source.build(dtype=torch.bfloat16))
-    statistics, kv_prices = None, {}
+    statistics, kv_prices, everything_WT = None, {}, windows_WT
     dry = windows_WT is not None and is_fake(windows_WT)
     if windows_WT is not None:
         # From the third batch on, all that a batch needs was needed before.
@@ -72,7 +78,7 @@ def calibrate(
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
             narrow = [bits for bits in allowed.kv_bits if bits != 16] if allowed is not None else []
-            kv_prices = cache_losses(source, windows_WT[:KV_WINDOWS], narrow)
+            kv_prices = without_floor(cache_losses(source, windows_WT[:KV_WINDOWS], narrow))
     if allowed is None:
         return Calibrated(statistics=statistics, prices={}, kv_prices={})
     schemes = allowed.schemes_of(groups)
@@ -80,20 +86,32 @@ def calibrate(
     if statistics is not None and (members := allowed.smoothed(groups)):
         smoothing = find_smoothing(source, statistics, members, watch=watch)
         source, statistics = smoothing.of_source(source), smoothing.of_statistics(statistics)
-    # One of each kind is enough to know what pricing takes.
-    priced = {(group.shapes, len(schemes[group.name])): group for group in groups}.values() if dry else groups
     pairs = _complete(groups, statistics)
     found: Prices = {}
+    if by_text and everything_WT is not None and pairs is not None:
+        found = made_prices(
+            source, everything_WT, groups, schemes, lambda name: pairs[name][1], watch=watch, batch=batch,
+            scratch=scratch, narrow=allowed.narrowed(source.build(dtype=torch.bfloat16), groups),
+        )  # fmt: skip
+    rest = [group for group in groups if any((group.name, form) not in found for form in schemes[group.name])]
+    # One of each kind is enough to know what pricing takes.
+    priced = {(group.shapes, len(schemes[group.name])): group for group in rest}.values() if dry else rest
     for group in priced:
         # A phase for each group: an allocator's events are kept until their phase ends.
         with watch.phase("price"):
             found |= prices(
                 groups,
-                {group.name: schemes[group.name]},
+                {group.name: [form for form in schemes[group.name] if (group.name, form) not in found]},
                 lambda name: source.read_parameter(name, dtype=torch.bfloat16),
                 pairs,
             )
     return Calibrated(statistics=statistics, prices=found, kv_prices=kv_prices, smoothing=smoothing)
+
+
+def asked_of(job: dict[str, Any]) -> dict[str, Any]:
+    """The options of `calibrate` as its job is told them."""
+    scratch = Path(job["work"]) if job.get("spill") else None
+    return {"batch": job["batch"], "by_text": job.get("by_text", False), "scratch": scratch}
 
 
 def priced_by(source: Source, statistics: Statistics | None) -> PricedBy:

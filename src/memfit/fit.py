@@ -272,11 +272,12 @@ def fit(
     if algorithm in BY_TEXT and texts is None:
         how = f"GPTQ chooses integers for a text (--algorithm {algorithm})"
         raise UsageError(f"{how}, and there is none. Give one (--text FILE).")
-    key = calibration_key(study, texts, threads) | {"asked": [ram_nbytes, measure], "narrow": narrow and asdict(narrow)}
+    key = calibration_key(study, texts, threads, algorithm)
+    key |= {"asked": [ram_nbytes, measure], "narrow": narrow and asdict(narrow)}
     key |= {} if beside is None else {"beside": str(beside)}
     work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work, Process() as process:
-        job = calibration_job(study, texts, work.path, reference=measure, threads=threads)
+        job = calibration_job(study, texts, work.path, reference=measure, threads=threads, algorithm=algorithm)
         job |= {} if beside is None else {"beside": str(beside)}
         cap = None
         if ram_nbytes is None:

@@ -132,7 +132,7 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
     """Statistics into the work directory, prices into the answer; if asked, the original's own answers."""
     from memfit.account.meter import reset_resident_peak
-    from memfit.compress import calibrate, priced_by
+    from memfit.compress import asked_of, calibrate, priced_by
     from memfit.plan.allowed import Allowed
     from memfit.technique.smoothing import SMOOTHING
 
@@ -147,8 +147,8 @@ def _calibrate(job: dict[str, Any]) -> dict[str, Any]:
             source,
             None if text is None else text["calibration"],
             None if job["allowed"] is None else Allowed.from_json(job["allowed"]),
-            batch=job["batch"],
             watch=watch,
+            **asked_of(job),
         )
         seen = _seen(watch)
     if found.statistics is not None:

@@ -105,7 +105,7 @@ def fronts(
         kept = {
             item: [
                 option
-                for option, form in zip(options, (None, *study.schemes.get(item, ())), strict=False)
+                for option, form in zip(options, study.forms(item, prices), strict=True)
                 if form is None or name == ALL_TOGETHER or techniques_of(form) == {name}
             ]
             if item in study.schemes

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from memfit.format.integers import Integers
-from memfit.packed.forms import Form, LowRank, Shared, basis_of, like_of
+from memfit.packed.forms import Form, LowRank, Narrow, Shared, basis_of, is_value, like_of, output_of, value_of
 from memfit.source.source import Source
+from memfit.technique.heads import narrow_heads
 from memfit.technique.low_rank import factorize
 from memfit.technique.made import Made
 from memfit.technique.making import make, weight_of
@@ -34,12 +35,19 @@ class Sharing:
         self._owners = frozenset(owner for form in schemes.values() if (owner := basis_of(form)) is not None)
 
     def concerns(self, module: str) -> bool:
-        """Whether a module shares something, or has the right factor that others share."""
-        return module in self._owners or isinstance(self._schemes.get(module), Shared)
+        """Whether a module shares something, has the right factor that others share, or is one of two that are made
+        narrower together."""
+        return module in self._owners or isinstance(self._schemes.get(module), Shared | Narrow)
 
     def made(self, module: str) -> Made:
         """What is stored of a module that shares something, or is a basis's owner."""
         form = self._schemes[module]
+        if isinstance(form, Narrow):
+            if module not in self._kept:
+                self._kept |= self._narrow(module if is_value(module) else value_of(module))
+            narrow = self._kept.pop(module)
+            assert isinstance(narrow, Made)
+            return narrow
         if (owner := like_of(form)) is not None:
             assert isinstance(form, Shared)
             return self._difference(module, owner, form)
@@ -57,6 +65,17 @@ class Sharing:
         metric = Metric(importance_K=self._importance(owner))
         members = {name: Member(weight=self._weight(name), metric=metric) for name in names}
         return share(members, "right", form.rank)
+
+    def _narrow(self, value: str) -> dict[str, Made | Quantized]:
+        output = output_of(value)
+        forms = self._schemes[value], self._schemes[output]
+        assert isinstance(forms[0], Narrow) and isinstance(forms[1], Narrow), "both are, or none"
+        weight = self._weight(value)
+        made = narrow_heads(
+            weight, self._weight(output), width=weight.shape[0] // forms[0].heads, kept=forms[0].kept,
+            base=forms[1].base, value_base=forms[0].base,
+        )  # fmt: skip
+        return {value: made[0], output: made[1]}
 
     def _difference(self, module: str, owner: str, form: Shared) -> Made:
         weight = self._weight(module)

@@ -9,25 +9,17 @@ Legend of shapes: W windows, T time, N outputs, K inputs, n the shorter of both.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from memfit.account.ledger import Shape
-from memfit.account.structure import structure_of
 from memfit.account.watch import Watch
-from memfit.calibrate.collect import arguments_of
-from memfit.calibrate.runs import Call, Run
-from memfit.calibrate.spill import Spill
-from memfit.calibrate.stream import Streamed
-from memfit.packed.fake import blocks_to_run, is_fake, repeated
+from memfit.calibrate.inputs import hear_inputs
+from memfit.packed.fake import repeated
 from memfit.packed.scheme import Scheme
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, factor, gptq
@@ -36,9 +28,6 @@ from memfit.technique.low_rank import errors_by_rank
 from memfit.technique.quantize import dequantize
 from memfit.technique.share import Member, shared_errors
 from memfit.technique.spectrum import Metric
-
-_TOKENS = 2048
-"""Tokens whose inputs are in fp32 at a time."""
 
 
 @dataclass(kw_only=True)
@@ -106,92 +95,19 @@ def spectra(
     Raises:
         ValueError: a layer whose inputs are not finite, or all 0.
     """
-    streamed, spill, found = Streamed(source), Spill(scratch, watch), Spectra()
-    count, dry = windows_WT.shape[0], is_fake(windows_WT)
-    known: dict[Any, list[Any]] = {}
+    found = Spectra()
 
-    def visit(name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        phase.close()
-        phase.enter_context(watch.phase("spectra"))
-        left.discard(name)
-        # As in `compensate`: of equal blocks a dry run needs two.
-        kind = structure_of(block)
-        if dry and len(known.setdefault(kind, [])) == 2:
-            if not left:
-                raise _AllDone
-            return tree_map(
-                lambda leaf: spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf, known[kind][-1]
-            )
-        run = Run(Call(forward, args, kwargs, count, spill), 0, count, batch)
-        layers = {
-            full: module
-            for below, module in block.named_modules()
-            if isinstance(module, nn.Linear) and (full := f"{name}.{below}") in wanted
-        }
+    def heard(layers: Mapping[str, nn.Linear], stage: Sequence[str], hessian: Tensor) -> None:
+        made = factor(hessian, damping=damping, overwrite=True)
+        _add(found, layers, stage, made, wanted, gradients, heads or {})
 
-        def add(stage: list[str], made: Factor) -> None:
-            _add(found, layers, stage, made, wanted, gradients, heads or {})
-
-        out = _heard(layers, run, add, damping)
-        if not left:
-            raise _AllDone
-        if dry:
-            known[kind].append(tree_map(lambda leaf: Shape.of(leaf) if isinstance(leaf, Tensor) else leaf, out))
-        return out
-
-    streamed.visit, streamed.empty = visit, spill.empty
-    left = set(streamed.blocks)
-    with ExitStack() as phase:
-        phase.enter_context(watch.phase("spectra"))
-        with suppress(_AllDone):
-            streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
+    kinds = {name: tuple(bases) for name, bases in wanted.items()}
+    hear_inputs(source, windows_WT, kinds, heard, watch=watch, phase="spectra", batch=batch, scratch=scratch)
     return found
 
 
-def _heard(
-    layers: Mapping[str, nn.Linear], run: Run, add: Callable[[list[str], Factor], None], damping: float
-) -> Any:
-    """Run a block, and tell of layers that read the same input their names and the factor of its H; what it gives."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    leader: dict[str, str] = {}
-    calls: list[tuple[Tensor, str]] = []
-
-    def hear(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name not in leader:
-                leader[name] = next((first for tensor, first in calls if tensor is inputs[0]), name)
-                calls.append((inputs[0], name))
-            if leader[name] != name:
-                return
-            x_TK = inputs[0].reshape(-1, inputs[0].shape[-1])
-            total = sums.setdefault(name, torch.zeros(x_TK.shape[1], x_TK.shape[1]))
-            for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS)):
-                x = x_TK[start : start + _TOKENS].float()
-                total.addmm_(x.t(), x)
-                del x
-            counts[name] = counts.get(name, 0) + x_TK.shape[0]
-            if len(leader) == len(layers):
-                calls.clear()
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(hear(name)) for name, layer in layers.items()]
-    try:
-        out = run.whole()
-    finally:
-        for handle in handles:
-            handle.remove()
-        calls.clear()
-    for name in list(sums):
-        made = factor(sums.pop(name).div_(counts[name]), damping=damping, overwrite=True)
-        add([other for other, first in leader.items() if first == name], made)
-        del made
-    return out
-
-
 def _add(
-    found: Spectra, layers: Mapping[str, nn.Linear], stage: list[str], made: Factor,
+    found: Spectra, layers: Mapping[str, nn.Linear], stage: Sequence[str], made: Factor,
     wanted: Mapping[str, Sequence[Scheme | None]], gradients: Callable[[str], Tensor | None],
     heads: Mapping[str, tuple[str, int]],
 ) -> None:  # fmt: skip
@@ -226,7 +142,3 @@ def _lost(name: str, weight: Tensor, made: Factor, base: Scheme) -> Tensor:
     (lost,) = repeated(("lost", base), None, name, given, call)
     assert isinstance(lost, Tensor)
     return lost
-
-
-class _AllDone(Exception):  # no error: what the model makes of its last block is of no use
-    """The last block was heard."""

@@ -23,7 +23,7 @@ from memfit.account.settle import settle
 from memfit.account.structure import stacked_blocks
 from memfit.calibrate.statistics import Statistics
 from memfit.compensate import Thrift
-from memfit.compress import Calibrated, calibrate, choose_integers, compress
+from memfit.compress import Calibrated, asked_of, calibrate, choose_integers, compress
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
 from memfit.format.gguf import write_gguf
@@ -50,7 +50,7 @@ BY_TEXT: Final = ("gptq", "tuned")
 """What goes through the text block by block, to choose integers."""
 
 
-def calibration_key(study: Study, text: Text | None, threads: int) -> dict[str, Any]:
+def calibration_key(study: Study, text: Text | None, threads: int, algorithm: Algorithm) -> dict[str, Any]:
     """All that calibration depends on."""
     files = sorted({info.file for info in study.source.tensors.values()})
     words = None if text is None else repr(text).encode()
@@ -60,15 +60,18 @@ def calibration_key(study: Study, text: Text | None, threads: int) -> dict[str, 
         "text": words and hashlib.sha256(words).hexdigest(),
         "allowed": asdict(study.allowed),
         "task": study.task.to_json(),
+        "by_text": algorithm in BY_TEXT,
         "threads": threads,
         "versions": describe_versions(),
     }
 
 
 def calibration_job(
-    study: Study, text: Text | None, work: Path, *, reference: bool, threads: int | None = None
-) -> dict[str, Any]:
-    """The job that prices every choice on the text; with `reference`, it keeps the original's answers, too."""
+    study: Study, text: Text | None, work: Path, *, reference: bool, threads: int | None = None,
+    algorithm: Algorithm = "gptq",
+) -> dict[str, Any]:  # fmt: skip
+    """The job that prices every choice on the text, made by `algorithm`; with `reference`, it keeps the original's
+    answers, too."""
     if text is not None:
         write_windows(study.source, text, work)
     return job_on(study.source, work, threads) | {
@@ -78,6 +81,7 @@ def calibration_job(
         "wanted": True,
         "task": asdict(replace(study.task, kv_bits=16)),
         "batch": 4,
+        "by_text": text is not None and algorithm in BY_TEXT,
     }
 
 
@@ -93,7 +97,7 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
         found = Calibrated(statistics=None, prices={}, kv_prices={})
         if job["do"] == "calibrate":
             allowed = None if job["allowed"] is None else Allowed.from_json(job["allowed"])
-            found = calibrate(source, ids, allowed, batch=job["batch"], watch=follow)
+            found = calibrate(source, ids, allowed, watch=follow, **asked_of(job))
         source = found.smoothing.of_source(source)
         integers = None
         if algorithm in BY_TEXT and ids is not None:
@@ -110,7 +114,7 @@ def predict_calibrating(source: Source, job: dict[str, Any]) -> Account:
     """The account of the job of calibration alone."""
     with on_fakes() as follow:
         allowed = None if job["allowed"] is None else Allowed.from_json(job["allowed"])
-        calibrate(source, fake_ids(windows_of(job)), allowed, batch=job["batch"], watch=follow)
+        calibrate(source, fake_ids(windows_of(job)), allowed, watch=follow, **asked_of(job))
     return settle(follow.ledger)
 
 

@@ -25,7 +25,7 @@ from memfit.format.output import weights_of
 from memfit.format.packed import packed_specs
 from memfit.models import load_model
 from memfit.moments import fake_weights, kind_of, moments
-from memfit.packed.forms import Form, LowRank, Shared, Whole
+from memfit.packed.forms import Form, LowRank, Narrow, Shared, Whole, is_value, of_member, output_of
 from memfit.packed.kernel import runtime_nbytes
 from memfit.packed.levels import part_of
 from memfit.packed.modules import pack_module_skeleton
@@ -52,6 +52,11 @@ class Study:
         self.skeleton = source.build(dtype=torch.bfloat16)
         self.groups = find_groups(self.skeleton)
         self.schemes = allowed.schemes_of(self.groups)
+        self.narrow_heads = allowed.narrowed(self.skeleton, self.groups)
+        self._narrow = {name: forms for one in self.narrow_heads for name, forms in one.forms.items()}
+        self._ties = {
+            group.name: one.narrowing.output for one in self.narrow_heads for group in (one.values, one.output)
+        }
         for part in allowed.keep:
             if not any(allowed.keeps(part, group) for group in self.groups):
                 sample = self.groups[0].name if self.groups else "none at all"
@@ -103,20 +108,29 @@ class Study:
             dict.fromkeys(KV_PRICES, 0.0),
         )
 
+    def forms(self, name: str, prices: Prices) -> tuple[Form | None, ...]:
+        """What each of a group's options means, in their order: narrower heads only where they are priced."""
+        narrow = self._narrow.get(name, ())
+        return (None, *self.schemes[name], *(form for form in narrow if (name, form) in prices))
+
     def kv_choices(self) -> tuple[int, ...]:
         """KV bits that may be chosen, 16 always among them and first."""
         return (16, *sorted((bits for bits in self.allowed.kv_bits if bits != 16), reverse=True))
 
     def _options(self, group: Group, prices: Prices) -> list[Option]:
-        plain = Option(price=0.0, persistent_nbytes=2 * group.weights, transient=self._transient(group, None))
-        return [plain] + [
-            Option(
-                price=prices[group.name, scheme],
-                persistent_nbytes=sum(map(runtime_nbytes, group.forms(scheme), group.shapes)),
-                transient=self._transient(group, scheme),
-            )
-            for scheme in self.schemes[group.name]
-        ]
+        return [self._option(group, form, prices) for form in self.forms(group.name, prices)]
+
+    def _option(self, group: Group, form: Form | None, prices: Prices) -> Option:
+        transient = self._transient(group, form)
+        if form is None:
+            return Option(price=0.0, persistent_nbytes=2 * group.weights, transient=transient)
+        parts = zip(group.forms(form), group.shapes, strict=True)
+        return Option(
+            price=prices[group.name, form],
+            persistent_nbytes=sum(2 * math.prod(s) if own is None else runtime_nbytes(own, s) for own, s in parts),
+            transient=transient,
+            tied=f"{self._ties[group.name]} {form.kept}" if isinstance(form, Narrow) else None,
+        )
 
     def _transient(self, group: Group, scheme: Form | None) -> dict[str, int]:
         """Bytes over the phase's base that are alive while the group's modules run."""
@@ -139,22 +153,22 @@ class Study:
                 traced = self.running.get((phase, member))
                 if traced is None:
                     continue
-                if scheme is not None:
-                    traced += self.alone(member, phase, scheme) - self.alone(member, phase, None)
+                if (own := _own(scheme, member)) is not None:
+                    traced += self.alone(member, phase, own) - self.alone(member, phase, None)
                 most = max(most, traced)
             over[phase] = max(0, most - rest)
         return over
 
     def _loading(self, group: Group, scheme: Form | None) -> int:
         """Bytes alive while the group's weights are read, beyond those that stay."""
-        scheme = _standing_alone(scheme)
-        if scheme is None:
-            return 0
         found = 0
         for member in group.members:
-            key = ("load", self._build_of(member), scheme)
+            own = _own(_standing_alone(scheme), member)
+            if own is None:
+                continue
+            key = ("load", self._build_of(member), own)
             if key not in self._alone:
-                self._alone[key] = self._load_alone(member, scheme, table=group.kind == "embedding")
+                self._alone[key] = self._load_alone(member, own, table=group.kind == "embedding")
             found = max(found, self._alone[key])
         return found
 
@@ -262,6 +276,15 @@ class Study:
                     choice, name=group.name, weights=group.weights, nbytes=group.nbytes(scheme), price=price or 0.0
                 )
             )
+        kept = {choice.members[0]: choice.scheme for choice in choices}
+        for one in self.narrow_pairs():
+            values, output = (kept.get(group.members[0]) for group in one)
+            sides = [form.kept if isinstance(form, Narrow) else None for form in (values, output)]
+            if sides[0] != sides[1]:
+                raise BrokenInput(
+                    f"the plan's {one[0].name} and {one[1].name} are heads of {sides[0] or 'all'} and of "
+                    f"{sides[1] or 'all'} dimensions: what values make the output reads. Give both the same `kept`."
+                )
         if groups:
             names = ", ".join(group.name for group in groups.values())
             raise BrokenInput(f"the plan has no choice for {names} of {self.source.name}.")
@@ -273,6 +296,12 @@ class Study:
             predicted=None,
             predicted_fit=None,
         )
+
+    def narrow_pairs(self) -> list[tuple[Group, Group]]:
+        """The groups of values and of the output of each attention."""
+        group_of = {member: group for group in self.groups for member in group.members}
+        found = [(value, output_of(value)) for value in group_of if is_value(value)]
+        return [(group_of[value], group_of[output]) for value, output in found if output in group_of]
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -287,8 +316,7 @@ class Study:
         """The plan that a solution of the search means."""
         choices = []
         for group in self.groups:
-            index = chosen[group.name]
-            scheme = None if index == 0 else self.schemes[group.name][index - 1]
+            scheme = self.forms(group.name, prices)[chosen[group.name]]
             choices.append(
                 GroupChoice(
                     name=group.name,
@@ -311,6 +339,11 @@ class Study:
             priced_by=priced_by,  # type: ignore[arg-type]
             expected_kl=expected,
         )
+
+
+def _own(scheme: Form | None, member: str) -> Form | None:
+    """A member's own form where only its values are narrower."""
+    return of_member(scheme, member, 0, ()) if isinstance(scheme, Narrow) else scheme
 
 
 def _standing_alone(scheme: Form | None) -> Form | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from memfit.calibrate.cache_loss import cache_losses
+from memfit.calibrate.cache_loss import cache_losses, without_floor
 from memfit.packed.cache import cache_argument, make_cache
 from memfit.source.load import load
 from memfit.source.source import source_from_config
@@ -71,3 +71,10 @@ def test_the_vocabulary_may_pass_by_in_blocks(monkeypatch):
     monkeypatch.setattr(stream, "ROWS_NBYTES", 128 * 4 * 33)
     pieces = cache_losses(source, ids, [2], dtype=torch.float32)
     assert pieces[2] == pytest.approx(whole[2], rel=2e-3)
+
+
+def test_what_any_change_costs_is_told_from_what_fewer_bits_do() -> None:
+    told = without_floor({8: 2e-4 + 1e-6, 4: 2e-4 + 256e-6, 2: 2e-4 + 0.05})
+    assert told == pytest.approx({8: 1e-6, 4: 256e-6, 2: 0.05})
+    assert without_floor({8: 1e-7, 4: 1e-3}) == {8: 1e-7, 4: 1e-3}  # less than that share: there is no floor
+    assert without_floor({4: 1e-3}) == {4: 1e-3}

@@ -190,6 +190,11 @@ def _eigenvectors(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     return [], [ask_eigenvectors(tuple(matrix.shape), matrix.dtype, vectors=out[1].numel() > 0)]
 
 
+def _cholesky_solve(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
+    """BatchLinearAlgebra.cpp, _cholesky_solve_helper: the triangle is copied column by column, beside the result."""
+    return [], [args[1].numel() * args[1].dtype.itemsize]
+
+
 def _safe_softmax(func: Any, args: tuple[Any, ...], out: Any) -> Scratch:
     """transformers/attention.cpp: after the softmax, a mask of −inf, its rows, and a zero to fill with."""
     return [], [out.numel(), out.numel() // out.shape[args[1]], out.dtype.itemsize]
@@ -235,6 +240,7 @@ _RULES: Final[dict[Any, Callable[[Any, tuple[Any, ...], Any], Scratch]]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten._safe_softmax: _safe_softmax,
     aten._linalg_eigh: _eigenvectors,
+    aten.cholesky_solve: _cholesky_solve,
     aten.convolution: _convolution,
     aten.mkldnn_rnn_layer: _recurrent,
     aten.mkldnn_rnn_layer_backward: _recurrent,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run
-from memfit.packed.forms import FORM_PARTS, Form, LowRank, Own, Shared
+from memfit.packed.forms import FORM_PARTS, Form, LowRank, Narrow, Own, Shared
 from memfit.packed.scheme import Scheme
 from memfit.source.checkpoint import Checkpoint
 from memfit.source.planned import planned_checkpoint
@@ -69,7 +69,7 @@ class Integers:
         """The parts that were made of a module, of a weight of this shape."""
         file = self._files[module]
         parts = {part: file.read(name) for part in FORM_PARTS if (name := f"{module}.{part}") in file.tensors}
-        base = form.base if isinstance(form, LowRank) and isinstance(form.base, Scheme) else None
+        base = form.base if isinstance(form, LowRank | Narrow) and isinstance(form.base, Scheme) else None
         return Made(form=form, shape=shape, parts=parts, base=None if base is None else self.read(module, base))
 
     def weight(

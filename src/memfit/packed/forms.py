@@ -295,6 +295,11 @@ class Narrow:
         kept = self.heads * self.kept
         return (kept, shape[1]) if self.side == "out" else (shape[0], kept)
 
+    def columns(self, size: int) -> torch.Tensor:
+        """Which of so many outputs, or inputs, are computed, or read."""
+        first = torch.arange(self.heads).mul_(size // self.heads)
+        return first.unsqueeze(1).add(torch.arange(self.kept)).view(-1)
+
     def why_not(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape [N, K] cannot be stored so; None if it can."""
         if len(shape) != 2:
@@ -340,15 +345,33 @@ def like_of(form: Form | None) -> str | None:
 
 def of_member(form: Form | None, member: str, position: int, owners: Sequence[str]) -> Form | None:
     """The form of one of several modules that share a choice: where that is `Shared` with their first, it is the owner
-    of the basis; with the first of other modules, each is like the one of these at its own place.
+    of the basis; with the first of other modules, each is like the one of these at its own place. Of queries, keys and
+    values that are `Narrow` the values are, and the others have its integers.
 
     owners: the members of the group of the form's owner.
     """
+    if isinstance(form, Narrow) and form.side == "out":
+        return form if is_value(member) else form.base
     if not isinstance(form, Shared):
         return form
     if member == form.owner:
         return LowRank(rank=form.rank)
     return form if form.owner not in owners or form.common != "weight" else replace(form, owner=owners[position])
+
+
+def is_value(module: str) -> bool:
+    """Whether a module makes the values of an attention whose heads may become narrower."""
+    return module.rpartition(".")[2] == "v_proj"
+
+
+def output_of(value: str) -> str:
+    """The module that reads what attention makes of these values."""
+    return f"{value.rpartition('.')[0]}.o_proj"
+
+
+def value_of(output: str) -> str:
+    """The module that makes the values of what comes to this output."""
+    return f"{output.rpartition('.')[0]}.v_proj"
 
 
 def techniques_of(form: Form) -> frozenset[str]:
@@ -357,7 +380,7 @@ def techniques_of(form: Form) -> frozenset[str]:
         return frozenset({"share"})
     if isinstance(form, Sparse):
         return frozenset({"prune"})
-    if isinstance(form, LowRank):
+    if isinstance(form, LowRank | Narrow):
         return frozenset({"low-rank"} if form.base is None else {"low-rank", "quantize"})
     return frozenset({"quantize"})
 

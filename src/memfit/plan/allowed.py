@@ -4,12 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from torch import nn
+
 from memfit.errors import UsageError
 from memfit.packed.forms import Form, Sparse
 from memfit.packed.scheme import BITS, Scheme, Values
 
 from .groups import Group, candidates
 from .other_forms import (
+    HEADS,
     RANKS,
     RESIDUAL_RANKS,
     SPARSE,
@@ -19,6 +22,7 @@ from .other_forms import (
     residual_candidates,
     sparse_candidates,
 )
+from .sharing import NarrowHeads, narrow_heads, narrowings
 
 TECHNIQUES: Final = ("quantize", "prune", "low-rank", "share")
 """What may be done to a group of weights."""
@@ -49,12 +53,16 @@ class Allowed:
     """Of factors: whole numbers, or shares of the bytes in 16 bits."""
     residual_ranks: tuple[int, ...] = RESIDUAL_RANKS
     """Of factors beside integers, where both are allowed."""
+    heads: tuple[float, ...] = HEADS
+    """Shares of a head's dimensions that values and output of an attention may keep, where factors are allowed."""
     keep: tuple[str, ...] = ()
     """Groups that stay in 16 bits: a part of their names is enough; `embeddings` means all tables and what is tied."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.techniques if name not in TECHNIQUES]:
             raise UsageError(f"{unknown[0]!r} is no technique for weights; known: {', '.join(TECHNIQUES)}.")
+        if bad := [share for share in self.heads if not 0 < share < 1]:
+            raise UsageError(f"heads keep a share of their dimensions between 0 and 1; got {bad[0]}.")
         if not self.techniques:
             raise UsageError(f"nothing is allowed. Allow some of {', '.join(TECHNIQUES)}.")
         if bad := [rank for rank in self.ranks if not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1)]:
@@ -95,6 +103,13 @@ class Allowed:
                 found[name] += forms
         return found
 
+    def narrowed(self, model: nn.Module, groups: Sequence[Group]) -> tuple[NarrowHeads, ...]:
+        """The attentions that may have narrower heads, and what both of their groups may then become."""
+        if "low-rank" not in self.techniques or self.activations != 16:
+            return ()
+        free = [group for group in groups if not any(self.keeps(part, group) for part in self.keep)]
+        return narrow_heads(narrowings(model), free, self.schemes_of(groups), self.heads)
+
     def _integers(self, group: Group) -> tuple[Scheme, ...]:
         bits = tuple(b for b in self.bits if b < 16)
         return candidates(
@@ -134,5 +149,6 @@ class Allowed:
             kv_bits=tuple(data["kv_bits"]),
             activations=data["activations"],
             smooth=data["smooth"],
+            heads=tuple(data["heads"]),
             keep=tuple(data["keep"]),
         )

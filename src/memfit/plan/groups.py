@@ -10,7 +10,7 @@ from typing import Final, Literal
 from torch import nn
 
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
-from memfit.packed.forms import Form, Shared, of_member
+from memfit.packed.forms import Form, Narrow, Shared, is_value, of_member
 from memfit.packed.modules import is_experts, why_not_packed
 from memfit.packed.scheme import BITS, BITS_OF, GROUPS, MX_GROUP, Scheme, Values
 
@@ -74,21 +74,26 @@ class Group:
         """Stored bytes in `scheme`; None: 2 bytes a weight."""
         if scheme is None:
             return 2 * self.weights
-        return sum(form.nbytes(shape) for form, shape in zip(self.forms(scheme), self.shapes, strict=True))
+        forms = zip(self.forms(scheme), self.shapes, strict=True)
+        return sum(2 * math.prod(shape) if form is None else form.nbytes(shape) for form, shape in forms)
 
-    def forms(self, scheme: Form) -> tuple[Form, ...]:
-        """The form of each of `parameters` where all share a choice: of a common basis the first owns it."""
-        if not isinstance(scheme, Shared):
+    def forms(self, scheme: Form) -> tuple[Form | None, ...]:
+        """The form of each of `parameters` where all share a choice: of a common basis the first owns it, of narrower
+        values the others have the integers, or stay as they are (None)."""
+        if not isinstance(scheme, Shared | Narrow):
             return (scheme,) * len(self.parameters)
-        return tuple(of_member(scheme, member, n, ()) or scheme for n, member in enumerate(self.members))
+        return tuple(of_member(scheme, member, n, ()) for n, member in enumerate(self.members))
 
     def why_not(self, scheme: Form) -> str | None:
         """Why the group cannot be stored in `scheme`; None if it can."""
         if self.blocked is not None:
             return self.blocked
-        if isinstance(scheme, Shared) and len(self.members) != len(self.parameters):
+        if isinstance(scheme, Shared | Narrow) and len(self.members) != len(self.parameters):
             return f"{' and '.join(self.members)} are one tensor already"
-        reasons = (form.why_not(shape) for form, shape in zip(self.forms(scheme), self.shapes, strict=True))
+        if isinstance(scheme, Narrow) and scheme.side == "out" and not any(map(is_value, self.members)):
+            return f"{' and '.join(self.members)} are no values of an attention"
+        forms = zip(self.forms(scheme), self.shapes, strict=True)
+        reasons = (None if form is None else form.why_not(shape) for form, shape in forms)
         return next((reason for reason in reasons if reason is not None), None)
 
 

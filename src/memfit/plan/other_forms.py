@@ -17,6 +17,8 @@ SPARSE: Final = (
 RANKS: Final = (0.8, 0.65, 0.5, 0.35)
 """Ranks of factors worth asking about, as shares of the bytes in 16 bits."""
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+HEADS: Final = (0.75, 0.5)
+"""Shares of a head's dimensions that values and output of an attention may keep."""
 RESIDUAL_RANKS: Final = (8, 32)
 """Ranks of factors beside integers."""
 RESIDUAL_BITS: Final = 4

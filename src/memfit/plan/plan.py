@@ -97,8 +97,8 @@ class Plan:
             theirs = members.get(scheme.owner, ()) if isinstance(scheme, Shared) else ()
             for n, member in enumerate(choice.members):
                 form = of_member(scheme, member, n, theirs)
-                assert form is not None
-                found[member] = form
+                if form is not None:  # beside narrower values queries and keys may stay as they are
+                    found[member] = form
         return found
 
     def to_json(self) -> dict[str, Any]:

@@ -285,19 +285,24 @@ def _sample(weight: Tensor, weighting: _Weighting | None, *, rows: int) -> _Samp
         picked = torch.div(torch.arange(wanted) * count, wanted, rounding_mode="floor")
         chosen = flat.index_select(0, picked)
         return _Sample(chosen, (), None, _number(chosen.to(torch.float32, copy=True).square_().sum()))
-    # Systematic sampling in proportion to the rows' weight p: each picked row stands for Σp / n of it. One
-    # that is heavy is picked more than once.
-    p = sum_of([rows_ / rows_.sum().clamp_(min=1e-30) for rows_, _ in weighting.terms]).to(torch.float64)
-    p = p + p.sum().clamp_(min=1e-30) * (1e-3 / count)
-    marks = (torch.arange(wanted, dtype=torch.float64) + 0.5) * (p.sum() / wanted)
-    picked = torch.searchsorted(p.cumsum(0), marks).clamp_(max=count - 1)
-    stands_for = (p.sum() / wanted / p[picked]).to(torch.float32)
+    p = sum_of([rows_ / rows_.sum().clamp_(min=1e-30) for rows_, _ in weighting.terms])
+    picked, stands_for = systematic(p, wanted)
     terms = []
     for rows_, columns in weighting.terms:
         if columns.dim() == 2:
             columns = columns[torch.div(picked, count // columns.shape[0], rounding_mode="floor")]
         terms.append((rows_[picked] * stands_for, columns))
     return _Sample(flat.index_select(0, picked), tuple(terms), weighting.importance(), 0.0)
+
+
+def systematic(weights_N: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """`wanted` rows in proportion to their weight, and how many rows each stands for: a sum over them is unbiased. One
+    that is heavy is picked more than once."""
+    p = weights_N.to(torch.float64)
+    p = p + p.sum().clamp_(min=1e-30) * (1e-3 / p.shape[0])
+    marks = (torch.arange(wanted, dtype=torch.float64) + 0.5) * (p.sum() / wanted)
+    picked = torch.searchsorted(p.cumsum(0), marks).clamp_(max=p.shape[0] - 1)
+    return picked, (p.sum() / wanted / p[picked]).to(torch.float32)
 
 
 def _weighting(group: Group, parameter: str, statistics: Statistics | None) -> _Weighting | None:

@@ -38,6 +38,8 @@ class Option:
     """Moment to further bytes alive then, as a cache's; they add over items."""
     transient: Mapping[str, int] = field(default_factory=dict)
     """Moment to bytes alive while the item itself runs then; one item at a time."""
+    tied: str | None = None
+    """Of the two items that have options tied by this name, both take one of these, or neither does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def merge(options: Mapping[str, Sequence[Option]]) -> tuple[Item, ...]:
     names: dict[Any, list[str]] = {}
     for name, choices in options.items():
         key = tuple(
-            (o.price, o.persistent_nbytes, tuple(sorted(o.held.items())), tuple(sorted(o.transient.items())))
+            (o.price, o.persistent_nbytes, tuple(sorted(o.held.items())), tuple(sorted(o.transient.items())), o.tied)
             for o in choices
         )
         names.setdefault(key, []).append(name)
@@ -195,6 +197,8 @@ class _Problem:
         for i, item in enumerate(self.items):  # each copy takes one option
             own = [(k, 1.0) for k, (j, _) in enumerate(self.pairs) if j == i]
             rows.add(own, len(item.names), len(item.names))
+        for terms in self._ties():
+            rows.add(terms, 0.0, 0.0)
         unit = float(self._unit())
         for moment, base in self.bases.items():  # what is alive at each moment
             terms = [(tau_of[moment], 1.0), (free, -1.0)]
@@ -252,6 +256,16 @@ class _Problem:
         for (_, moment), terms in single.items():
             yield [*terms, (tau_of[moment], -1.0)]
 
+    def _ties(self) -> Iterator[list[tuple[int, float]]]:
+        """Rows Σ x of one item − Σ x of the other, of options tied by one name."""
+        tied: dict[str, dict[int, list[int]]] = {}
+        for k, (i, c) in enumerate(self.pairs):
+            if (name := self.items[i].options[c].tied) is not None:
+                tied.setdefault(name, {}).setdefault(i, []).append(k)
+        for by_item in tied.values():
+            first = next(iter(by_item))
+            yield [(k, 1.0 if i == first else -1.0) for i, own in by_item.items() for k in own]
+
     def _unit(self) -> int:
         """Bytes are counted in this unit, so that numbers near 1e6 meet HiGHS's tolerance of 1e-6."""
         largest = max(
@@ -308,7 +322,8 @@ def _undominated(item: Item) -> list[int]:
 
     def beats(left: Option, right: Option) -> bool:
         return (
-            left.price <= right.price
+            left.tied == right.tied
+            and left.price <= right.price
             and left.persistent_nbytes <= right.persistent_nbytes
             and all(left.held[m] <= right.held.get(m, 0) for m in left.held)
             and all(left.transient[m] <= right.transient.get(m, 0) for m in left.transient)

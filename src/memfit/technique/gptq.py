@@ -19,7 +19,8 @@ is linear in x̂: W′ = W + W E[(x − x̂) x̂ᵀ] H⁻¹ (`corrected`), which
 errors do not add up from layer to layer (GPTAQ, Li et al. 2025; QEP, Arai and Ichikawa 2025).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -224,11 +225,48 @@ def gptq(
     step = rows or _ROWS
     for start in blocks_to_run(range(0, weight.shape[0], step)):
         part = slice(start, min(start + step, weight.shape[0]))
-        errors[part] = _compensate(weight, found, made, group_of[made.order], part, block)
+        choose = _chooser(found, made.coupling.dtype)
+        errors[part] = _compensate(weight, found, made, group_of[made.order], part, block, choose)
     return Compensated(quantized=found, damping=made.damping, error=errors)
 
 
-def _compensate(weight: Tensor, found: Quantized, made: Factor, group_K: Tensor, rows: slice, block: int) -> Tensor:
+@torch.no_grad()
+def integer_errors(weight_NK: Tensor, made: Factor, schemes: Sequence[Scheme]) -> Tensor:
+    """What `gptq` errs by in each of several schemes: (w − ŵ) H (w − ŵ)ᵀ of each row [S, N], H damped.
+
+    All go through the columns together, as rows of one weight: what a column takes is mostly its calls.
+
+    Args:
+        schemes: of integers, either all symmetric or none.
+    """
+    count, size = weight_NK.shape
+    found = [quantize(weight_NK, scheme, importance=made.importance.to(torch.float32)) for scheme in schemes]
+    finest = math.lcm(*(one.scale.shape[1] for one in found))
+
+    def spread(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.repeat_interleave(finest // part.shape[1], dim=1) for part in parts])
+
+    zeros = [one.zero for one in found if one.zero is not None]
+    rows = Quantized(
+        scheme=schemes[0], q=torch.empty(len(schemes) * count, size, dtype=torch.int8, device=weight_NK.device),
+        scale=spread([one.scale for one in found]), zero=spread(zeros) if zeros else None,
+    )  # fmt: skip
+    del found, zeros
+    halves = [2 ** (scheme.bits - 1) for scheme in schemes]
+    half_R = torch.tensor(halves, dtype=made.coupling.dtype, device=weight_NK.device).repeat_interleave(count)
+    group_of = torch.arange(size, device=weight_NK.device).div_(size // finest, rounding_mode="floor")
+    stacked = weight_NK.repeat(len(schemes), 1)
+    errors = torch.empty(stacked.shape[0], dtype=made.coupling.dtype, device=weight_NK.device)
+    for start in blocks_to_run(range(0, stacked.shape[0], _ROWS)):
+        part = slice(start, min(start + _ROWS, stacked.shape[0]))
+        choose = _integers(half_R[part], half_R[part] - 1)
+        errors[part] = _compensate(stacked, rows, made, group_of[made.order], part, _COLUMNS, choose)
+    return errors.view(len(schemes), count)
+
+
+def _compensate(
+    weight: Tensor, found: Quantized, made: Factor, group_K: Tensor, rows: slice, block: int, choose: "_Choose"
+) -> Tensor:
     """Choose q of some rows anew, in place; their errors [R].
 
     Errors of earlier blocks of columns come by one product, those of earlier strips of the block by another; column by
@@ -239,7 +277,6 @@ def _compensate(weight: Tensor, found: Quantized, made: Factor, group_K: Tensor,
     w_KR.masked_fill_(made.dead[order].unsqueeze(1), 0.0)
     scale_GR = scale_values(found.scale[rows]).to(wide).t().contiguous()
     zero_GR = None if found.zero is None else found.zero[rows].to(wide).t().contiguous()
-    choose = _chooser(found, wide)
     columns, width = w_KR.shape
     q_KR = torch.empty(columns, width, dtype=torch.int8, device=weight.device)
     error = torch.zeros(width, dtype=wide, device=weight.device)
@@ -281,14 +318,20 @@ def _chooser(found: Quantized, wide: torch.dtype) -> "_Choose":
         grid = Grid(found.scheme, found.table, dtype=wide)
         return lambda t, s, z, level, read: grid.round(t, s, level, read)
     half = 2 ** (found.scheme.bits - 1)
+    return _integers(half, half - 1)
+
+
+def _integers(half: "Tensor | int", most: "Tensor | int") -> "_Choose":
+    """Of integers from −half to `most`; tensors [R]: each row's own."""
+    least = -half
 
     def integer(t: Tensor, s: Tensor, z: Tensor | None, level: Tensor, read: Tensor) -> None:
         torch.div(t, s, out=level)
         if z is None:
-            level.round_().clamp_(-half, half - 1)
+            level.round_().clamp_(least, most)  # type: ignore[arg-type, unused-ignore]
             torch.mul(level, s, out=read)
         else:
-            level.add_(z).round_().clamp_(-half, half - 1)
+            level.add_(z).round_().clamp_(least, most)  # type: ignore[arg-type, unused-ignore]
             torch.sub(level, z, out=read).mul_(s)
 
     return integer
@@ -297,4 +340,4 @@ def _chooser(found: Quantized, wide: torch.dtype) -> "_Choose":
 _Choose = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
 
 
-__all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "agreement", "corrected", "factor", "gptq"]
+__all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "agreement", "corrected", "factor", "gptq", "integer_errors"]

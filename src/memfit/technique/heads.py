@@ -21,7 +21,7 @@ from memfit.packed.fake import blocks_to_run
 from memfit.packed.forms import Narrow
 from memfit.packed.scheme import Scheme
 
-from .gptq import Factor, factor, gptq
+from .gptq import DAMPING, Factor, agreement, corrected, factor, gptq
 from .low_rank import fitted_left
 from .made import Made
 from .quantize import Quantized, quantize
@@ -82,6 +82,37 @@ def narrow_heads(
         _made(value_NK, narrow_value, Narrow(heads=heads, kept=kept, side="out", base=value_base), factor_K),
         _made(output_MQ, narrow_output, Narrow(heads=queries, kept=kept, side="in", base=base), inner),
     )
+
+
+@torch.no_grad()
+def fitted_output(
+    output_MQ: Tensor, narrow_MD: Tensor, moved_MQ: Tensor, halves: tuple[Tensor, Tensor] | None, hessian_QQ: Tensor,
+    form: Narrow, *, damping: float = DAMPING,
+) -> tuple[Made, float]:  # fmt: skip
+    """The narrow output for what narrow values, and all before them, now make of its inputs: y ŷ as `gptq.corrected`
+    has it, but from O′ on, as O is of another basis.
+
+    Args:
+        narrow_MD: O′ as `narrow_heads` found it.
+        moved_MQ: O E[(y − ŷ) ŷᵀ], ŷ 0 where nothing is read.
+        halves: of it by two halves of the text, as `gptq.agreement` takes them; None: there are none.
+        hessian_QQ: E[ŷ ŷᵀ].
+
+    Returns: what is stored, and the damping that H took.
+    """
+    columns = form.columns(output_MQ.shape[1])
+    made = factor(hessian_QQ.index_select(0, columns).index_select(1, columns), damping=damping, overwrite=True)
+    metric, ridge = Metric(factor=made), made.damping * made.importance.mean()
+    moved = moved_MQ.index_select(1, columns).to(made.coupling.dtype)
+    off = output_MQ.index_select(1, columns).to(moved.dtype).sub_(narrow_MD)
+    # (O − O′) H, H as it is before it is damped.
+    moved.add_(metric.times_turned(metric.times(off))).sub_(off.mul_(ridge))
+    del off
+    if halves is not None:
+        first, second = (half.index_select(1, columns) for half in halves)
+        moved.mul_(agreement(first, second, made))
+        del first, second
+    return _made(output_MQ, corrected(narrow_MD, moved, made), form, made), made.damping
 
 
 @torch.no_grad()
