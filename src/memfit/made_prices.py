@@ -25,8 +25,8 @@ from memfit.packed.fake import is_fake, repeated
 from memfit.packed.forms import BLOCK, Form, LowRank, Shared, Sparse
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group
+from memfit.plan.heads import NarrowHeads
 from memfit.plan.price import Prices, systematic
-from memfit.plan.sharing import NarrowHeads
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, factor, gptq, integer_errors
 from memfit.technique.made import dense

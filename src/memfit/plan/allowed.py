@@ -11,6 +11,7 @@ from memfit.packed.forms import Form, Sparse
 from memfit.packed.scheme import BITS, Scheme, Values
 
 from .groups import Group, candidates
+from .heads import NarrowHeads, narrow_heads, narrowings
 from .other_forms import (
     HEADS,
     RANKS,
@@ -22,7 +23,6 @@ from .other_forms import (
     residual_candidates,
     sparse_candidates,
 )
-from .sharing import NarrowHeads, narrow_heads, narrowings
 
 TECHNIQUES: Final = ("quantize", "prune", "low-rank", "share")
 """What may be done to a group of weights."""
