@@ -91,8 +91,11 @@ def words_of(case: Case, model: Model, out: Path, threads: int) -> list[str]:
         "prune": ["--sparsity", f"{case.fewer / 100 + MASK_BITS:.4f}"],
         "low-rank": ["--rank", f"{100 - case.fewer}%"],
         "quantize": ["--bits", case.algorithm.split()[0], "--group", "128", "--asymmetric"],
-        "search": ["--allow", case.algorithm, "--budget", f"{100 - case.fewer}%"],
-    }[case.technique]
+        # A short prompt, so that the budget is one on weights.
+        "search": [
+            "--allow", case.algorithm, "--budget", f"{100 - case.fewer}%", "--prompt", "32", "--new-tokens", "4"
+        ],
+    }[case.technique]  # fmt: skip
     algorithm = case.algorithm
     if case.technique == "prune" and " " in algorithm:
         algorithm, _, pattern = algorithm.partition(" ")
