@@ -49,6 +49,8 @@ SETTINGS = {
         techniques=("quantize", "low-rank"), bits=(8, 4), groups={8: (32,), 4: (32,)}, **FACTORED
     ),
 }
+RUN_ALWAYS = ("2:4", "basis", "heads in integers")
+"""Measured in a process of their own in every run of the tests; the others where slow ones are asked for."""
 IDS = torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -122,7 +124,9 @@ def test_what_is_planned_is_built_and_runs_as_its_dense_weights_do(source: Sourc
     assert close < 0.02
 
 
-@pytest.mark.parametrize("what", SETTINGS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=() if name in RUN_ALWAYS else pytest.mark.slow) for name in SETTINGS]
+)
 def test_running_it_takes_what_is_predicted(source: Source, what: str, tmp_path: Path) -> None:
     plan = plan_of(source, what)
     fitted = write(source, plan, tmp_path)
