@@ -29,7 +29,7 @@ from memfit.account.watch import Watch
 from memfit.calibrate.collect import arguments_of
 from memfit.calibrate.moved import Moved
 from memfit.calibrate.passes import Pass
-from memfit.calibrate.runs import Call, Run
+from memfit.calibrate.runs import AllDone, Call, Run, another
 from memfit.calibrate.spill import Spill
 from memfit.calibrate.stream import Streamed
 from memfit.calibrate.versions import Versions
@@ -133,8 +133,8 @@ def compensate(
         kind = (structure_of(block), tuple(schemes.get(f"{name}.{below}") for below, _ in block.named_modules()))
         if dry and len(known.setdefault(kind, [])) == 2:
             if not left:
-                raise _AllDone
-            return tree_map(lambda leaf: _another(leaf, spill), known[kind][-1])
+                raise AllDone
+            return tree_map(lambda leaf: another(leaf, spill), known[kind][-1])
         call = Call(forward, args, kwargs, 2 * count, spill)
         random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         layers: dict[str, nn.Linear] = {
@@ -162,7 +162,7 @@ def compensate(
                     learn=learn if tuning is not None else None,
                 )  # fmt: skip
             if not left:
-                raise _AllDone
+                raise AllDone
             if out is None:
                 out = was.whole()
             out = now.whole(out)
@@ -175,7 +175,7 @@ def compensate(
     left = set(streamed.blocks)
     with ExitStack() as phase:
         phase.enter_context(watch.phase("compensate"))
-        with suppress(_AllDone):
+        with suppress(AllDone):
             streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))
 
 
@@ -358,10 +358,3 @@ def _moved(stage: list[str], versions: Versions, was: Pass, now: Pass, random: t
 def _shape(leaf: Any) -> Any:
     return Shape.of(leaf) if isinstance(leaf, Tensor) else leaf
 
-
-def _another(leaf: Any, spill: Spill) -> Any:
-    return spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf
-
-
-class _AllDone(Exception):  # no error: what the model makes of its last block is of no use
-    """The last block's integers are chosen."""

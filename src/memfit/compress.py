@@ -33,6 +33,7 @@ from memfit.sharing import Sharing
 from memfit.source.source import Source
 from memfit.technique.made import Made, joined
 from memfit.technique.making import make, shared_by_rows
+from memfit.technique.prune import empty_parts, put_rows
 from memfit.technique.quantize import Quantized, learned, quantize
 from memfit.technique.smoothing import Smoothing, find_smoothing
 from memfit.technique.tune import Tuning
@@ -280,17 +281,14 @@ def _made(
     rows, inputs = row_shape(source, parameter)
     importance = importance if search else None
     shared = shared_by_rows(form, (block for _, block in rows_of(source, parameter, dtype=torch.bfloat16)), importance)
-    parts = {part: torch.empty(shape, dtype=dtype) for part, (dtype, shape) in form.parts((rows, inputs)).items()}
+    parts = empty_parts(form, (rows, inputs), torch.device("cpu"))
     base: list[Quantized] = []
     for start, block in rows_of(source, parameter, dtype=torch.bfloat16):
         some = make(block, form, importance_K=importance, search=search, shared=shared)
         assert isinstance(some, Made)
-        for part, tensor in some.parts.items():
-            if part == "weight_right":
-                parts[part] = tensor
-            else:
-                first = start * parts[part].shape[0] // rows
-                parts[part][first : first + tensor.shape[0]] = tensor
+        if "weight_right" in some.parts:  # is of all rows
+            parts["weight_right"] = some.parts["weight_right"]
+        put_rows(parts, {part: t for part, t in some.parts.items() if part != "weight_right"}, start, rows)
         base += [] if some.base is None else [some.base]
         del some, block
     return Made(form=form, shape=(rows, inputs), parts=parts, base=joined(base) if base else None)

@@ -3,7 +3,7 @@
 The plan that wins is traced whole, so the figure shown is no sum.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from memfit.plan.allowed import Allowed
 from memfit.plan.front import Point, front
 from memfit.plan.plan import Plan
 from memfit.plan.price import Prices, prices_without_weights
-from memfit.plan.search import Option, Solution, merge, smallest_budget, solve
+from memfit.plan.search import Option, merge, smallest_budget, solve
 from memfit.source.load import load
 from memfit.source.planned import planned_checkpoint
 from memfit.source.source import Source
@@ -33,10 +33,6 @@ from memfit.study import KV_PRICES, Study
 from memfit.task.infer import Infer
 from memfit.units import format_size
 
-_ROOMIER: Final = 3
-"""Times that more is asked of the search, where its plan traced whole leaves much of the budget."""
-_WORTH_ASKING: Final = 100
-"""Much is more than this part of the budget."""
 _TIGHTER: Final = 8
 """Times that less is asked of the search, by doubling steps, where its plan traced whole is over the budget."""
 
@@ -71,17 +67,17 @@ def make_plan(
         predicted = predict_with(study, plan)
         return replace(plan, predicted=predicted.to_json()), predicted.peak_nbytes - budget_nbytes
 
-    tried, excess = budget_nbytes, 0
+    merged, tried, excess = merge(items), budget_nbytes, 0
     for n in range(_TIGHTER):
         tried -= excess << max(n - 1, 0)
-        solution = solve(merge(items), bases=study.bases, budget_nbytes=tried)
+        solution = solve(merged, bases=study.bases, budget_nbytes=tried)
         if solution is None:
             break
         plan, excess = traced(solution.chosen)
         if excess <= 0:
-            return _with_what_is_left(plan, -excess, tried, solution, items, study, traced)
+            return plan
         # The rows of the search are bounds from parts; where the whole is a little over, ask for less.
-    plan, excess = traced(smallest_budget(merge(items), bases=study.bases).chosen)
+    plan, excess = traced(smallest_budget(merged, bases=study.bases).chosen)
     if excess <= 0:
         return plan
     raise _refusal(study, items, budget_nbytes)
@@ -114,27 +110,6 @@ def fronts(
         }
         lines[name] = front(merge(kept), bases=study.bases, count=count)
     return lines
-
-
-def _with_what_is_left(
-    plan: Plan, left: int, tried: int, solution: Solution, items: Mapping[str, Sequence[Option]], study: Study,
-    traced: Callable[[Mapping[str, int]], tuple[Plan, int]],
-) -> Plan:  # fmt: skip
-    """The plan, or a better one: rows of the search are bounds, and where the whole is well under the budget more is
-    asked of it."""
-    for _ in range(_ROOMIER):
-        if left * _WORTH_ASKING < plan.budget_nbytes:
-            break
-        tried += left
-        more = solve(merge(items), bases=study.bases, budget_nbytes=tried)
-        if more is None or more.price >= solution.price:
-            break
-        solution = more
-        better, excess = traced(more.chosen)
-        if excess > 0:
-            break
-        plan, left = better, -excess
-    return plan
 
 
 def uniform_plan(study: Study, budget_nbytes: int) -> Plan:

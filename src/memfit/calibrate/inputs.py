@@ -21,7 +21,7 @@ from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source.source import Source
 
 from .collect import arguments_of
-from .runs import Call, Run
+from .runs import AllDone, Call, Run
 from .spill import Spill
 from .stream import Streamed
 
@@ -60,7 +60,7 @@ def hear_inputs(
         kind = (structure_of(block), tuple(wanted.get(f"{name}.{below}") for below, _ in block.named_modules()))
         if dry and len(known.setdefault(kind, [])) == 2:
             if not left:
-                raise _AllDone
+                raise AllDone
             return tree_map(
                 lambda leaf: spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf, known[kind][-1]
             )
@@ -71,7 +71,7 @@ def hear_inputs(
         }
         out = _hear(layers, Run(Call(forward, args, kwargs, count, spill), 0, count, batch), heard)
         if not left:
-            raise _AllDone
+            raise AllDone
         if dry:
             known[kind].append(tree_map(lambda leaf: Shape.of(leaf) if isinstance(leaf, Tensor) else leaf, out))
         return out
@@ -80,7 +80,7 @@ def hear_inputs(
     left = set(streamed.blocks)
     with ExitStack() as stack:
         stack.enter_context(watch.phase(phase))
-        with suppress(_AllDone):
+        with suppress(AllDone):
             streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
 
 
@@ -120,7 +120,3 @@ def _hear(layers: Mapping[str, nn.Linear], run: Run, heard: Heard) -> Any:
     for name in list(sums):
         heard(layers, [other for other, first in leader.items() if first == name], sums.pop(name).div_(counts[name]))
     return out
-
-
-class _AllDone(Exception):  # no error: what the model makes of its last block is of no use
-    """The last block was heard."""

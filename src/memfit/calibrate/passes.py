@@ -38,7 +38,7 @@ class Pass:
         in the order of their calls."""
         for call in self._calls(half):
             with self._within():
-                x = call.input_of(layer) if isinstance(call, _Waiting) else _input_of(layer, call)
+                x = call.input_of(layer) if isinstance(call, _Waiting) else input_of(layer, call)
             del call
             yield x.reshape(-1, layer.in_features)
             del x
@@ -99,7 +99,7 @@ class _Waiting:
         self._course.throw()
 
 
-def _input_of(layer: nn.Linear, call: Callable[[], Any]) -> Tensor:
+def input_of(layer: nn.Module, call: Callable[[], Any]) -> Tensor:
     """What comes to a layer in a call, which goes no further."""
     heard: list[Tensor] = []
 

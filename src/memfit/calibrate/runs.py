@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from memfit.account.ledger import Shape
 from memfit.packed.fake import blocks_to_run
 
 from .spill import Spill
@@ -97,3 +98,12 @@ def _count(rows: slice) -> int:
 
 def _of_windows(leaf: Any, windows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == windows
+
+
+def another(leaf: Any, spill: Spill) -> Any:
+    """Room for a tensor that is known by its shape alone; anything else as it is."""
+    return spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf
+
+
+class AllDone(Exception):  # no error: what the model makes of its last block is of no use
+    """The walk through the blocks has come to the end of what was asked."""

@@ -7,7 +7,7 @@ N outputs, K inputs of a weight, r rank. What is no `Scheme` is in no standard f
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, get_args
 
 import torch
 
@@ -34,6 +34,8 @@ class Sparse:
     Equal rows make every size a matter of shapes, so that it is known before a weight is read.
     """
 
+    activations: ClassVar[int] = 16
+
     pattern: Pattern = "any"
     sparsity: float = 0.5
     """Share of the weights that are gone."""
@@ -57,10 +59,6 @@ class Sparse:
     @property
     def bits(self) -> int:
         """Of one value that is kept."""
-        return 16
-
-    @property
-    def activations(self) -> int:
         return 16
 
     def kept(self, in_features: int) -> int:
@@ -108,6 +106,8 @@ class Sparse:
 class Whole:
     """A weight in bf16, as it is: other modules may have a part in it."""
 
+    activations: ClassVar[int] = 16
+
     @property
     def name(self) -> str:
         """As in plans and tables."""
@@ -115,10 +115,6 @@ class Whole:
 
     @property
     def bits(self) -> int:
-        return 16
-
-    @property
-    def activations(self) -> int:
         return 16
 
     def why_not(self, shape: tuple[int, ...]) -> str | None:
@@ -142,6 +138,8 @@ class LowRank:
     """A weight as a product of two narrow ones: ŵ = A B, A bf16 [N, r], B bf16 [r, K]; with `base`, what rounding to it
     lost is made up for so: ŵ = Q(w) + A B."""
 
+    activations: ClassVar[int] = 16
+
     rank: int
     base: Scheme | Whole | None = None
     """`Whole`: a weight that other modules have a part in, and what this one differs from it by."""
@@ -160,10 +158,6 @@ class LowRank:
     @property
     def bits(self) -> int:
         return 16 if self.base is None else self.base.bits
-
-    @property
-    def activations(self) -> int:
-        return 16
 
     def why_not(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape [N, K] cannot be stored so; None if it can."""
@@ -192,6 +186,8 @@ class Shared:
         weight    ŵ = ŵ′ + A B   all that the owner has, or, where it is `LowRank`, its base; of rank 0 nothing else
     """
 
+    activations: ClassVar[int] = 16
+
     owner: str
     """Name of the module; it shares nothing itself."""
     common: Common
@@ -215,10 +211,6 @@ class Shared:
 
     @property
     def bits(self) -> int:
-        return 16
-
-    @property
-    def activations(self) -> int:
         return 16
 
     def why_not(self, shape: tuple[int, ...]) -> str | None:
@@ -262,6 +254,8 @@ class Narrow:
     are 0, or not read. What attention does between values and its output it does to each dimension alike, so that both
     can be made of fewer, in a basis of their own."""
 
+    activations: ClassVar[int] = 16
+
     heads: int
     kept: int
     """Dimensions of each head."""
@@ -285,10 +279,6 @@ class Narrow:
     @property
     def bits(self) -> int:
         return 16 if self.base is None else self.base.bits
-
-    @property
-    def activations(self) -> int:
-        return 16
 
     def narrow(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Shape of the narrow weight that stands for one of [N, K]."""

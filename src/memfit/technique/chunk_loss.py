@@ -141,6 +141,12 @@ class _Wanted:
         return not (self.hidden_ND is None and self.weight_VD is None and self.bias_V is None)
 
 
+def _as_given(wanted: _Wanted, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients in the dtypes of what they are of."""
+    pairs = ((wanted.hidden_ND, hidden), (wanted.weight_VD, weight), (wanted.bias_V, bias))
+    return tuple(None if gradient is None or of is None else gradient.to(of.dtype) for gradient, of in pairs)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -178,11 +184,8 @@ class _ChunkedLoss(torch.autograd.Function):
             call.buffers.clear()
             if options.keep is not None and any(wants):
                 options.keep(call)
-            found = []
-            for gradient, of in ((wanted.hidden_ND, hidden), (wanted.weight_VD, weight), (wanted.bias_V, bias)):
-                found.append(None if gradient is None or of is None else gradient.to(of.dtype))
-            del wanted, gradient
-        ctx.found = tuple(found)
+            ctx.found = _as_given(wanted, hidden, weight, bias)
+            del wanted
         return loss
 
     @staticmethod

@@ -27,6 +27,8 @@ from memfit.technique.chunk_loss import (
     Buffers,
     Head,
     _add_products,
+    _as_given,
+    _ChunkedLoss,
     _logits,
     _narrow,
     _part,
@@ -141,17 +143,11 @@ class _ChunkedDistil(torch.autograd.Function):
             call.theirs.clear()
             if options.keep is not None and any(wants):
                 options.keep(call)
-            found = []
-            for gradient, of in ((wanted.hidden_ND, hidden), (wanted.weight_VD, weight), (wanted.bias_V, bias)):
-                found.append(None if gradient is None or of is None else gradient.to(of.dtype))
-            del wanted, gradient
-        ctx.found = tuple(found)
+            ctx.found = _as_given(wanted, hidden, weight, bias)
+            del wanted
         return loss
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        found, ctx.found = ctx.found, (None, None, None)
-        return (*(None if t is None else t.mul_(gradient.to(t.dtype)) for t in found), None, None)
+    backward = staticmethod(_ChunkedLoss.backward)
 
 
 def distil_loss(

@@ -29,7 +29,8 @@ from memfit.account.structure import structure_of
 from memfit.account.watch import Unwatched, Watch
 from memfit.calibrate.collect import arguments_of, collect
 from memfit.calibrate.importance import BlockLosses
-from memfit.calibrate.runs import Call, Run
+from memfit.calibrate.passes import input_of
+from memfit.calibrate.runs import AllDone, Call, Run, another
 from memfit.calibrate.spill import Spill
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import Streamed, rows_of
@@ -228,8 +229,8 @@ def correct(
         kind = (structure_of(block), len(layers))
         if dry and len(known.setdefault(kind, [])) == 2:
             if not left:
-                raise _AllDone
-            return tree_map(lambda leaf: _another(leaf, spill), known[kind][-1])
+                raise AllDone
+            return tree_map(lambda leaf: another(leaf, spill), known[kind][-1])
         call = Call(forward, args, kwargs, 2 * count, spill)
         was, now = Run(call, 0, count, batch), Run(call, count, 2 * count, batch)
         versions = Versions(layers, streamed.weight_of, hold=True)
@@ -239,7 +240,7 @@ def correct(
                 for layer in _in_order(layers, now):
                     _correct(layer, stay[layer], versions, was, now, give, become, damping=damping)
                 if not left:
-                    raise _AllDone
+                    raise AllDone
                 with versions.as_they_were():
                     out = was.whole()
                 out = now.whole(out)
@@ -254,7 +255,7 @@ def correct(
     left = {name for name in streamed.blocks if any(layer.startswith(f"{name}.") for layer in stay)}
     with ExitStack() as phase:
         phase.enter_context(watch.phase("correct"))
-        with suppress(_AllDone):
+        with suppress(AllDone):
             streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))
 
 
@@ -276,8 +277,8 @@ def _correct(
     count = 0
     for before, after in zip(was.parts(), now.parts(), strict=True):
         with versions.as_they_were():
-            x_TK = _input(versions.layers[layer], before, width)
-        x_TJ = _input(versions.layers[layer], after, width)
+            x_TK = input_of(versions.layers[layer], before).reshape(-1, width)
+        x_TJ = input_of(versions.layers[layer], after).reshape(-1, width)
         count += x_TK.shape[0]
         for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS)):
             x = x_TJ[start : start + _TOKENS].index_select(1, index).to(wide)
@@ -359,9 +360,6 @@ def _inputs_of(layer: nn.Module) -> int:
     return int(weight.shape[0 if isinstance(layer, Conv1D) else 1])
 
 
-def _another(leaf: Any, spill: Spill) -> Any:
-    return spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf
-
 
 def _in_order(layers: Mapping[str, nn.Module], run: Run) -> list[str]:
     """Layers in the order of their calls."""
@@ -376,24 +374,6 @@ def _in_order(layers: Mapping[str, nn.Module], run: Run) -> list[str]:
         for handle in handles:
             handle.remove()
     return list(dict.fromkeys(called))
-
-
-def _input(layer: nn.Module, part: Callable[[], Any], width: int) -> Tensor:
-    """What comes to a layer in a block's call, [T, K]; the call goes no further."""
-    heard: list[Tensor] = []
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        heard.append(inputs[0].reshape(-1, width))
-        raise _Heard
-
-    handle = layer.register_forward_pre_hook(hook)
-    try:
-        part()
-    except _Heard:
-        pass
-    finally:
-        handle.remove()
-    return heard.pop()
 
 
 def narrow_into(
@@ -432,11 +412,3 @@ def narrowed_in(work: Path, source: Source) -> Source:
     files = sorted((work / _FOLDER).glob("*.safetensors"))
     tensors = {info.name: info for file in files for info in read_header(file)}
     return narrowed(source, kept, instead=SafetensorsCheckpoint(tensors=tensors) if tensors else None)
-
-
-class _Heard(Exception):  # no error: what follows in the block is of no use
-    """A layer's input has come by."""
-
-
-class _AllDone(Exception):  # no error: what the model makes of its last block is of no use
-    """The last block's layers are corrected."""

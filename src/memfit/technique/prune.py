@@ -7,7 +7,7 @@ N outputs, K inputs, R rows of a block. Every row keeps as many, so that sizes a
 stays is stored as it was, in bf16; of equal scores those stay that come first.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memfit.packed.blocks import blocks_of
 from memfit.packed.fake import blocks_to_run, is_fake
-from memfit.packed.forms import BLOCK, Sparse
+from memfit.packed.forms import BLOCK, Own, Sparse
 from memfit.packed.sparse import pack
 
 from .made import Made
@@ -92,13 +92,13 @@ def checked_shape(weight: Tensor, form: Sparse) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def empty_parts(form: Sparse, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+def empty_parts(form: Own, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
     """Room for the parts of a weight."""
     return {part: torch.empty(size, dtype=dtype, device=device) for part, (dtype, size) in form.parts(shape).items()}
 
 
-def put_rows(parts: dict[str, Tensor], made: dict[str, Tensor], start: int, rows: int) -> None:
-    """Copy the parts of the rows from `start` on to their place among those of all `rows`."""
+def put_rows(parts: Mapping[str, Tensor], made: Mapping[str, Tensor], start: int, rows: int) -> None:
+    """Copy the parts of the rows from `start` on to their place among those of all `rows` [N, ...]."""
     for part, values in made.items():
         first = start * parts[part].shape[0] // rows
         parts[part][first : first + values.shape[0]].copy_(values)
