@@ -10,7 +10,8 @@ predicted, is what memfit's budgets are shares of.
 - plain: AdamW of torch on fp32 weights, all logits, nothing recomputed
 - autocast: the same with bf16 products, a row at a time: what bf16 makes of the loss curve (its speed is not looked at)
 - trainer: transformers' Trainer, bf16, gradient checkpointing, one row at a time accumulated, bitsandbytes' 8-bit AdamW
-- memfit-100, -60, -40, -25, -6: plans within that share of plain's peak (bf16 weights with an exact fp32 master)
+- memfit-100, -60, -40, -25, -6: plans within that share of plain's peak (bf16 weights with an exact fp32 master);
+  shares whose plans have the same recipe are run once
 """
 
 import argparse
@@ -211,6 +212,12 @@ def main() -> None:
         planned = plans(model, work, *sizes, shares)
         rows = []
         for kind in kinds:
+            recipe = _recipe(planned, kind)
+            twin = next((row for row in rows if recipe and _recipe(planned, row["run"]) == recipe), None)
+            if twin is not None:
+                rows.append(twin | {"run": kind, "same_recipe_as": twin["run"]})
+                print(kind, "has the recipe of", twin["run"], flush=True)
+                continue
             words = ["--run", kind, "--work", str(work), "--text", str(given.text), "--steps", str(given.steps)]
             done = subprocess.run(
                 [sys.executable, __file__, *words, "--batch", str(sizes[0]), "--sequence", str(sizes[1])],
@@ -225,6 +232,11 @@ def main() -> None:
             print("   ", [round(loss, 4) for loss in row["losses"]], flush=True)
     result = {"batch": sizes[0], "sequence": sizes[1], "steps": given.steps, "planned": planned, "runs": rows}
     write_result("train", result | {"verdicts": judged(rows)}, output=given.output)
+
+
+def _recipe(planned: dict[str, Any], kind: str) -> Any:
+    """What memfit's plan of that name trains with; none for the others."""
+    return planned[kind]["recipe"] if kind.startswith("memfit") else None
 
 
 def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Plans keep their promises: within the budget, never worse for more of it, the same when read back."""
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -80,6 +81,18 @@ def test_of_any_two_budgets_the_larger_has_no_worse_plan(wide, whole_nbytes, lea
     assert more.expected_kl <= less.expected_kl
     for plan in (less, more):
         assert predict(wide.source, plan, TASK).peak_nbytes <= plan.budget_nbytes
+
+
+@pytest.mark.parametrize("share", [35, 45, 55])
+def test_more_to_choose_from_makes_no_worse_plan(source, whole_nbytes, share):
+    """Little-bit schemes that no plan takes must not spoil what is known of loading."""
+    fewer, more = (Study(source, TASK, Allowed(bits=bits, kv_bits=(16,))) for bits in ((8, 6), (8, 6, 4, 2)))
+    budget = whole_nbytes * share // 100
+    try:
+        alone = make_plan(fewer, budget).expected_kl
+    except DoesNotFit:
+        alone = math.inf
+    assert make_plan(more, budget).expected_kl <= alone
 
 
 def test_the_traced_peak_of_every_plan_is_within_its_budget_and_the_one_it_tells(source, plans):

@@ -24,9 +24,10 @@ from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.format.directory import OutputDirectory
 from memfit.format.resume import WorkDirectory
-from memfit.models import load_model, load_to_train, loader_for
+from memfit.models import load_model, load_to_train, loader_for, require_device
 from memfit.narrower import announced, narrow_as_asked, narrow_first, require_text, with_narrowing, with_settings
 from memfit.outside import known_outside, outside_of_machine
+from memfit.packed.fake import aiming_at
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
 from memfit.planning import account_of, require_fit, uniform_plan
@@ -124,7 +125,8 @@ def plan(
     """
     if isinstance(task, Train):
         return plan_to_train(model, budget, task=task, **options)
-    return plan_to_run(model, budget, task=task, **options)
+    with aiming_at(options.get("device", "cpu")):
+        return plan_to_run(model, budget, task=task, **options)
 
 
 def plan_to_run(
@@ -378,19 +380,24 @@ def fit(
     return report
 
 
-def load(model: str | Path, plan: TrainPlan | None = None) -> nn.Module:
+def load(model: str | Path, plan: TrainPlan | None = None, *, device: str = "cpu") -> nn.Module:
     """A model with its weights: a fitted one runs from its packed weights. Give `forward` a cache of `make_cache`, too.
 
     Args:
         model: a directory, a `.gguf` file or a hub id.
         plan: of training: the model comes in its dtype, with what it packs packed and what it keeps on the disk there,
             and takes no more on its way than it says. For `train_step`.
+        device: `cpu` or `cuda`, for which packed weights are laid out.
 
     Raises:
+        UsageError: no CUDA device is here.
         BrokenInput: a weight is missing, of another shape or type, or not finite.
     """
+    require_device(device)
     source = loader_for(str(model))
-    return load_model(source) if plan is None else load_to_train(source, plan.recipe)
+    if plan is None:
+        return load_model(source, device=device)
+    return load_to_train(source, plan.recipe, device=device)
 
 
 # -- parts --------------------------------------------------------------------------------------------

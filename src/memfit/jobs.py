@@ -94,7 +94,7 @@ def _measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     from memfit.account.dry_run import hold_model
-    from memfit.account.meter import Meter, reset_resident_peak, resident_nbytes
+    from memfit.account.meter import CudaMeter, Meter, reset_resident_peak, resident_nbytes
     from memfit.account.outside import with_outside
     from memfit.account.watch import Unwatched
     from memfit.models import load_model, load_to_train, loader_for
@@ -106,11 +106,20 @@ def _measured(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     task = Train.from_json(told) if job["task"].get("task") == "train" else Infer(**told)
     source = loader_for(job["model"])
 
+    device = job.get("device", "cpu")
+
     def load() -> Any:
         if isinstance(task, Train):
-            return load_to_train(source, task.recipe)
-        return load_model(source, dtype=job.get("dtype"))
+            return load_to_train(source, task.recipe, device=device)
+        return load_model(source, dtype=job.get("dtype"), device=device)
 
+    if device == "cuda":
+        on_cuda = CudaMeter()
+        with on_cuda.phase("load"):
+            model = load()
+            hold_model(model, on_cuda)
+        task.run(model, on_cuda)
+        return {"account": on_cuda.account().to_json()}, model
     reset_resident_peak()
     with limited(job.get("enforce_nbytes"), runtime_nbytes=job.get("runtime_nbytes", RUNTIME_NBYTES)):
         model = load()

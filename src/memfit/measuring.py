@@ -11,11 +11,13 @@ import torch
 from memfit.account.account import Account
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
+from memfit.models import require_device
 from memfit.source.check import check
 from memfit.source.source import open_source
 from memfit.steps import job_on, proof_job
 from memfit.task.infer import Infer
 from memfit.text import Text, write_windows
+from memfit.train.task import Train
 from memfit.worker import run_job
 
 
@@ -57,11 +59,29 @@ def evaluate(
     }
 
 
-def measure(model: str | Path, task: Infer | None = None, *, threads: int | None = None) -> Account:
-    """The task run on the real model in a fresh process: allocator's events, resident bytes."""
+def measure(
+    model: str | Path, task: Infer | Train | None = None, *, threads: int | None = None, device: str = "cpu"
+) -> Account:
+    """The task run on the real model in a fresh process: the allocator's events, and on a CPU resident bytes.
+
+    Args:
+        model: a hub id, a directory or a `.gguf` file.
+        task: `Infer` or `Train`; default: one prompt of 512 tokens and 32 new ones.
+        threads: of the process; default: as here.
+        device: `cpu`, or `cuda`, whose caching allocator is asked.
+
+    Raises:
+        UsageError: no CUDA device is here.
+        BrokenInput: the model is unsafe or broken.
+    """
     source = open_source(model)
-    task = task or Infer(kv_bits=source.kv_bits)
+    if isinstance(task, Train):
+        told = task.to_json()
+    else:
+        task = task or Infer()
+        told = asdict(replace(task, kv_bits=source.kv_bits) if task.kv_bits == 16 else task)
+    require_device(device)
     # As many as an account made here counts with: kernels take scratch for each thread.
     threads = threads or torch.get_num_threads()
-    answer = run_job({"do": "measure", "model": str(model), "task": asdict(task), "threads": threads})
-    return Account.from_json(answer["account"])
+    job = {"do": "measure", "model": str(model), "task": told, "threads": threads, "device": device}
+    return Account.from_json(run_job(job)["account"])

@@ -20,6 +20,12 @@ ModelSpec = str | dict[str, Any]
 """A path or hub id; `{"config": {...}}`: random weights; `{"factory": "module:function"}`: any module."""
 
 
+def require_device(device: str) -> None:
+    """Refuse `cuda` where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device is here: `account` and `plan` work without one, the rest needs it.")
+
+
 def loader_for(spec: ModelSpec) -> "Source | Callable[[], nn.Module]":
     """What `load_model` takes: a source, or a function that makes a module."""
     if isinstance(spec, (str, Path)):
@@ -40,24 +46,30 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     pack: Callable[[nn.Module, Read], None] | None = None,
     send: Callable[[str, nn.Parameter], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The model with its weights, real or, under a fake mode, fake; `pack` and `send`: see `load`."""
+    """The model with its weights on `device`, real or, under a fake mode, fake; `pack` and `send`: see `load`."""
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(made, Source):
         if made.checkpoint is None:
             made = source_from_config(made.config)
-        return load(made, dtype=kind, pack=pack, send=send)
+        return load(made, dtype=kind, pack=pack, send=send, device=device)
     model = made().eval().requires_grad_(False)
     if kind is not None:
         _cast_floats(model, kind)
-    return model
+    return model if torch.device(device).type == "cpu" else model.to(device)
 
 
 def load_to_train(
-    made: "Source | Callable[[], nn.Module]", recipe: Recipe, *, directory: str | None = None
+    made: "Source | Callable[[], nn.Module]",
+    recipe: Recipe,
+    *,
+    directory: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """The model with its weights as `recipe` trains it: in its dtype, packed, or away in `directory`, if it says so."""
-    return load_model(made, dtype=recipe.dtype, pack=packing(recipe), send=sending(recipe, directory))
+    pack, send = packing(recipe), sending(recipe, directory)
+    return load_model(made, dtype=recipe.dtype, pack=pack, send=send, device=device)
 
 
 def _cast_floats(model: nn.Module, dtype: torch.dtype) -> None:

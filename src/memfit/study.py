@@ -75,22 +75,20 @@ class Study:
         self._builds: dict[str, Any] = {}
         self._caches: dict[int, Option] = {}
         self._transients: dict[tuple[str, Form | None], dict[str, int]] = {}
-        self._later = self._loaded_later()
+        self._loads = self._load_moments()
         full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
         for (phase, _), nbytes in self.running.items():
             full[phase] = max(full[phase], nbytes + self.kv_nbytes.get(phase, 0))
         # Where a phase is so far below another that no workspace makes up for it, what runs in it matters not.
         self._binding = [phase for phase in full if full[phase] + _WORKSPACES_NBYTES >= max(full.values())]
+        if "load" in self._binding:
+            self.bases |= dict.fromkeys(self._loads.values(), 0)
 
-    def _loaded_later(self) -> dict[str, int]:
-        """Group to the fewest bytes of those that are loaded after it: the largest are loaded first."""
-        later: dict[str, int] = {}
-        total = 0
-        for group in sorted(self.groups, key=lambda group: max(map(math.prod, group.shapes))):
-            later[group.name] = total
-            least = min((group.nbytes(scheme) for scheme in self.schemes[group.name]), default=2 * group.weights)
-            total += least
-        return later
+    def _load_moments(self) -> dict[int, str]:
+        """Weights of a tensor to the moment when packed ones of so many are loaded. The largest come first, and what
+        stays in 16 bits last: of what comes later nothing is there yet."""
+        sizes = sorted({_largest(group) for group in self.groups}, reverse=True)
+        return {size: f"load of tensors of {size:,} weights" for size in sizes}
 
     # -- options ---------------------------------------------------------------------------------
 
@@ -123,10 +121,13 @@ class Study:
     def _option(self, group: Group, form: Form | None, prices: Prices) -> Option:
         transient = self._transient(group, form)
         if form is None:
-            return Option(price=0.0, persistent_nbytes=2 * group.weights, transient=transient)
+            absent = frozenset(self._loads.values()).intersection(self.bases)
+            return Option(price=0.0, absent=absent, persistent_nbytes=2 * group.weights, transient=transient)
         parts = zip(group.forms(form), group.shapes, strict=True)
+        before = {moment for size, moment in self._loads.items() if size > _largest(group)}
         return Option(
             price=prices[group.name, form],
+            absent=frozenset(before).intersection(self.bases),
             persistent_nbytes=sum(2 * math.prod(s) if own is None else runtime_nbytes(own, s) for own, s in parts),
             transient=transient,
             tied=f"{self._ties[group.name]} {form.kept}" if isinstance(form, Narrow) else None,
@@ -146,7 +147,8 @@ class Study:
                 over[phase] = 0
                 continue
             if phase == "load":
-                over[phase] = max(0, self._loading(group, scheme) - rest - self._later[group.name])
+                over[phase] = 0
+                over[self._loads[_largest(group)]] = self._loading(group, scheme)
                 continue
             most = 0
             for member in group.members:
@@ -339,6 +341,11 @@ class Study:
             priced_by=priced_by,  # type: ignore[arg-type]
             expected_kl=expected,
         )
+
+
+def _largest(group: Group) -> int:
+    """Weights of the group's largest tensor."""
+    return max(map(math.prod, group.shapes))
 
 
 def _own(scheme: Form | None, member: str) -> Form | None:

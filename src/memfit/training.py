@@ -25,7 +25,7 @@ from memfit.distilling import Student, ask_beforehand, check_teacher, plan_with_
 from memfit.errors import MemfitError, UsageError
 from memfit.format.directory import OutputDirectory
 from memfit.limits import limited, runtime_nbytes_of
-from memfit.models import load_to_train
+from memfit.models import load_to_train, require_device
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.training import TrainReport, render_training_page
 from memfit.source.check import check
@@ -136,8 +136,7 @@ def train(
     options = options or Options()
     if resume and overwrite:
         raise UsageError("--resume goes on with a run, --overwrite begins anew: leave out one of them.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device is here: `plan` works without one, `train` needs it. Use --device cpu.")
+    require_device(device)
     Schedule(steps=1, kind=options.schedule)  # a name that is not known is told before anything is made
     task = task or Train()
     task = task if distil is None else replace(task, distil=distil)
@@ -208,9 +207,7 @@ def train(
     limit = plan.budget_nbytes if enforce else None
     with limited(limit, runtime_nbytes=_runtime_nbytes(plan)), _stop_on_signals() as stop:
         with _memory_for("the model was loaded"):
-            trained = subject.real(plan.recipe, str(run))
-            if device != "cpu":
-                trained.to(device)
+            trained = subject.real(plan.recipe, str(run), device)
             make_trainable(trained, plan.recipe)
             teaching = load_teaching(plan.task.distil, Unwatched(), device=device)
             step = TrainStep(
@@ -260,7 +257,7 @@ class Subject:
     make: Make
     """On fake tensors."""
     real: Callable[..., nn.Module]
-    """With its weights: from a recipe, and the directory where weights are to wait that are away."""
+    """With its weights: from a recipe, the directory where weights are to wait that are away, and a device."""
     stored: torch.dtype
     tokenizer: Any
     vocabulary: int
@@ -285,8 +282,8 @@ class Subject:
                 f"{source.name}: has a config and no weights. `plan` works on it; `train` needs the weights."
             )
 
-        def make(recipe: Recipe, directory: str | None = None) -> nn.Module:
-            return load_to_train(source, recipe, directory=directory)
+        def make(recipe: Recipe, directory: str | None = None, device: str = "cpu") -> nn.Module:
+            return load_to_train(source, recipe, directory=directory, device=device)
 
         text: Any = source.config.get_text_config()
         return cls(
@@ -312,8 +309,9 @@ class Subject:
         kind = type(module).__name__
         return cls(
             name=kind, kind="classifier" if kind.endswith("ForSequenceClassification") else "causal", make=make,
-            real=lambda recipe, directory=None: module, stored=next(module.parameters()).dtype, tokenizer=tokenizer,
-            vocabulary=vocabulary(module), context=_context(config), module=module,
+            real=lambda recipe, directory=None, device="cpu": module.to(device),
+            stored=next(module.parameters()).dtype, tokenizer=tokenizer, vocabulary=vocabulary(module),
+            context=_context(config), module=module,
             classes=int(config.num_labels) if kind.endswith("ForSequenceClassification") else None,
         )  # fmt: skip
 
@@ -340,11 +338,12 @@ class Subject:
         classes = self.classes or max(2, raw.classes, held.classes)
         pad = getattr(self.tokenizer, "pad_token_id", None)
 
-        def make(recipe: Recipe, directory: str | None = None) -> nn.Module:
-            return load_classifier(
+        def make(recipe: Recipe, directory: str | None = None, device: str = "cpu") -> nn.Module:
+            made = load_classifier(
                 source, classes=classes, names=raw.label_names, dtype=recipe.dtype, seed=seed,
                 pad=0 if pad is None else pad, pack=packing(recipe), send=sending(recipe, directory),
             )  # fmt: skip
+            return made if device == "cpu" else made.to(device)
 
         return replace(self, kind="classifier", make=make, real=make, classes=classes)
 

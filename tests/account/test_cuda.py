@@ -1,9 +1,19 @@
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
 
-from memfit.account.cuda import CUBLAS_WORKSPACE, Segments
+from memfit.account.cuda import CUBLAS_WORKSPACE, CUBLASLT_WORKSPACE, Segments
+from memfit.account.cuda_autocast import CudaAutocast
+from memfit.account.cuda_kernels import SCRATCH, kernels_of_cuda
+from memfit.account.cuda_workspaces import with_workspaces
+from memfit.account.ledger import Ledger, Storage
 from memfit.task.infer import Infer
+from memfit.train.recipe import Recipe
+from memfit.train.task import Train
+
+aten = torch.ops.aten
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -29,7 +39,10 @@ class Script:
     ("asked", "given"), [(0, 0), (1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)]
 )
 def test_blocks_are_rounded_up_to_512_bytes(asked: int, given: int) -> None:
-    assert Segments.rounded(asked) == given
+    segments = Segments()
+    assert segments.step(0, asked, 1) == segments.allocated_nbytes == given
+    assert segments.step(0, asked, -1) == given
+    assert segments.allocated_nbytes == 0
 
 
 @pytest.mark.parametrize(
@@ -63,6 +76,7 @@ def test_a_large_rest_of_a_mebibyte_or_less_is_not_split_off() -> None:
     script.free("a")
     # 11 MiB leave 1 MiB, which stays with the block: the next one needs a segment of its own.
     assert script.take("b", 11 * MIB) == 12 * MIB
+    assert script.segments.allocated_nbytes == 12 * MIB
     assert script.take("c", MIB + 512) == 12 * MIB + 20 * MIB
 
 
@@ -116,3 +130,107 @@ def test_an_account_for_cuda_reserves_at_least_what_it_allocates(maker_of: Any, 
     assert cuda.phase("load").peak_nbytes >= cpu.phase("load").peak_nbytes
     assert cuda.phase("decode").alive["temporary"] >= CUBLAS_WORKSPACE
     assert cuda.phases == predicted(make, task, device="cuda", whole=True).phases
+
+
+def test_training_for_cuda_has_a_workspace_for_each_thread_and_tiles_of_its_own(maker_of: Any, predicted: Any) -> None:
+    task = Train(batch=2, sequence=24, recipe=Recipe(chunk_nbytes=None))
+    make = maker_of("llama", "float32")
+    cuda = predicted(make, task, device="cuda")
+    assert CUBLAS_WORKSPACE <= cuda.phase("first forward").alive["temporary"] < 2 * CUBLAS_WORKSPACE
+    assert cuda.phase("step").alive["temporary"] >= 2 * CUBLAS_WORKSPACE
+    assert cuda.phases == predicted(make, task, device="cuda", whole=True).phases
+
+
+def _ledger(*births: tuple[str, str]) -> Ledger:
+    """Storages of 1000 bytes that operators make, each in a phase."""
+    ledger = Ledger()
+    for phase, operator in births:
+        ledger.marks.append((len(ledger.events), phase))
+        ledger.born(Storage(1000, "activation", "", operator, torch.float32))
+        ledger.marks.append((len(ledger.events), ""))
+    return ledger
+
+
+def test_workspaces_are_taken_at_the_first_product_of_each_thread() -> None:
+    ledger = _ledger(
+        ("forward", "aten::add"), ("forward", "aten::mm"), ("backward", "aten::bmm"), ("forward", "aten::mm"),
+        ("forward", "aten::addmm"),
+    )  # fmt: skip
+    found = with_workspaces(ledger)
+    sizes = [found.storages[number].nbytes for number, _ in found.events]
+    large, small = CUBLAS_WORKSPACE, CUBLASLT_WORKSPACE
+    assert sizes == [1000, large, 1000, large, 1000, 1000, small, 1000]
+    assert [name for _, name in found.marks] == [name for _, name in ledger.marks]
+    # A workspace is taken in the phase of its product.
+    assert [at for at, _ in found.marks] == [0, 1, 1, 3, 3, 5, 5, 6, 6, 8]
+    assert len(ledger.storages) == 5
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments", "nbytes"),
+    [
+        # As an H200 was seen to take them (torch 2.11, cuDNN 9).
+        (aten._scaled_dot_product_cudnn_attention_backward, ((4, 8, 96, 32),) * 3, 405760),
+        (aten._scaled_dot_product_cudnn_attention_backward, (*((2, 8, 512, 64),) * 2, (2, 2, 512, 64)), 4227328),
+        (aten._scaled_dot_product_efficient_attention_backward, ((4, 8, 96, 32),) * 3, 1061888),
+        (aten._scaled_dot_product_efficient_attention_backward, ((4, 8, 100, 64),) * 3, 1062400),
+        (aten.linalg_vector_norm, ((8000, 256), 2, [-2]), 16384008),
+        (aten.linalg_vector_norm, ((8000, 256), 2, [-1]), 0),
+        (aten._safe_softmax, ((1, 8, 512, 512), -1), 2101252),
+    ],
+)
+def test_scratch_is_what_a_gpu_was_seen_to_take(operator: Any, arguments: tuple[Any, ...], nbytes: int) -> None:
+    dtype = torch.bfloat16 if "cudnn" in operator.__name__ else torch.float32
+    given = [torch.empty(a, dtype=dtype, device="meta") if isinstance(a, tuple) else a for a in arguments]
+    assert SCRATCH[operator.default](given) == nbytes
+
+
+def _attends(dtype: torch.dtype, *, keys: int = 4, queries: int = 16, mask: str = "") -> str:
+    """The kernel whose backward pass a call of attention has."""
+    with FakeTensorMode(), kernels_of_cuda():
+        q = torch.empty(2, 4, queries, 32, dtype=dtype, requires_grad=True)
+        k, v = (torch.empty(2, keys, 16, 32, dtype=dtype, requires_grad=True) for _ in range(2))
+        given = None
+        if mask:
+            kind = torch.bool if mask == "bool" else dtype
+            given = torch.empty(2, 4, queries, 16, dtype=kind, requires_grad=mask == "learned")
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, given, enable_gqa=keys != 4)
+        assert out.shape == q.shape
+        name: str = out.grad_fn.name()
+        gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+        assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+    return name
+
+
+def test_attention_goes_to_the_kernel_that_cuda_chooses() -> None:
+    half, single = torch.bfloat16, torch.float32
+    assert "Cudnn" in _attends(half)
+    assert "Cudnn" in _attends(half, keys=2, mask="bool")
+    assert "Flash" in _attends(half, queries=1)
+    assert "Efficient" in _attends(half, mask="learned")
+    assert "Efficient" in _attends(single)
+    assert "Efficient" in _attends(single, mask="bool")
+    assert "View" in _attends(single, keys=2)  # plain products
+
+
+def test_dropout_keeps_a_byte_an_entry_and_real_tensors_go_their_way() -> None:
+    with FakeTensorMode(), kernels_of_cuda():
+        x = torch.empty(64, 64, requires_grad=True)
+        kept = torch.nn.functional.dropout(x, 0.1).grad_fn
+        assert kept is not None and "NativeDropout" in kept.name()
+    x = torch.randn(2, 2, 4, 8)
+    plain = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    with kernels_of_cuda():
+        assert torch.equal(torch.nn.functional.scaled_dot_product_attention(x, x, x), plain)
+        assert torch.equal(torch.nn.functional.dropout(x, 0.5, training=False), x)
+
+
+def test_cudas_autocast_keeps_powers_in_fp32() -> None:
+    x = torch.randn(4, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert x.pow(2).dtype == torch.bfloat16
+        with CudaAutocast():
+            assert x.pow(2).dtype == torch.float32
+            assert (x @ x).dtype == torch.bfloat16
+    with CudaAutocast():
+        assert x.pow(2).dtype == torch.bfloat16

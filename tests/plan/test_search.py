@@ -17,6 +17,7 @@ options = st.builds(
     Option,
     price=st.integers(0, 10**6).map(lambda n: n / 997),
     persistent_nbytes=nbytes,
+    absent=st.frozensets(st.sampled_from(MOMENTS)),
     held=moments,
     transient=moments,
 )

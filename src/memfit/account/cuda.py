@@ -7,7 +7,7 @@ best fit, split when what is left is worth keeping (512 bytes in the small pool,
 large), and joined with free neighbours when it is given back.
 
 Beside the allocator stand the context and the code of the kernels, which are outside. Inside it, but not
-told here: cuDNN's workspaces (recurrent layers, convolutions), the partial sums of attention split over few
+told here: cuDNN's workspaces of recurrent layers and convolutions, the partial sums of attention split over few
 queries, and cub's scratch for sorting.
 """
 
@@ -22,10 +22,11 @@ _LARGE_SEGMENT: Final = 20 << 20
 _MIN_LARGE: Final = 10 << 20
 _ROUND_LARGE: Final = 2 << 20
 
-CUBLAS_WORKSPACE: Final = 2 * (4096 << 10) + 8 * (16 << 10)
-"""8,519,680 bytes that cuBLAS takes at a stream's first product and keeps (CUDABlas.cpp, the default
-`:4096:2:16:8`); on Hopper and later, 33,554,432."""
-CUBLAS_WORKSPACE_HOPPER: Final = 8 * (4096 << 10)
+CUBLAS_WORKSPACE: Final = 8 * (4096 << 10)
+"""33,554,432 bytes that cuBLAS takes at a thread's first product and keeps, on Hopper and later (CUDABlas.cpp); before,
+8,519,680. Autograd's backward pass runs in a thread of its own, and so takes them once more."""
+CUBLASLT_WORKSPACE: Final = 1 << 20
+"""Bytes that cuBLASLt takes likewise at a thread's first product with a bias."""
 
 
 @dataclass(eq=False, slots=True)
@@ -50,23 +51,25 @@ class Segments:
     """
 
     reserved_nbytes: int = 0
+    allocated_nbytes: int = 0
+    """Bytes of all blocks in use: of a large one not split, what is left belongs to it."""
     _free: dict[bool, list[tuple[int, int, _Block]]] = field(default_factory=lambda: {True: [], False: []})
     _held: dict[int, _Block] = field(default_factory=dict)
     _next: int = 0
 
-    @staticmethod
-    def rounded(nbytes: int) -> int:
-        """Bytes of the block that serves a request."""
-        return -(-nbytes // _MIN_BLOCK) * _MIN_BLOCK
-
-    def step(self, number: int, nbytes: int, sign: int) -> None:
-        """Storage `number` of `nbytes` is born (+1) or ends (−1). Empty storages take no block."""
+    def step(self, number: int, nbytes: int, sign: int) -> int:
+        """Storage `number` of `nbytes` is born (+1) or ends (−1): bytes of its block. Empty storages take none."""
         if nbytes == 0:
-            return
+            return 0
         if sign > 0:
-            self._held[number] = self._take(self.rounded(nbytes))
+            block = self._held[number] = self._take(-(-nbytes // _MIN_BLOCK) * _MIN_BLOCK)
         else:
-            self._give_back(self._held.pop(number))
+            block = self._held.pop(number)
+        size = block.size
+        self.allocated_nbytes += sign * size
+        if sign < 0:
+            self._give_back(block)
+        return size
 
     def _take(self, size: int) -> _Block:
         small = size <= _SMALL

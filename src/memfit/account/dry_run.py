@@ -10,7 +10,12 @@ from typing import Final, Protocol
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from memfit.packed.fake import aiming_at
+
 from .account import Account
+from .cuda_autocast import CudaAutocast
+from .cuda_kernels import kernels_of_cuda
+from .cuda_workspaces import with_workspaces
 from .follow import Follow, has_no_bytes
 from .ledger import Ledger
 from .mend import lstm_of_kernels, values_as_usual
@@ -54,7 +59,7 @@ class Loaded:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.follow = Follow(device=device)
         blocks = Blocks(self.follow, products=products)
-        with no_collection(), self.mode, self.follow, self.follow.phase("load"):
+        with no_collection(), aiming_at(device), self.mode, self.follow, self.follow.phase("load"):
             with nullcontext() if whole else blocks.on_loading():
                 self.model = make()
             hold_model(self.model, self.follow)
@@ -77,10 +82,19 @@ class Loaded:
         # A block that learns leaves a graph behind, which no recording tells: it is traced, unless it is recomputed.
         repeated = blocks.on_training() if learns else blocks.on(self.model)
         replayed = nullcontext() if self.whole else repeated
-        kernels = lstm_of_kernels() if follow.device == "cpu" else nullcontext()
-        with no_collection(), values_as_usual(), kernels, self.mode, follow, follow.inside(self.model), replayed:
+        kernels = lstm_of_kernels() if follow.device == "cpu" else kernels_of_cuda()
+        casts = CudaAutocast() if follow.device == "cuda" and _casts(task) else nullcontext()
+        with (
+            no_collection(), aiming_at(follow.device), values_as_usual(), kernels, casts, self.mode, follow,
+            follow.inside(self.model), replayed,
+        ):  # fmt: skip
             task.run(self.model, follow)
-        return follow.ledger
+        return follow.ledger if follow.device == "cpu" else with_workspaces(follow.ledger)
+
+
+def _casts(task: Task) -> bool:
+    recipe = getattr(task, "recipe", None)
+    return getattr(recipe, "precision", "") == "autocast"
 
 
 def trace(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .account import Kind
-from .cuda import CUBLAS_WORKSPACE
+from .cuda_kernels import SCRATCH
 from .fakes import QUICK, fake_mode, shaped, written
 from .ledger import Ledger, Shape, Storage
 from .mend import MENDED
@@ -87,15 +87,19 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             with self.paused():
                 out = mend(func, args, kwargs)
-        # CUDA's kernels cast and wrap numbers in registers: what they take is in their outputs.
-        before, after = workspace(func, args, kwargs, out) if self.device == "cpu" else NONE
+        if self.device == "cpu":
+            before, after = workspace(func, args, kwargs, out)
+        else:  # CUDA's kernels cast and wrap numbers in registers: most take nothing beside their outputs.
+            before, after = NONE[0], [SCRATCH[func](args)] if func in SCRATCH else NONE[1]
         if self.device == "cpu" and (kernel := kernel_of(func, args)) is not None:
             self.ledger.kernels.add(kernel)
         name = func.name() if before or after else ""
         scratch = [self._scratch(nbytes, name) for nbytes in before]
+        # cuBLASLt adds what has one dimension alone.
+        plain = self.device == "cuda" and func is _ADDMM and args[0].dim() > 1
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and not has_no_bytes(leaf):
-                self.number_of(leaf, func)
+                self.number_of(leaf, torch.ops.aten.mm.default if plain else func)
         if self.device == "cpu" and (left := unwritten(func, args, out)) is not None:
             self.ledger.storages[self.number_of(left[0])].unwritten = left[1]
         scratch += [self._scratch(nbytes, name) for nbytes in after]
@@ -169,10 +173,6 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def inside(self, model: torch.nn.Module) -> Iterator[None]:
         """Write births down under the dotted name of the module that is running."""
         names = {id(module): name for name, module in model.named_modules()}
-        if self.device == "cuda":
-            # At the first product, which the first phase has; before it, so that no block seems to keep it.
-            self.ledger.born(Storage(CUBLAS_WORKSPACE, "temporary", "", "cuBLAS workspace", torch.uint8))
-
         def enter(module: torch.nn.Module, arguments: Any) -> None:
             name = names.get(id(module), self.path[-1])
             self.path.append(name)
@@ -194,6 +194,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _DEVICE = torch.ops.prim.device.default
+_ADDMM = torch.ops.aten.addmm.default
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 _WRAPPERS = ("_fn", "inner")
 """Functions of torch's that stand between a dispatch mode and its caller."""

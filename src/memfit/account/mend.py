@@ -1,7 +1,7 @@
 """Operators whose course on fake tensors differs from the kernel's, and the course that the kernel takes.
 
 Each function here stands for one operator while a dry run follows it. Fake tensors are on the CPU whatever
-the target, so for CUDA attention is put right, and the ways of writing that only the CPU has are left out.
+the target, so for CUDA the ways of writing that only the CPU has are left out; its attention is `cuda_kernels`'.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,17 +33,6 @@ def _attention(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_strided(query.shape, query.stride(), dtype=query.dtype), logsumexp
 
 
-def _attention_on_cuda(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-    """cuda/attention.cu: flash (16 bits, no mask) keeps a fp32 sum for each head and query; the other keeps
-    none where nothing is derived. Both give the output in the layout of [B, T, H, D]."""
-    query, _, value = args[:3]
-    batch, heads, tokens, _ = query.shape
-    out = query.new_empty((batch, tokens, heads, value.shape[3])).transpose(1, 2)
-    masked = kwargs.get("attn_mask") is not None
-    flash = query.dtype in (torch.float16, torch.bfloat16) and not masked
-    return out, torch.empty((batch, heads, tokens if flash else 0), dtype=torch.float32)
-
-
 def _recurrent_layer(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
     """Where a gradient is wanted, the kernel keeps what its backward pass needs; how much, oneDNN chooses."""
     output, hidden, cell, _ = func(*args, **kwargs)
@@ -66,7 +55,7 @@ MENDED: Final[dict[str, Mends]] = {
         aten.mkldnn_rnn_layer.default: _recurrent_layer,
         aten.mkldnn_rnn_layer_backward.default: _recurrent_layer_backward,
     },
-    "cuda": _ANYWHERE | {aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_on_cuda},
+    "cuda": _ANYWHERE,
 }
 """By target: operators whose fake outputs differ from the kernel's. What is made inside is not followed, the
 result is."""

@@ -20,40 +20,16 @@ from .account import Account, Entry, Kind, Phase
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-class Meter:
-    """A watch that adds up the CPU allocator's events, phase by phase.
+class _Named:
+    """What of the tensors that someone said the purpose of is there at each phase's end."""
 
-    The events come from the allocator's memory reports to the profiler, not from what follows fake tensors.
-    """
-
-    may_skip, prefix = False, ""
+    may_skip, prefix, device = False, "", "cpu"
 
     def __init__(self) -> None:
-        self._now = 0
-        self._peaks: dict[str, tuple[int, int]] = {}
+        self._peaks: dict[str, tuple[int, int, int | None]] = {}
         self._alive: dict[str, dict[str, int]] = {}
         self._entries: dict[tuple[Kind, str, str], dict[str, int]] = {}
         self._held: dict[int, _Held] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Profile what runs inside; its allocations and frees are added when it closes."""
-        session = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
-        session.__enter__()  # type: ignore[no-untyped-call]
-        # Of the allocator alone: events of operators are of no use here, and take longer than what small ones do.
-        torch._C._autograd._enable_record_function(False)
-        try:
-            yield
-        finally:
-            torch._C._autograd._enable_record_function(True)
-            session.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        peak = self._now
-        for _, _, nbytes in allocations(session):
-            self._now += nbytes
-            peak = max(peak, self._now)
-        before = self._peaks.get(name, (0, 0))[0]
-        self._peaks[name] = (max(before, peak), self._now)
-        self._note(name)
 
     def holds(self, kind: Kind, module: str, tensor: torch.Tensor) -> None:
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -88,17 +64,87 @@ class Meter:
         """The measurement so far. What no `holds` named is activation: the rest of each peak."""
         return Account(
             phases=tuple(
-                Phase(name=name, peak_nbytes=peak, end_nbytes=end, alive=_with_rest(self._alive[name], peak))
-                for name, (peak, end) in self._peaks.items()
+                Phase(
+                    name=name, peak_nbytes=peak, end_nbytes=end, alive=_with_rest(self._alive[name], peak),
+                    reserved_nbytes=reserved,
+                )
+                for name, (peak, end, reserved) in self._peaks.items()
             ),
             entries=tuple(
                 Entry(
-                    kind=kind, module=module, device="cpu", dtype=dtype,
+                    kind=kind, module=module, device=self.device, dtype=dtype,
                     nbytes=max(by_phase.values()), phases=tuple(by_phase),
                 )
                 for (kind, module, dtype), by_phase in sorted(self._entries.items())
             ),
+            device=self.device,
         )  # fmt: skip
+
+
+class Meter(_Named):
+    """A watch that adds up the CPU allocator's events, phase by phase.
+
+    The events come from the allocator's memory reports to the profiler, not from what follows fake tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Profile what runs inside; its allocations and frees are added when it closes."""
+        session = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
+        session.__enter__()  # type: ignore[no-untyped-call]
+        # Of the allocator alone: events of operators are of no use here, and take longer than what small ones do.
+        torch._C._autograd._enable_record_function(False)
+        try:
+            yield
+        finally:
+            torch._C._autograd._enable_record_function(True)
+            session.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        peak = self._now
+        for _, _, nbytes in allocations(session):
+            self._now += nbytes
+            peak = max(peak, self._now)
+        before = self._peaks[name][0] if name in self._peaks else 0
+        self._peaks[name] = (max(before, peak), self._now, None)
+        self._note(name)
+
+
+class CudaMeter(_Named):
+    """A watch that asks the CUDA caching allocator for its own peaks, phase by phase: bytes in blocks, and in segments.
+
+    What the process holds already when it begins is not counted. Segments that are free are given back then, as a
+    process of its own would have none.
+    """
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        super().__init__()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        self._before = torch.cuda.memory_allocated()
+        self._reserved_before = torch.cuda.memory_reserved()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The peaks of what runs inside, from what is there when it begins."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - self._before
+        reserved = torch.cuda.max_memory_reserved() - self._reserved_before
+        before, _, most = self._peaks.get(name, (0, 0, 0))
+        now = torch.cuda.memory_allocated() - self._before
+        self._peaks[name] = (max(before, peak), now, max(most or 0, reserved))
+        self._note(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ def settle(ledger: Ledger, *, device: str = "cpu", heap: bool = True) -> Account
     Without `heap`, nothing is said of the C heap, which takes longest: enough where allocated bytes are asked for.
     """
     spans = phase_spans(ledger)
-    worst = _worst_moments(ledger, spans, device)
+    sizes = {number: storage.nbytes for number, storage in enumerate(ledger.storages)}
+    worst = _worst_moments(ledger, spans, device, sizes)
     phases: list[Phase] = []
     entries: dict[tuple[Kind, str, str], dict[str, int]] = {}
     for name in dict.fromkeys(name for name, _, _ in spans):
@@ -26,7 +27,7 @@ def settle(ledger: Ledger, *, device: str = "cpu", heap: bool = True) -> Account
         by_kind: dict[str, int] = {}
         for number in alive:
             storage = ledger.storages[number]
-            nbytes = _held(storage.nbytes, device)
+            nbytes = sizes[number]
             by_kind[storage.kind] = by_kind.get(storage.kind, 0) + nbytes
             key = (storage.kind, storage.module, _short(storage.dtype))
             entries.setdefault(key, {}).setdefault(name, 0)
@@ -54,9 +55,12 @@ def settle(ledger: Ledger, *, device: str = "cpu", heap: bool = True) -> Account
 
 
 def _worst_moments(
-    ledger: Ledger, spans: list[tuple[str, int, int]], device: str
+    ledger: Ledger, spans: list[tuple[str, int, int]], device: str, sizes: dict[int, int]
 ) -> dict[str, tuple[int, int, int, int | None]]:
-    """For each phase: bytes at the worst moment, its event, bytes at the end, reserved bytes (CUDA)."""
+    """For each phase: bytes at the worst moment, its event, bytes at the end, reserved bytes (CUDA).
+
+    On CUDA `sizes` become those of the blocks that storages have got.
+    """
     phase_of = {}
     for name, start, end in spans:
         for index in range(start, end):
@@ -78,9 +82,9 @@ def _worst_moments(
     for index, (number, sign) in enumerate(ledger.events):
         begin(index)
         nbytes = ledger.storages[number].nbytes
-        total += sign * _held(nbytes, device)
         if segments is not None:
-            segments.step(number, nbytes, sign)
+            nbytes = sizes[number] = segments.step(number, nbytes, sign)
+        total += sign * nbytes
         phase = phase_of.get(index)
         if phase is None:
             continue
@@ -102,11 +106,6 @@ def _alive_at(ledger: Ledger, index: int) -> list[int]:
         else:
             del alive[number]
     return [number for number in alive if ledger.storages[number].nbytes]
-
-
-def _held(nbytes: int, device: str) -> int:
-    """Bytes the allocator counts for a storage: as asked on the CPU, in blocks of 512 on CUDA."""
-    return nbytes if device == "cpu" else Segments.rounded(nbytes)
 
 
 def _short(dtype: torch.dtype) -> str:

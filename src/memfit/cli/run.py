@@ -70,10 +70,14 @@ def account(
         bool,
         typer.Option("--resident", help="Predict the whole process, too; measures this machine once, five minutes."),
     ] = False,
+    measured: Annotated[
+        bool,
+        typer.Option("--measure", help="Run it, too, in a process of its own, and show what the allocator counted."),
+    ] = False,
     top: Annotated[int, typer.Option(help="Entries to list.", min=0)] = 10,
     as_json: Json = False,
 ) -> None:
-    """Say who will hold which bytes, when: to run a model, or to train it plainly. No weights are read."""
+    """Say who will hold which bytes, when: to run a model, or to train it plainly. No weights are read for that."""
     import memfit
 
     _refuse_of_the_other_task(context, task)
@@ -87,15 +91,19 @@ def account(
     worst = None
     if routing is None and first.routing is not None:
         worst = memfit.account(model, chosen, device=device.value, routing="worst")
+    ran = memfit.measure(model, chosen, device=device.value) if measured else None
     if as_json:
-        print_json(first.to_json() | ({} if worst is None else {"worst_routing": worst.to_json()}))
+        more = {"worst_routing": worst, "measured": ran}
+        print_json(first.to_json() | {name: found.to_json() for name, found in more.items() if found is not None})
         return
-    from memfit.report.terminal import render_account
+    from memfit.report.terminal import render_account, render_comparison
 
     show(render_account(first, top=top))
     if worst is not None:
         show("If one expert gets every token:")
         show(render_account(worst, top=0))
+    if ran is not None:
+        show(render_comparison(first, ran))
 
 
 @app.command()

@@ -17,6 +17,30 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+_target = "cpu"
+
+
+@contextmanager
+def aiming_at(device: str) -> Iterator[None]:
+    """Inside, fake tensors, which are on the CPU, stand for tensors on `device`; packed weights are laid out for it."""
+    global _target
+    before, _target = _target, device
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def aimed_at() -> str:
+    """`cpu` or `cuda`: what fake tensors stand for, and where what is loaded will be."""
+    return _target
+
+
+def device_meant(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor is, or would be if it were no fake one."""
+    return torch.device(_target) if is_fake(tensor) else tensor.device
+
+
 def blocks_to_run(blocks: Iterable[_Block]) -> list[_Block]:
     """All turns of a loop: blocks of something too large to be worked on at once, candidates tried in turn.
 

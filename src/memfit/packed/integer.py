@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from memfit.errors import UsageError
 from memfit.packed.blocks import Read, blocks_of, checked, takes_rows
-from memfit.packed.fake import blocks_to_run
+from memfit.packed.cuda import workspace_nbytes
+from memfit.packed.fake import blocks_to_run, device_meant
 from memfit.packed.gradient import product
-from memfit.packed.kernel import Kernel
-from memfit.packed.qlinear import integer_kernel, prepack, prepacked_nbytes, qlinear
+from memfit.packed.kernel import Kernel, choose_kernel
+from memfit.packed.qlinear import prepack, prepacked_nbytes, qlinear
 from memfit.packed.scheme import Scheme
 
 TOKENS_NBYTES: Final = 4 * 2**20
@@ -56,7 +57,7 @@ class IntegerWeight(nn.Module):
         if (reason := scheme.why_not(shape)) is not None:
             raise UsageError(f"a weight of shape {list(shape)} cannot be {scheme.name}: {reason}")
         self.shape, self.scheme = shape, scheme
-        self.kernel: Kernel = kernel or integer_kernel()
+        self.kernel: Kernel = kernel or choose_kernel(scheme, shape)
         self._make_buffers(torch.device(device))
 
     def _make_buffers(self, device: torch.device) -> None:
@@ -147,7 +148,8 @@ class IntegerWeight(nn.Module):
 
     def product(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [M, K] times the whole weight: [M, N]. `start` and `stop` are its first and last row."""
-        blocks = blocks_to_run(blocks_of(x.shape[0], TOKENS_NBYTES // (x.element_size() * self.shape[1]), 1))
+        most = workspace_nbytes(x, TOKENS_NBYTES) // (x.element_size() * self.shape[1])
+        blocks = blocks_to_run(blocks_of(x.shape[0], most, 1))
         if len(blocks) == 1:
             return self._times_tokens(x)
         out = x.new_empty(x.shape[0], self.shape[0])
@@ -175,10 +177,10 @@ class IntegerWeight(nn.Module):
     def _times_plain(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """int8 q [M, K] times the weight by `torch._int_mm`, times the weight's scales: [M, N]."""
         tokens = q.shape[0]
-        if q.device.type == "cuda" and tokens < _FEWEST_CUDA:
+        if device_meant(q).type == "cuda" and tokens < _FEWEST_CUDA:
             q = torch.nn.functional.pad(q, (0, 0, 0, _FEWEST_CUDA - tokens))
         out = q.new_empty((tokens, self.shape[0]), dtype=dtype)
-        for a, b in blocks_to_run(blocks_of(self.shape[0], TOKENS_NBYTES // (8 * q.shape[0]), 64)):
+        for a, b in blocks_to_run(blocks_of(self.shape[0], workspace_nbytes(q, TOKENS_NBYTES) // (8 * q.shape[0]), 64)):
             sums = torch._int_mm(q, self.packed[a:b].t())[:tokens].to(torch.float32)
             out[:, a:b].copy_(sums.mul_(self.scale[a:b]))
             del sums

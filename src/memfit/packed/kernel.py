@@ -4,6 +4,7 @@ import math
 from typing import Final, Literal
 
 from memfit.packed import nibbles
+from memfit.packed.fake import aimed_at
 from memfit.packed.forms import Form, LowRank, Narrow
 from memfit.packed.qlinear import integer_kernel, prepacked_nbytes
 from memfit.packed.scheme import Scheme
@@ -27,9 +28,10 @@ def choose_kernel(scheme: Scheme, shape: tuple[int, ...], *, aligned: int | None
 
     `aligned`: rows of each part that is used on its own, as one expert of many; [E, N, K] has parts of N.
     """
+    on_cuda = aimed_at() == "cuda"
     if scheme.activations == 8:
-        return integer_kernel()
-    if scheme.values != "int":
+        return "int_mm" if on_cuda else integer_kernel()
+    if scheme.values != "int" or on_cuda:
         return "planes"
     if scheme.bits == 8 and scheme.group is None and scheme.symmetric:
         return "int8"

@@ -13,33 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memfit.errors import UsageError
-from memfit.packed import nibbles
+from memfit.packed import cuda, nibbles
 from memfit.packed.bits import PLANES, join_planes, split_planes, unpack_unsigned, unpack_zeros
 from memfit.packed.blocks import Read
 from memfit.packed.blocks import blocks_of as _blocks
 from memfit.packed.blocks import checked as _check
 from memfit.packed.blocks import takes_rows as _takes_rows
-from memfit.packed.fake import blocks_to_run
+from memfit.packed.fake import blocks_to_run, device_meant
 from memfit.packed.gradient import product
 from memfit.packed.kernel import KERNEL_NAMES, Kernel, choose_kernel
 from memfit.packed.levels import dequantize, level_table, look_up
 from memfit.packed.scheme import Scheme
 
 WORKSPACE_NBYTES: Final = 4 * 2**20
-"""The largest dense block of a weight that is ever made, and the largest transient of a load."""
+"""The largest dense block of a weight that is ever made on a CPU, and the largest transient of a load."""
 SPREAD_NBYTES: Final = 4 * 2**20
-"""Bytes made at a time for the int4 and int8 kernels of weights that these cannot read as they lie.
-
-From 2 to 4 MiB decode speed is the same within noise; at 0.25 MiB the calls themselves take a third of the
-time.
-"""
+"""Bytes made at a time for the int4 and int8 kernels of weights that these cannot read as they lie. From 2 to 4 MiB
+decode speed is the same within noise; at 0.25 MiB the calls themselves take a third of the time."""
 FEW_ROWS: Final = 32
-"""Up to so many rows of activations the int4 and int8 kernels are used; for more, blocks are unpacked.
-
-With AMX the dense product is ahead from about 45 rows on (1770 against 163 GFLOP/s, and the unpacking);
-without, only from about 200 (82 against 70 GFLOP/s a core).
-"""
-
+"""Up to so many rows of activations the int4 and int8 kernels are used; for more, blocks are unpacked. With AMX the
+dense product is ahead from about 45 rows on (1770 against 163 GFLOP/s, and the unpacking); without, only from about 200
+(82 against 70 GFLOP/s a core)."""
 _FEWEST_INPUTS: Final = 8
 """So many inputs of a segment are unpacked at once even where the rows are too many for the workspace."""
 
@@ -83,10 +77,8 @@ class PackedWeight(nn.Module):
     def widths(self) -> tuple[int, ...]:
         """Bits of each plane, the most significant first."""
         return {
-            "int8": (8,),
-            "nibbles": nibbles.PLANES.get(self.scheme.bits, ()),
-            "planes": PLANES[self.scheme.bits],
-        }[self.kernel]
+            "int8": (8,), "nibbles": nibbles.PLANES.get(self.scheme.bits, ()), "planes": PLANES[self.scheme.bits]
+        }[self.kernel]  # fmt: skip
 
     @property
     def planes(self) -> list[Tensor]:
@@ -244,8 +236,12 @@ class PackedWeight(nn.Module):
             scale = self.scale[:, start:stop].t()
             zero = None if self.zero is None else self.zero[:, start:stop].t()
             return dequantize(q, scale, zero, dtype)
+        return self._unpack(*self._rows(start, stop), dtype)
+
+    def _rows(self, start: int, stop: int) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Planes, scales and zeros of rows start to stop."""
         zero = None if self.zero is None else self.zero[start:stop]
-        return self._unpack([plane[start:stop] for plane in self.planes], self.scale[start:stop], zero, dtype)
+        return [plane[start:stop] for plane in self.planes], self.scale[start:stop], zero
 
     def rows(self, index: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The rows in `index` [...], dense: [..., K]. Only they are unpacked."""
@@ -279,8 +275,11 @@ class PackedWeight(nn.Module):
 
     def product(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [M, K] times rows start to stop, transposed, without a gradient: [M, stop − start]."""
+        if self.kernel == "planes" and cuda.runs_few(x, self.widths):
+            planes, scale, zero = self._rows(start, stop)
+            return cuda.product(x, planes, self.widths, scale, zero, self.table)
         integers = self.zero is None and self.table is None
-        by_row = self.groups == 1 and integers and x.dtype == torch.bfloat16
+        by_row = self.groups == 1 and integers and x.dtype == torch.bfloat16 and device_meant(x).type == "cpu"
         if x.shape[0] > FEW_ROWS or not (self.kernel == "nibbles" or by_row):
             return self._matmul_dense(x, start, stop)
         if self.kernel == "nibbles":
@@ -314,7 +313,7 @@ class PackedWeight(nn.Module):
     def _column_blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         """Cut the inputs of each segment into blocks of which S · `rows` values are at most the workspace."""
         segments, length = self._segments
-        most = WORKSPACE_NBYTES // (self._unpacked_nbytes * segments * rows)
+        most = cuda.workspace_nbytes(self.scale, WORKSPACE_NBYTES) // (self._unpacked_nbytes * segments * rows)
         if self.groups == 1:
             return _blocks(length, most, _FEWEST_INPUTS)
         # No block may cut a run of inputs that have one scale but where another block begins as well.
@@ -391,7 +390,7 @@ class PackedWeight(nn.Module):
     def _matmul_dense(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Any number of rows [M, K]: rows of the weight are unpacked, used and dropped, block by block."""
         inputs = self.shape[1]
-        rows = WORKSPACE_NBYTES // (self._unpacked_nbytes * inputs)
+        rows = cuda.workspace_nbytes(self.scale, WORKSPACE_NBYTES) // (self._unpacked_nbytes * inputs)
         blocks = blocks_to_run(_blocks(stop - start, rows, self._multiple))
         if len(blocks) == 1:
             return self._times_block(x, start, stop)
@@ -427,10 +426,12 @@ class PackedWeight(nn.Module):
     @property
     def _unpacked_nbytes(self) -> int:
         """Bytes made of a value as it is unpacked: in bf16, and the index of its level where it is no integer."""
-        return 2 if self.table is None else 6
+        return 2 if self.table is None or cuda.unpacks(self.scale) else 6
 
     def _unpack(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
         """ŵ [n, k] in `dtype` of the same rows of every plane; scale and zero [n, c]."""
+        if dtype == torch.bfloat16 and self.kernel == "planes" and cuda.unpacks(scale):
+            return cuda.unpack(planes, self.widths, scale, zero, self.table)
         if self.table is None:
             return dequantize(self._join(planes), scale, zero, dtype)
         return look_up(join_planes(planes, self.widths), scale, self.table, dtype=dtype)

@@ -3,7 +3,7 @@
 A multiple-choice knapsack, solved to the optimum by HiGHS (SciPy). With x_ic copies of item i in option c:
 
     minimise    Σ price_ic x_ic          subject to   Σ_c x_ic = copies of i
-    for each moment r:   base_r + Σ (persistent_ic + held_ric) x_ic + τ_r ≤ budget
+    for each moment r:   base_r + Σ (persistent_ic, if there by then, + held_ric) x_ic + τ_r ≤ budget
                          τ_r ≥ transient_ric   for every option c that some copy of i takes
 
 Items run one after the other, so a moment's transient bytes are the largest, never a sum.
@@ -34,12 +34,18 @@ class Option:
     price: float
     persistent_nbytes: int = 0
     """Bytes alive at every moment."""
+    absent: frozenset[str] = frozenset()
+    """But those before it is loaded."""
     held: Mapping[str, int] = field(default_factory=dict)
     """Moment to further bytes alive then, as a cache's; they add over items."""
     transient: Mapping[str, int] = field(default_factory=dict)
     """Moment to bytes alive while the item itself runs then; one item at a time."""
     tied: str | None = None
     """Of the two items that have options tied by this name, both take one of these, or neither does."""
+
+    def staying_nbytes(self, moment: str) -> int:
+        """Bytes alive at a moment whether the item runs or not."""
+        return (0 if moment in self.absent else self.persistent_nbytes) + self.held.get(moment, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,10 @@ def merge(options: Mapping[str, Sequence[Option]]) -> tuple[Item, ...]:
     names: dict[Any, list[str]] = {}
     for name, choices in options.items():
         key = tuple(
-            (o.price, o.persistent_nbytes, tuple(sorted(o.held.items())), tuple(sorted(o.transient.items())), o.tied)
+            (
+                o.price, o.persistent_nbytes, o.absent, tuple(sorted(o.held.items())),
+                tuple(sorted(o.transient.items())), o.tied,
+            )
             for o in choices
         )
         names.setdefault(key, []).append(name)
@@ -114,7 +123,7 @@ def needed_nbytes(
         for item in items:
             for name in item.names:
                 option = item.options[chosen[name]]
-                total += option.persistent_nbytes + option.held.get(moment, 0)
+                total += option.staying_nbytes(moment)
                 largest = max(largest, option.transient.get(moment, 0))
         needed[moment] = total + largest
     return needed
@@ -170,7 +179,7 @@ class _Problem:
             for item, row in zip(self.items, counts, strict=True):
                 for option, count in zip(item.options, row, strict=True):
                     if count:
-                        total += count * (option.persistent_nbytes + option.held.get(moment, 0))
+                        total += count * option.staying_nbytes(moment)
                         largest = max(largest, option.transient.get(moment, 0))
             fullest = max(fullest, (total + largest, moment), key=lambda pair: pair[0])
         return fullest
@@ -204,7 +213,7 @@ class _Problem:
             terms = [(tau_of[moment], 1.0), (free, -1.0)]
             for k, (i, c) in enumerate(self.pairs):
                 option = self.items[i].options[c]
-                terms.append((k, (option.persistent_nbytes + option.held.get(moment, 0)) / unit))
+                terms.append((k, option.staying_nbytes(moment) / unit))
             rows.add(terms, -np.inf, -base / unit)
         for k, flag in flag_of.items():  # x > 0 raises the flag
             rows.add([(k, 1.0), (flag, -float(len(self.items[self.pairs[k][0]].names)))], -np.inf, 0.0)
@@ -325,6 +334,7 @@ def _undominated(item: Item) -> list[int]:
             left.tied == right.tied
             and left.price <= right.price
             and left.persistent_nbytes <= right.persistent_nbytes
+            and left.absent >= right.absent
             and all(left.held[m] <= right.held.get(m, 0) for m in left.held)
             and all(left.transient[m] <= right.transient.get(m, 0) for m in left.transient)
         )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from memfit.packed.fake import blocks_to_run, repeated
+from memfit.packed.fake import blocks_to_run, device_meant, repeated
 from memfit.technique.gradient_bits import QuantizedGradient
 from memfit.technique.row_gradients import RowGradients
 
@@ -37,7 +37,7 @@ class Accumulated:
         if wide is None:
             self._wide[id(parameter)] = gradient.to(_wide(gradient.dtype))
         else:
-            for start, stop in blocks_to_run(list(tiles(gradient.numel(), gradient.device))):
+            for start, stop in blocks_to_run(list(tiles(gradient.numel(), device_meant(gradient)))):
                 wide.view(-1)[start:stop].add_(gradient.reshape(-1)[start:stop].to(wide.dtype))
 
     def has(self, parameter: nn.Parameter) -> bool:
@@ -62,7 +62,7 @@ class Accumulated:
         rows = self.rows.get(id(parameter))
         if rows is not None:
             return row_tiles(parameter, rows.most_tokens)
-        return tiles(parameter.numel(), parameter.device)
+        return tiles(parameter.numel(), device_meant(parameter))
 
     def tile(self, parameter: nn.Parameter, start: int, stop: int) -> Tensor:
         """The gradient there, 1-dim, in fp32 (fp64 for fp64), a tensor of its own."""
