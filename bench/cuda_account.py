@@ -163,13 +163,24 @@ def main() -> None:
         return
     predict = asked.predict is not None
     with ThreadPoolExecutor(asked.jobs) as pool:
-        found = list(pool.map(lambda name: fresh(name, asked.given, predict), asked.only.split(",")))
-    rows = [row for rows in found for row in rows]
+        answers = list(pool.map(lambda name: fresh(name, asked.given, predict), asked.only.split(",")))
+    rows = [row for found in answers for row in found]
     if predict:
         told = {f"{row['model']}: {row['case']}": row["predicted"] for row in rows if "predicted" in row}
         asked.predict.write_text(json.dumps(told))
         return
-    write_result("cuda_account", {"cases": rows, "verdicts": judged(rows)}, output=asked.output)
+    verdicts = judged(rows)
+    found = [side_by_side(row) for row in rows]
+    write_result("cuda_account", {"cases": found, "verdicts": verdicts}, output=asked.output)
+
+
+def side_by_side(row: dict[str, Any]) -> dict[str, Any]:
+    """For each phase: blocks predicted, measured, segments predicted, measured."""
+    if "measured" not in row:
+        return row
+    both = {name: (row["predicted"].get(name, [None] * 3), found) for name, found in row["measured"].items()}
+    phases = {name: [told[0], found[0], told[2], found[2]] for name, (told, found) in both.items()}
+    return {"model": row["model"], "case": row["case"], "phases": phases}
 
 
 if __name__ == "__main__":

@@ -185,7 +185,9 @@ def test_scratch_is_what_a_gpu_was_seen_to_take(operator: Any, arguments: tuple[
     assert SCRATCH[operator.default](given) == nbytes
 
 
-def _attends(dtype: torch.dtype, *, keys: int = 4, queries: int = 16, mask: str = "") -> str:
+def _attends(
+    dtype: torch.dtype, *, keys: int = 4, queries: int = 16, mask: str = "", shared: bool = True
+) -> str:
     """The kernel whose backward pass a call of attention has."""
     with FakeTensorMode(), kernels_of_cuda():
         q = torch.empty(2, 4, queries, 32, dtype=dtype, requires_grad=True)
@@ -194,7 +196,7 @@ def _attends(dtype: torch.dtype, *, keys: int = 4, queries: int = 16, mask: str 
         if mask:
             kind = torch.bool if mask == "bool" else dtype
             given = torch.empty(2, 4, queries, 16, dtype=kind, requires_grad=mask == "learned")
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, given, enable_gqa=keys != 4)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, given, enable_gqa=shared and keys != 4)
         assert out.shape == q.shape
         name: str = out.grad_fn.name()
         gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
@@ -211,6 +213,7 @@ def test_attention_goes_to_the_kernel_that_cuda_chooses() -> None:
     assert "Efficient" in _attends(single)
     assert "Efficient" in _attends(single, mask="bool")
     assert "View" in _attends(single, keys=2)  # plain products
+    assert "Attention" not in _attends(half, keys=1, shared=False)  # as Falcon has it: one head of keys, said to none
 
 
 def test_dropout_keeps_a_byte_an_entry_and_real_tensors_go_their_way() -> None:

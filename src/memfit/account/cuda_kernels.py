@@ -70,8 +70,11 @@ def _attention(
         mask = mask if mask is None or mask.dtype == torch.bool else mask.to(low)
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     width, half = query.shape[-1], query.dtype in HALVES
-    shared = shared and query.shape[-3] != key.shape[-3]
-    plain_shape = query.dim() == 4 and width == value.shape[-1] and width % (_ALIGNED if half else 4) == 0
+    alike = query.dim() == 4 and query.shape[1] == key.shape[1]
+    plain_shape = (
+        query.dim() == 4 and (alike or shared) and width == value.shape[-1]
+        and width % (_ALIGNED if half else 4) == 0
+    )  # fmt: skip
     found: Any
     fixed = mask is None or not (wants and mask.requires_grad)
     if plain_shape and half and fixed and width <= _WIDEST and query.shape[-2] > 1:
@@ -81,7 +84,7 @@ def _attention(
         )
     elif plain_shape and half and width <= _WIDEST and mask is None:
         found = aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, False, scale=scale)
-    elif plain_shape and not shared and query.dtype != torch.float64:
+    elif plain_shape and alike and query.dtype != torch.float64:
         bias = _bias(mask, query.dtype, pad=True)
         if bias is not None:
             bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -90,7 +93,7 @@ def _attention(
         )
     else:
         found = aten._scaled_dot_product_attention_math(
-            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=shared
+            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=shared and not alike
         )
     out: Tensor = found[0]
     return out
