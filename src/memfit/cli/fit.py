@@ -50,12 +50,13 @@ from .choosing import (
     require_one_setting,
     setting_of,
 )
+from .panels import Panelled
 
 COMPRESSED_TENSORS = "compressed-tensors"
 ONNX = "onnx"
 
 
-@app.command()
+@app.command(cls=Panelled)
 def fit(
     context: typer.Context,
     model: Annotated[

@@ -50,10 +50,11 @@ from .app import (
     write,
 )
 from .choosing import allowed_by, narrow_by
+from .panels import Panelled
 from .training import show_training_plan, training_task
 
 
-@app.command()
+@app.command(cls=Panelled)
 def account(
     context: typer.Context,
     model: Model,
@@ -106,7 +107,7 @@ def account(
         show(render_comparison(first, ran))
 
 
-@app.command()
+@app.command(cls=Panelled)
 def plan(
     context: typer.Context,
     model: Model,
@@ -212,7 +213,7 @@ def evaluate(
         show(f"{name}  {value}")
 
 
-@app.command()
+@app.command(cls=Panelled)
 def report(
     directory: Annotated[Path, typer.Argument(help="A fitted model's directory.", show_default=False)],
     as_json: Json = False,

@@ -30,6 +30,7 @@ from .app import (
     show,
     stderr,
 )
+from .panels import Panelled
 
 _ALONE = "MEMFIT_ALONE"
 """Set in the process that trains."""
@@ -81,7 +82,7 @@ def show_training_plan(plan: Any, *, as_json: bool) -> None:
     show(render_training_plan(plan.to_json(), describe(plan.recipe, blocks)))
 
 
-@app.command()
+@app.command(cls=Panelled)
 def train(
     context: typer.Context,
     model: Model,
