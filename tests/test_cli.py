@@ -256,3 +256,27 @@ def test_every_option_that_has_a_panel_is_an_option_and_few_have_none():
     for command in commands.values():
         alone = [p.name for p in command.params if getattr(p, "rich_help_panel", None) is None and p.name != "help"]
         assert len(alone) <= 9, (command.name, alone)
+
+
+@pytest.mark.parametrize(
+    "words", [("--prompt", "16", "--new-tokens", "4"), ("--task", "train", "--batch", "2", "--sequence", "16")]
+)
+def test_an_account_is_measured_where_that_is_asked_for(memfit, model, words):
+    code, out, _ = memfit("account", model, *words, "--measure", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["measured"]["phases"] == pytest.approx(told["phases"], abs=64)
+    assert told["measured"]["resident_nbytes"] > told["peak_nbytes"]
+    code, out, _ = memfit("account", model, *words, "--measure")
+    assert code == 0
+    assert "measured" in out and "exact" in out
+
+
+@pytest.mark.parametrize(
+    "words", [("account", "--device", "cuda", "--measure"), ("train", "--data", "x.txt", "--device", "cuda")]
+)
+def test_cuda_is_asked_for_where_there_is_none(memfit, model, words, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = memfit(words[0], model, *words[1:])
+    assert code == 2
+    assert "no CUDA device is here" in err
