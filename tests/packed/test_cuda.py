@@ -68,3 +68,7 @@ def test_gpu_kernels_give_the_product_with_the_weight(scheme: Scheme, shape: tup
     y = store.matmul(x.cuda()).double().cpu()
     wanted = x.double() @ exact.t()
     assert float((y - wanted).norm() / wanted.norm()) < 4e-3
+    g = torch.randn(tokens, shape[0], dtype=torch.bfloat16)
+    back = store.product_back(g.cuda(), 0, shape[0]).double().cpu()
+    wanted = g.double() @ exact
+    assert float((back - wanted).norm() / wanted.norm()) < 4e-3

@@ -12,8 +12,10 @@ from .cuda import CUBLAS_WORKSPACE, CUBLASLT_WORKSPACE
 from .ledger import Ledger, Storage
 
 _PRODUCTS: Final = frozenset(f"aten::{name}" for name in ("mm", "bmm", "baddbmm", "mv", "addmv", "dot", "addmm"))
+"""Through cuBLAS; what has a bias, through both."""
 _LT: Final = frozenset(f"aten::{name}" for name in ("addmm", "_int_mm", "_scaled_mm"))
-BACKWARD: Final = "backward"
+_BACKWARD: Final = "backward"
+"""How phases end whose work autograd's thread does."""
 
 
 def with_workspaces(ledger: Ledger) -> Ledger:
@@ -29,7 +31,7 @@ def with_workspaces(ledger: Ledger) -> Ledger:
             continue
         for kind, products in (("cuBLAS", _PRODUCTS), ("cuBLASLt", _LT)):
             if operator in products:
-                found.setdefault((kind, phase.endswith(BACKWARD)), index)
+                found.setdefault((kind, phase.endswith(_BACKWARD)), index)
     for (kind, _), index in sorted(found.items(), key=lambda item: -item[1]):
         nbytes = CUBLAS_WORKSPACE if kind == "cuBLAS" else CUBLASLT_WORKSPACE
         made.storages.append(Storage(nbytes, "temporary", "", f"{kind} workspace", torch.uint8))

@@ -173,6 +173,7 @@ class Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def inside(self, model: torch.nn.Module) -> Iterator[None]:
         """Write births down under the dotted name of the module that is running."""
         names = {id(module): name for name, module in model.named_modules()}
+
         def enter(module: torch.nn.Module, arguments: Any) -> None:
             name = names.get(id(module), self.path[-1])
             self.path.append(name)

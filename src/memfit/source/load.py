@@ -48,16 +48,16 @@ def load(
     check(source, copies=False)
     # Packed weights are laid out for where they will be; on a CPU, for what a dry run is aimed at.
     kind = torch.device(device).type
+    where: Place = place if place is not None else lambda name: device
     with nullcontext() if kind == "cpu" else aiming_at(kind):
         model = source.build(dtype=dtype)
-    where: Place = place if place is not None else lambda name: device
-    packed, stored = packed_modules(model), _stored_nbytes(source)
-    if pack is not None:
-        plain = dict(model.named_parameters(remove_duplicate=False))
-        pack(model, lambda name: source.read_parameter(name, dtype=plain[name].dtype))
-        for name, module in packed_modules(model).items():
-            if name not in packed:
-                _move_buffers(module, where(name))
+        packed, stored = packed_modules(model), _stored_nbytes(source)
+        if pack is not None:
+            plain = dict(model.named_parameters(remove_duplicate=False))
+            pack(model, lambda name: source.read_parameter(name, dtype=plain[name].dtype))
+            for name, module in packed_modules(model).items():
+                if name not in packed:
+                    _move_buffers(module, where(name))
     for name, module in sorted(packed.items(), key=lambda item: -stored[item[0]]):
         module.load_from(source.read_packed, name)
         _move_buffers(module, where(name))
