@@ -98,7 +98,7 @@ def main() -> None:
                 chosen = Integers(Path(work) / scheme.name)
                 if way == "gptq":
                     schemes = dict.fromkeys(layers, scheme)
-                    compensate(source, calibration, schemes, chosen, batch=4, watch=Unwatched())
+                    compensate(source, calibration, schemes, chosen, watch=Unwatched())
                 for name, layer in layers.items():
                     if way == "gptq":
                         made = chosen.read(name, scheme)
