@@ -81,7 +81,7 @@ def test_what_does_not_fit_says_what_a_smaller_batch_or_shorter_texts_free(tmp_p
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(tmp_path)  # fmt: skip
     task = memfit.Train(batch=4, sequence=64)
-    with pytest.raises(memfit.DoesNotFit, match=r"--batch 2 frees .*--sequence 32 frees .*Adapters") as found:
+    with pytest.raises(memfit.DoesNotFit, match=r"--batch 2 frees .*--sequence 32 frees .*") as found:
         memfit.plan(tmp_path, 1000, task=task, adapters=False)
     freed = found.value.levers["--sequence 32"]
     with pytest.raises(memfit.DoesNotFit) as shorter:

@@ -31,7 +31,7 @@ from memfit.source.planned import planned_checkpoint
 from memfit.source.source import Source
 from memfit.study import KV_PRICES, Study
 from memfit.task.infer import Infer
-from memfit.units import format_size
+from memfit.units import both_sizes, format_size
 
 _TIGHTER: Final = 8
 """Times that less is asked of the search, by doubling steps, where its plan traced whole is over the budget."""
@@ -135,8 +135,8 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
     predicted = predict_with(study, plan)
     if predicted.peak_nbytes > budget_nbytes:
         raise DoesNotFit(
-            f"{_both(budget_nbytes, predicted.peak_nbytes)} needed with this setting, in {predicted.peak_phase}. Give "
-            "that budget, or a setting that keeps less.",
+            f"{both_sizes(budget_nbytes, predicted.peak_nbytes)} needed with this setting, in "
+            f"{predicted.peak_phase}. Give that budget, or a setting that keeps less.",
             smallest_nbytes=predicted.peak_nbytes,
         )
     return replace(plan, predicted=predicted.to_json())
@@ -241,21 +241,13 @@ def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes:
     levers = _levers(study, items, least.needed_nbytes)
     helps = "".join(f" {what} frees {format_size(n)}." for what, n in levers.items() if n > 0)
     return DoesNotFit(
-        f"{_both(budget_nbytes, smallest)} needed at the least, in "
+        f"{both_sizes(budget_nbytes, smallest)} needed at the least, in "
         f"{least.moment} (packed weights {format_size(weights)}, KV cache {format_size(kv)}, "
         f"parts that stay in 16 bits {format_size(study.fixed)}, temporary {format_size(max(rest, 0))}). "
         f"The smallest budget that works is {smallest} bytes.{helps}",
         smallest_nbytes=smallest,
         levers=levers,
     )
-
-
-def _both(allowed: int, needed: int) -> str:
-    """The two sizes, in bytes where they would else look the same."""
-    sizes = [format_size(allowed), format_size(needed)]
-    if sizes[0] == sizes[1]:
-        sizes = [f"{allowed} bytes", f"{needed} bytes"]
-    return f"{sizes[0]} allowed, {sizes[1]}"
 
 
 def _traced_smallest(study: Study, chosen: Mapping[str, int]) -> int:

@@ -33,7 +33,7 @@ from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe, describe
 from memfit.train.task import SteadyStep, Train, packing
 from memfit.train.work import Make, Shape, products_per_second, seconds_of, shape_of, static_nbytes
-from memfit.units import format_size, parse_size
+from memfit.units import both_sizes, format_size, parse_size
 
 _DEEP: Final = 4
 """Blocks of a stack from which on ways are tried on fewer."""
@@ -163,11 +163,11 @@ def plan_training(
                     predicted=account.to_json(), changes=tier.changes, seconds=seconds, slowdown=seconds / plain,
                     device=device, rungs=_rungs(recipe, account, tracer),
                 )  # fmt: skip
-    raise _refusal(frugal, tracer, budget_nbytes, slowdown, adapters=adapters)
+    raise _refusal(frugal, tracer, budget_nbytes, slowdown)
 
 
 def _refusal(
-    frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdown: float | None, *, adapters: bool
+    frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdown: float | None
 ) -> DoesNotFit:
     if not frugal:
         raise UsageError(f"no way to train takes at most {slowdown} times as long as plain training. Allow more.")
@@ -180,10 +180,8 @@ def _refusal(
         there = _Tracer(tracer.make, other, tracer.device, tracer.shape)
         levers[what] = max(0, least - there.whole(recipe).peak_nbytes)
     helps = "".join(f" {what} frees {format_size(nbytes)}." for what, nbytes in levers.items() if nbytes)
-    if not adapters:
-        helps += " Adapters (without --full) take less."
     return DoesNotFit(
-        f"{format_size(budget_nbytes)} allowed, {format_size(least)} needed at the least (in {worst.name}), with "
+        f"{both_sizes(budget_nbytes, least)} needed at the least (in {worst.name}), with "
         f"{how}. The smallest budget that works is {least} bytes.{helps}",
         smallest_nbytes=least,
         levers=levers,

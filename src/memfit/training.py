@@ -4,6 +4,7 @@ What a run keeps while it goes on is in `OUT.training`: checkpoints, a line of l
 appears when the run is done.
 """
 
+import json
 import shutil
 import signal
 import threading
@@ -52,6 +53,8 @@ from memfit.train.work import Make
 from memfit.train_planning import plain_recipe, plan_training, stored_dtype
 from memfit.units import parse_size
 
+ASKED: Final = "asked.json"
+"""In a run's directory: what was asked for in the beginning, that its plan does not say."""
 _HELD_OUT: Final = 0.05
 _EVALUATIONS: Final = 10
 """Of a run, unless it is said how many."""
@@ -193,6 +196,12 @@ def train(
         )  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     (run / "plan.json").write_text(plan.dumps(), encoding="utf-8")
+    if not (run / ASKED).exists():
+        asked = {
+            "budget": str(budget), "full": not adapters, "adapters": not full, "slowdown": slowdown,
+            "schedule": options.schedule, "warmup": options.warmup,
+        }  # fmt: skip
+        (run / ASKED).write_text(json.dumps(asked), encoding="utf-8")
     steps = options.steps or max(1, round(options.epochs * len(batches)))
     learned: Data = batches
     if plan.task.distil is not None and plan.task.distil.asks and plan.task.distil.place == "disk":

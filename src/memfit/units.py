@@ -45,3 +45,11 @@ def format_size(nbytes: int) -> str:
             return f"{sign}{size:.0f} B" if unit == "B" else f"{sign}{size:.2f} {unit}"
         size /= 1024
     return f"{sign}{size:.2f} TiB"
+
+
+def both_sizes(allowed: int, needed: int) -> str:
+    """`9.00 MiB allowed, 9.04 MiB`: in bytes where the two would else look the same."""
+    sizes = [format_size(allowed), format_size(needed)]
+    if sizes[0] == sizes[1]:
+        sizes = [f"{allowed} bytes", f"{needed} bytes"]
+    return f"{sizes[0]} allowed, {sizes[1]}"

@@ -143,6 +143,15 @@ def test_a_file_that_is_broken_is_told_by_its_line(tmp_path, name, content, mess
         read_data(tmp_path / name)
 
 
+def test_columns_of_a_table_have_the_names_that_are_asked_for(tmp_path):
+    for name, content in (("a.csv", "id,review,stars\n1,good,5\n2,bad,1"), ("a.tsv", "review\tstars\ngood\t5\nbad\t1")):
+        (tmp_path / name).write_text(content)
+        raw = read_data(tmp_path / name, text_column="review", label_column="stars")
+        assert [(row.text, row.label) for row in raw.rows] == [("good", 5), ("bad", 1)]
+        with pytest.raises(UsageError, match="no column 'reviews' for the text; it has"):
+            read_data(tmp_path / name, text_column="reviews")
+
+
 def test_what_is_not_there_or_unknown_is_told(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
         read_data(tmp_path / "none.jsonl")

@@ -273,6 +273,30 @@ def test_the_command_does_not_go_on_with_other_settings(plain, model, text, monk
     assert ended.value.code == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "--lr 0.0003 with --resume: the run was begun with 0.001" in told
+    for words_, message in (
+        (("--budget", "3MiB"), "--budget 3MiB with --resume: the run was begun with"),
+        (("--adapters",), "--adapters True with --resume: the run was begun with False"),
+        (("--slowdown", "1.1"), "--slowdown 1.1 with --resume: the run was begun with None"),
+        (("--schedule", "linear"), "--schedule linear with --resume: the run was begun with"),
+    ):
+        monkeypatch.setattr("sys.argv", ["memfit", *words, *words_])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_sigterm_before_anything_is_learned_ends_the_command_as_an_interruption(model, text, monkeypatch, capsys):
+    from memfit.cli import main
+
+    monkeypatch.setattr("memfit.training.read_data", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("sys.argv", ["memfit", "train", str(model), "--data", str(text), "--quiet"])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 75
+    assert "Interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_step_that_was_closed_says_so(model, plan):

@@ -34,7 +34,7 @@ def with_workspaces(ledger: Ledger) -> Ledger:
                 found.setdefault((kind, phase.endswith(_BACKWARD)), index)
     for (kind, _), index in sorted(found.items(), key=lambda item: -item[1]):
         nbytes = CUBLAS_WORKSPACE if kind == "cuBLAS" else CUBLASLT_WORKSPACE
-        made.storages.append(Storage(nbytes, "temporary", "", f"{kind} workspace", torch.uint8))
+        made.storages.append(Storage(nbytes, "temporary", f"{kind} workspace", "", torch.uint8))
         made.events.insert(index, (len(made.storages) - 1, 1))
         made.marks = [(at + (at > index), name) for at, name in made.marks]
     return made

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -180,6 +182,8 @@ Threads = Annotated[int | None, typer.Option(help="Threads of what is measured."
 
 def main() -> None:
     """Run the command line; a MemfitError ends it with its own exit code and its message on stderr."""
+    alone = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if alone else None
     try:
         app()
     except MemfitError as error:
@@ -195,6 +199,9 @@ def main() -> None:
         sys.exit(Interrupted.exit_code)
     except ValueError as error:
         _fail(UsageError(str(error)))
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _fail(error: MemfitError) -> None:

@@ -1,5 +1,6 @@
 """The command that trains a model within a budget."""
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -138,7 +139,9 @@ def train(
         bool, typer.Option("--enforce", help="Under a hard limit: more memory is refused by the system.")
     ] = False,
     certify: Annotated[int, typer.Option(help="Steps of plain training to run first, and to compare with.", min=0)] = 0,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps. Default: ten times in a run.", min=0)] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps. Default: ten times in a run, 20 steps apart at the least.", min=0)
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps. Default: as evaluated.", min=0)] = None,
     text_column: Annotated[str | None, typer.Option(help="The name of the text.")] = None,
     label_column: Annotated[str | None, typer.Option(help="The name of the label.")] = None,
@@ -202,6 +205,7 @@ def _refuse_other_settings(context: typer.Context, out: Path) -> None:
     if not file.is_file():
         return
     from memfit.train.plan import read_train_plan
+    from memfit.training import ASKED
 
     task = read_train_plan(file).task
     known = {
@@ -215,6 +219,9 @@ def _refuse_other_settings(context: typer.Context, out: Path) -> None:
         }  # fmt: skip
     elif said(context, "teacher"):
         raise UsageError("--teacher with --resume: the run was begun without one. Begin anew with --overwrite.")
+    asked = file.with_name(ASKED)
+    if asked.is_file():
+        known |= json.loads(asked.read_text(encoding="utf-8"))
     for name, before in known.items():
         now = context.params[name]
         if said(context, name) and now != before:

@@ -61,7 +61,7 @@ def read_data(where: Any, *, text_column: str | None = None, label_column: str |
         BrokenInput: it cannot be read, is empty, or a row has no text or no label; names the row.
     """
     if isinstance(where, str | Path):
-        name, rows = _from_path(str(where))
+        name, rows = _from_path(str(where), tuple(filter(None, (text_column, label_column))))
     elif isinstance(where, Sequence) or hasattr(where, "features"):
         name, rows = "the data", where
     else:
@@ -140,7 +140,7 @@ def _parted(raw: RawData, kept: tuple[Row, ...], held: tuple[Row, ...]) -> tuple
 # -- files --------------------------------------------------------------------------------------------
 
 
-def _from_path(where: str) -> tuple[str, Any]:
+def _from_path(where: str, asked: tuple[str, ...]) -> tuple[str, Any]:
     path = Path(where)
     if path.is_dir():
         return where, _datasets_at(path)
@@ -161,7 +161,7 @@ def _from_path(where: str) -> tuple[str, Any]:
         return where, text
     if suffix in (".jsonl", ".json"):
         return where, _json_rows(where, text)
-    return where, _table(where, text, "\t" if suffix == ".tsv" else ",")
+    return where, _table(where, text, "\t" if suffix == ".tsv" else ",", asked)
 
 
 def _json_rows(name: str, text: str) -> list[Any]:
@@ -182,7 +182,8 @@ def _json_rows(name: str, text: str) -> list[Any]:
     return found
 
 
-def _table(name: str, text: str, separator: str) -> list[dict[str, Any]]:
+def _table(name: str, text: str, separator: str, asked: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows by column; `asked` are names of columns, which a header must then have."""
     # A tab never stands within a cell, and a quotation mark there is one.
     lines = (
         [line.split("\t") for line in text.splitlines() if line.strip()]
@@ -193,11 +194,12 @@ def _table(name: str, text: str, separator: str) -> list[dict[str, Any]]:
         return []
     header = [cell.strip() for cell in lines[0]]
     known = {*TEXTS, *_SECONDS, *_LABELS, "prompt", "completion"}
-    if not known & {cell.lower() for cell in header}:
+    if not asked and not known & {cell.lower() for cell in header}:
         header, body, first = (["text", "label"] if len(header) == 2 else ["text", *header[1:]]), lines, 1
         if len(lines[0]) > 2:
             raise BrokenInput(
-                f"{name}: {len(lines[0])} columns and no header that names them. Write one, with `text` and `label`."
+                f"{name}: {len(lines[0])} columns and no header with a name that is known. Name the columns "
+                "(--text-column, --label-column), or write a header with `text` and `label`."
             )
         header = header[: len(lines[0])]
     else:

@@ -298,6 +298,9 @@ def _phases(account: Account, budget_nbytes: int | None) -> Table:
     table = _table("Phases")
     table.add_column("phase")
     table.add_column("peak", justify="right")
+    reserves = any(phase.reserved_nbytes is not None for phase in account.phases)
+    if reserves:
+        table.add_column("reserved", justify="right")
     table.add_column("")
     table.add_column("worst moment", style="dim")
     scale = max(account.peak_nbytes, budget_nbytes or 0, 1)
@@ -306,10 +309,12 @@ def _phases(account: Account, budget_nbytes: int | None) -> Table:
         style = "red" if over else "bold" if phase is account.peak else ""
         bar = _stack(phase.alive, phase.peak_nbytes, scale)
         size = Text(format_size(phase.peak_nbytes), style=style)
-        table.add_row(Text(phase.name, style=style), size, bar, phase.at)
+        segments = [format_size(phase.reserved_nbytes or 0)] if reserves else []
+        table.add_row(Text(phase.name, style=style), size, *segments, bar, phase.at)
     if budget_nbytes is not None:
         table.add_row(
-            "budget", format_size(budget_nbytes), Text("▏".rjust(round(_BAR * budget_nbytes / scale))), ""
+            "budget", format_size(budget_nbytes), *([""] if reserves else []),
+            Text("▏".rjust(round(_BAR * budget_nbytes / scale))), "",
         )
     return table
 

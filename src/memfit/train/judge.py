@@ -17,18 +17,19 @@ def judge_on(batches: Batches, most: int) -> Callable[[TrainStep], Mapping[str, 
         total, labels = 0.0, 0
         guessed: list[int] = []
         known: list[int] = []
-        device = next(step.model.parameters()).device
+        device, classes = next(step.model.parameters()).device, 2
         for number in range(min(most, len(batches))):
             batch = {name: tensor.to(device) for name, tensor in batches.batch(0, number).items()}
             loss, count, scores = step.evaluate(batch)
             total, labels = total + loss * count, labels + count
             if scores is not None and batches.kind == "classifier":
+                classes = scores.shape[-1]
                 guessed += scores.argmax(-1).tolist()
                 known += batch["labels"].tolist()
         mean = total / max(labels, 1)
         if batches.kind != "classifier" or not guessed:
             return {"loss": mean, "perplexity": float(torch.tensor(mean).exp()), "score": mean}
-        found = classify_score(guessed, known, 1 + max(*guessed, *known, 1))
+        found = classify_score(guessed, known, classes)
         return {"loss": mean, "accuracy": found.accuracy, "f1": found.f1, "score": 1.0 - found.f1}
 
     return judge

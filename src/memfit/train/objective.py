@@ -244,7 +244,8 @@ def objective_of(
     if config is None or head is None:
         if config is not None or not any(isinstance(m, nn.Embedding) for m in model.modules()):
             raise UsageError(
-                f"{kind} has no head that says what its outputs mean: give a loss, `loss(model, batch) -> Tensor`."
+                f"{kind} has no head that says what its outputs mean: give a loss, `loss(model, batch) -> Tensor`. "
+                "With rows that have labels `memfit train` gives it a head for their classes, and plans by itself."
             )
         return LanguageModel()
     return LanguageModel(
