@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from memfit.account.ledger import Shape
 from memfit.account.structure import structure_of
 from memfit.account.watch import Watch
 from memfit.calibrate.collect import arguments_of
+from memfit.calibrate.inputs import add_products
 from memfit.calibrate.moved import Moved
 from memfit.calibrate.passes import Pass
-from memfit.calibrate.runs import AllDone, Call, Run, another
+from memfit.calibrate.runs import AllDone, Call, Run, another, shape_alone
 from memfit.calibrate.spill import Spill
 from memfit.calibrate.stream import Streamed
 from memfit.calibrate.versions import Versions
@@ -167,7 +167,7 @@ def compensate(
                 out = was.whole()
             out = now.whole(out)
         if dry:
-            known[kind].append(tree_map(_shape, out))
+            known[kind].append(tree_map(shape_alone, out))
         return out
 
     streamed.rounded, streamed.visit, streamed.empty = rounded, visit, spill.empty
@@ -270,10 +270,7 @@ def _narrow(
     for half in range(len(read.halves)):
         for x_TK in read.inputs(half, layer):
             tokens += x_TK.shape[0]
-            for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS)):
-                x = x_TK[start : start + _TOKENS].float()
-                total.addmm_(x.t(), x)
-                del x
+            add_products(total, x_TK)
             del x_TK
     inputs = factor(total.div_(tokens), damping=damping, overwrite=True)
     del total
@@ -353,8 +350,4 @@ def _moved(stage: list[str], versions: Versions, was: Pass, now: Pass, random: t
             del before_TK, x_TK
         moved.end_half()
     return moved
-
-
-def _shape(leaf: Any) -> Any:
-    return Shape.of(leaf) if isinstance(leaf, Tensor) else leaf
 

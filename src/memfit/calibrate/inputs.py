@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from memfit.account.ledger import Shape
 from memfit.account.structure import structure_of
 from memfit.account.watch import Watch
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source.source import Source
 
 from .collect import arguments_of
-from .runs import AllDone, Call, Run
+from .runs import AllDone, Call, Run, another, shape_alone
 from .spill import Spill
 from .stream import Streamed
 
@@ -61,9 +60,7 @@ def hear_inputs(
         if dry and len(known.setdefault(kind, [])) == 2:
             if not left:
                 raise AllDone
-            return tree_map(
-                lambda leaf: spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf, known[kind][-1]
-            )
+            return tree_map(lambda leaf: another(leaf, spill), known[kind][-1])
         layers = {
             full: module
             for below, module in block.named_modules()
@@ -73,7 +70,7 @@ def hear_inputs(
         if not left:
             raise AllDone
         if dry:
-            known[kind].append(tree_map(lambda leaf: Shape.of(leaf) if isinstance(leaf, Tensor) else leaf, out))
+            known[kind].append(tree_map(shape_alone, out))
         return out
 
     streamed.visit, streamed.empty = visit, spill.empty
@@ -82,6 +79,14 @@ def hear_inputs(
         stack.enter_context(watch.phase(phase))
         with suppress(AllDone):
             streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
+
+
+def add_products(total_KK: Tensor, x_TK: Tensor) -> None:
+    """total += Σ x xᵀ over the tokens, some of which are in fp32 at a time."""
+    for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS)):
+        x = x_TK[start : start + _TOKENS].float()
+        total_KK.addmm_(x.t(), x)
+        del x
 
 
 def _hear(layers: Mapping[str, nn.Linear], run: Run, heard: Heard) -> Any:
@@ -100,10 +105,7 @@ def _hear(layers: Mapping[str, nn.Linear], run: Run, heard: Heard) -> Any:
                 return
             x_TK = inputs[0].reshape(-1, inputs[0].shape[-1])
             total = sums.setdefault(name, torch.zeros(x_TK.shape[1], x_TK.shape[1]))
-            for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS)):
-                x = x_TK[start : start + _TOKENS].float()
-                total.addmm_(x.t(), x)
-                del x
+            add_products(total, x_TK)
             counts[name] = counts.get(name, 0) + x_TK.shape[0]
             if len(leader) == len(layers):
                 calls.clear()

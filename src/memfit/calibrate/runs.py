@@ -100,6 +100,11 @@ def _of_windows(leaf: Any, windows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == windows
 
 
+def shape_alone(leaf: Any) -> Any:
+    """What is kept of a tensor that is made again later (`another`); anything else as it is."""
+    return Shape.of(leaf) if isinstance(leaf, Tensor) else leaf
+
+
 def another(leaf: Any, spill: Spill) -> Any:
     """Room for a tensor that is known by its shape alone; anything else as it is."""
     return spill.empty(leaf.shape, leaf.dtype) if isinstance(leaf, Shape) else leaf
