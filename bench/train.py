@@ -95,6 +95,7 @@ def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps
     data = batches(model, text, batch, sequence)
     losses: list[float] = []
     times: list[float] = []
+    more: dict[str, Any] = {}
     if kind == "trainer":
         import bitsandbytes  # noqa: F401
         from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -167,20 +168,43 @@ def run_one(kind: str, model: Path, text: Path, batch: int, sequence: int, steps
         InOrder(model=there, args=settings, train_dataset=rows, callbacks=[Note()]).train()
     else:
         import memfit
+        from memfit.limits import runtime_nbytes_of
         from memfit.models import load_model, loader_for
+        from memfit.train.loop import Loop, Settings
         from memfit.train.plan import read_train_plan
+        from memfit.train.schedule import Schedule
+
+        class InTurn:
+            """The data, a batch when its step is asked for."""
+
+            fingerprint = ""
+
+            def __len__(self) -> int:
+                return len(data)
+
+            def batch(self, epoch: int, index: int) -> Any:
+                wait_for_turn()
+                return data.batch(epoch, index)
 
         chosen = read_train_plan(plan)
         step = memfit.train_step(load_model(loader_for(str(model)), dtype=chosen.task.dtype), chosen)
-        for number in range(steps):
-            wait_for_turn()
-            started = time.perf_counter()
-            losses.append(step(data.batch(0, number)).loss)
-            times.append(time.perf_counter() - started)
+        settings = Settings(
+            schedule=Schedule(steps=steps, kind="constant"), budget_nbytes=chosen.budget_nbytes,
+            runtime_nbytes=runtime_nbytes_of(int(chosen.predicted["kernels"])),
+        )  # fmt: skip
+        loaded = resident_nbytes()["peak"]
+        loop = Loop(step, InTurn(), settings, ladder=chosen.ladder, outside_nbytes=before)
+        loop.run()
+        losses, times = [record.loss for record in loop.records], [record.seconds for record in loop.records]
+        first, most = (max(record.peak_nbytes for record in some) for some in (loop.as_predicted, loop.records))
+        more = {
+            "growth_nbytes": max(loaded - before, most), "as_predicted_nbytes": max(loaded - before, first),
+            "waiting_nbytes": [record.waiting_nbytes for record in loop.records], "notes": loop.notes,
+        }  # fmt: skip
     return {
         "losses": losses, "times": times, "before_nbytes": before, "peak_nbytes": resident_nbytes()["peak"],
         "growth_nbytes": resident_nbytes()["peak"] - before,
-    }  # fmt: skip
+    } | more  # fmt: skip
 
 
 def plans(model: Path, work: Path, batch: int, sequence: int, shares: list[str]) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def train(
             report = TrainReport(
                 model=subject.name, data=raw.name, out=str(target), plan=plan.to_json(),
                 records=tuple(vars(record) for record in loop.records), scores=tuple(loop.scores),
-                notes=tuple(loop.notes), measured_nbytes=max(r.peak_nbytes for r in loop.records),
+                notes=tuple(loop.notes), measured_nbytes=max(r.peak_nbytes for r in loop.as_predicted),
                 classification=None if scores is None else scores.to_json(), certificate=certificate, files=files,
                 machine=describe_machine(), versions=describe_versions(),
             )  # fmt: skip

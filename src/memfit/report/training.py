@@ -32,7 +32,7 @@ class TrainReport:
     notes: tuple[tuple[int, str], ...] = ()
     """What had to be changed on the way, and at which step."""
     measured_nbytes: int | None = None
-    """The largest peak of a step: allocated on a GPU, resident growth on a CPU."""
+    """The largest peak of a step: allocated on a GPU, resident growth on a CPU while no freed memory waited."""
     classification: Mapping[str, Any] | None = None
     certificate: Mapping[str, Any] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
@@ -86,12 +86,27 @@ def lines_of(report: TrainReport) -> list[tuple[str, str]]:
         if over > 0 and plan["device"] != "cuda":
             what += ", which the budget does not bound"
         found.append(("peak, measured", f"{format_size(report.measured_nbytes)} {what}"))
+    if (waited := _waited(report)) is not None:
+        found.append(("freed memory", waited))
     found += [("learned otherwise", change) for change in plan["changes"]] or [("learned otherwise", "nothing")]
     found += [(f"at step {step}", what) for step, what in report.notes]
     if report.certificate is not None:
         gap, floor = report.certificate["gap"], report.certificate["floor"]
         found.append(("beside plain training", f"loss apart by {gap:.2g}; re-split plain batches by {floor:.2g}"))
     return found
+
+
+def _waited(report: TrainReport) -> str | None:
+    """Where freed blocks waited to be used again: from which step on, and what that took."""
+    waiting = [int(record.get("waiting_nbytes", 0)) for record in report.records]
+    later = [record for record, nbytes in zip(report.records, waiting, strict=True) if nbytes > min(waiting)]
+    if not later:
+        return None
+    peak = max(int(record["peak_nbytes"]) for record in later)
+    return (
+        f"waited to be used again from step {later[0]['step']} on, as the budget has room: faster, "
+        f"{format_size(peak)} resident growth"
+    )
 
 
 def render_training(report: TrainReport) -> RenderableType:

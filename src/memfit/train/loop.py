@@ -22,6 +22,7 @@ from memfit.technique.checkpoint import is_out_of_memory
 from memfit.units import format_size
 
 from .checkpoints import Checkpoints
+from .freed import LEVELS, Freed
 from .ladder import Ladder
 from .recipe import describe
 from .room import room_nbytes
@@ -62,6 +63,8 @@ class Record:
     rung: int
     gradient_norm: float | None = None
     skipped: bool = False
+    waiting_nbytes: int = LEVELS[0]
+    """On a CPU: blocks of fewer bytes that the step freed waited in the heap (see `freed`)."""
 
 
 class Observer(Protocol):
@@ -124,6 +127,8 @@ class Loop:
         self.device = next(step.model.parameters()).device
         self.done = 0
         self._waited, self._trouble = 0, ""
+        allowed = None if settings.budget_nbytes is None else settings.budget_nbytes + settings.runtime_nbytes
+        self.freed = Freed(allowed, active=None if self.device.type == "cpu" else False)
         self._files = resident_nbytes()["file"]
         self.records: list[Record] = []
         """Of the steps done; of those before a resumption, what the caller puts here."""
@@ -154,6 +159,12 @@ class Loop:
         self._take(self.checkpoints.restore(self.step, known[-1]))
         return self.done
 
+    @property
+    def as_predicted(self) -> list[Record]:
+        """Steps that freed memory as the prediction has it: the others chose to hold more, for speed."""
+        least = min((record.waiting_nbytes for record in self.records), default=0)
+        return [record for record in self.records if record.waiting_nbytes == least]
+
     def run(self) -> None:
         """All steps that are left.
 
@@ -168,6 +179,7 @@ class Loop:
         try:
             self._run(total)
         finally:
+            self.freed.give_back()
             for observer in self.observers:
                 observer.end()
 
@@ -226,7 +238,7 @@ class Loop:
             step=self.done + 1, loss=outcome.loss, labels=outcome.labels, tokens=batch["input_ids"].numel(),
             rate=self.step.hyper.lr * factor,
             seconds=time.perf_counter() - started, peak_nbytes=self._peak(), rung=self.ladder.at,
-            gradient_norm=outcome.gradient_norm, skipped=outcome.skipped,
+            gradient_norm=outcome.gradient_norm, skipped=outcome.skipped, waiting_nbytes=self.freed.waiting_nbytes,
         )  # fmt: skip
 
     def tried(self, do: Callable[[], T], what: str) -> T:
@@ -259,7 +271,9 @@ class Loop:
         trim()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.ladder.failed():
+        if self.freed.give_back():
+            self._note("memory ran out: freed memory goes back at once from here on")
+        elif self.ladder.failed():
             self._move("memory ran out")
         elif self._waited < _WAITS:
             # Who took the memory may give it back.
@@ -306,13 +320,13 @@ class Loop:
     def _watch_budget(self, record: Record) -> None:
         """A measured peak over the budget: the next steps take less."""
         budget = self.settings.budget_nbytes
-        if budget is None:
-            return
-        measured, allowed = record.peak_nbytes, budget
+        measured = record.peak_nbytes
         if self.device.type != "cuda":
             # Code that a step was the first to run, and files that were read, are no part of the model.
             measured -= max(0, resident_nbytes()["file"] - self._files)
-            allowed += self.settings.runtime_nbytes
+        if self.freed.watch(measured) or budget is None:
+            return
+        allowed = budget if self.device.type == "cuda" else budget + self.settings.runtime_nbytes
         if measured > allowed and self.ladder.failed():
             self._move(f"{format_size(measured)} measured, {format_size(allowed)} allowed")
 
@@ -364,7 +378,7 @@ class Loop:
             observer.note(self.done + 1, what)
 
     def _room(self) -> int:
-        return room_nbytes(self.device)
+        return room_nbytes(self.device) + self.freed.free_nbytes()
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
