@@ -17,8 +17,9 @@ LEVELS: Final = (1 << 20, 4 << 20, 12 << 20, 32 << 20)
 """Blocks of fewer bytes wait (mallopt(3), M_MMAP_THRESHOLD): from what `worker.QUIET` sets to the most glibc takes."""
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-_ROOM: Final = (1.05, 1.08, 1.15)
-"""What a level's next asks for, of the peak measured: the largest growths that were seen are 1.02, 1.06 and 1.13."""
+_ROOM: Final = (1.02, 1.04, 1.10)
+"""What a level's next asks for, of the peak measured, and twice the size of its largest blocks beside that. Seen were
+1.02, 1.05 and 1.10 of large models, and half as much again of one of few such blocks."""
 _NEAR: Final = 0.98
 """Of what is allowed; a peak above that is too near to it."""
 
@@ -27,7 +28,7 @@ class Freed:
     """The level in use. It stays at the first where the process's malloc sets its thresholds itself.
 
     Args:
-        allowed_nbytes: what the process may grow by; None: as much as it likes.
+        allowed_nbytes: what the process may grow by, all in all; None: as much as it likes.
         active: whether this process's malloc can be told; default: if its threshold was set when it began.
     """
 
@@ -49,8 +50,10 @@ class Freed:
             self._most = self.level - 1
             self._set(self.level - 1)
             return True
-        if self.level < self._most and (allowed is None or measured_nbytes * _ROOM[self.level] <= _NEAR * allowed):
-            self._set(self.level + 1)
+        if self.level < self._most:
+            asked = measured_nbytes * _ROOM[self.level] + 2 * LEVELS[self.level + 1]
+            if allowed is None or asked <= _NEAR * allowed:
+                self._set(self.level + 1)
         return False
 
     def give_back(self) -> bool:

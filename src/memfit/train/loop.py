@@ -127,8 +127,7 @@ class Loop:
         self.device = next(step.model.parameters()).device
         self.done = 0
         self._waited, self._trouble = 0, ""
-        allowed = None if settings.budget_nbytes is None else settings.budget_nbytes + settings.runtime_nbytes
-        self.freed = Freed(allowed, active=None if self.device.type == "cpu" else False)
+        self.freed = Freed(settings.budget_nbytes, active=None if self.device.type == "cpu" else False)
         self._files = resident_nbytes()["file"]
         self.records: list[Record] = []
         """Of the steps done; of those before a resumption, what the caller puts here."""
