@@ -20,6 +20,7 @@ from rich.console import Console
 import memfit
 from memfit import demo
 from memfit.account.account import Account, Phase
+from memfit.account.malloc import FAST
 from memfit.account.meter import Meter
 from memfit.account.watch import Unwatched
 from memfit.cap import Cap, cap_of_jobs, keep
@@ -124,7 +125,7 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
     room = importlib.import_module("memfit.cap")
 
     def choosing(source, plan, windows, thrift: Thrift, *, algorithm: str) -> Account:
-        spared = 100 * thrift.wait + 200 * thrift.hold + 100 * (not thrift.spill)
+        spared = 100 * thrift.wait + 200 * thrift.hold + 100 * (not thrift.spill) + 300 * (thrift.waiting_nbytes > MIB)
         return account((200 + 25 * thrift.batch + spared) * MIB)
 
     monkeypatch.setattr(room, "predict_choosing", choosing)
@@ -137,10 +138,15 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
         return Cap.of_kept(json.loads(json.dumps(cap.kept())))
 
     much = kept(2000 * MIB)
-    assert much.ways == {"choose": Thrift(batch=4), "calibrate": 4, "compress": None}
-    assert much.told("choose") == {"ram_nbytes": 2000 * MIB, "thrift": Thrift(batch=4).to_json()}
-    assert much.told("calibrate") == {"ram_nbytes": 2000 * MIB, "batch": 4, "spill": True}
-    assert much.predicted["choose"].resident_nbytes == 1000 * MIB
+    fast = Thrift(batch=4, waiting_nbytes=FAST)
+    assert much.ways == {"choose": fast, "calibrate": 4, "compress": None}
+    told = {"ram_nbytes": 2000 * MIB, "waiting_nbytes": MIB}
+    assert much.told("choose") == told | {"thrift": fast.to_json(), "waiting_nbytes": FAST}
+    assert much.told("calibrate") == told | {"batch": 4, "spill": True}
+    assert much.predicted["choose"].resident_nbytes == 1300 * MIB
+    less = kept(1200 * MIB)
+    assert less.ways["choose"] == Thrift(batch=4) and less.told("choose")["waiting_nbytes"] == MIB
+    assert less.predicted["choose"].resident_nbytes == 1000 * MIB
     assert kept(800 * MIB).ways["choose"] == Thrift(batch=4, wait=False, spill=True, hold=False)
     with pytest.raises(DoesNotFit, match=r"\(--ram\).*needed at the least to choose.*works is (\d+) bytes") as refused:
         kept(400 * MIB)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from memfit.account.account import Account
+from memfit.account.malloc import FAST, LEVELS
 from memfit.account.outside import with_outside
 from memfit.compensate import Thrift
 from memfit.errors import DoesNotFit
@@ -69,8 +70,10 @@ class Cap:
     def told(self, name: str) -> dict[str, Any]:
         """What a job is told, to keep to the cap and to be held to it."""
         way = self.ways.get(name)
-        how = {"thrift": way.to_json()} if isinstance(way, Thrift) else {"batch": way, "spill": True} if way else {}
-        return {"ram_nbytes": self.nbytes} | how
+        how: dict[str, Any] = {"ram_nbytes": self.nbytes, "waiting_nbytes": LEVELS[0]}
+        if isinstance(way, Thrift):
+            return how | {"thrift": way.to_json(), "waiting_nbytes": way.waiting_nbytes}
+        return how | ({} if way is None else {"batch": way, "spill": True})
 
     def kept(self) -> dict[str, Any]:
         """All that was found, as JSON for `of_kept`."""
@@ -241,6 +244,7 @@ def _choosing(
 def _ways(windows: int) -> Iterator[Thrift]:
     """From the fastest to the one that holds least."""
     some = min(windows, 4)
+    yield Thrift(batch=some, waiting_nbytes=FAST)
     yield Thrift(batch=some)
     yield Thrift(batch=some, wait=False)
     yield Thrift(batch=some, wait=False, spill=True)

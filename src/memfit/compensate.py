@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from memfit.account.malloc import LEVELS
 from memfit.account.structure import structure_of
 from memfit.account.watch import Watch
 from memfit.calibrate.collect import arguments_of
@@ -65,6 +66,8 @@ class Thrift:
     """Whether a block's calls, for all windows, wait where the next layers' input comes by; else each begins anew."""
     rows: int | None = None
     """Rows of a weight that are rounded at once; None: as many as is fast."""
+    waiting_nbytes: int = LEVELS[0]
+    """Freed blocks of fewer bytes wait in the heap, which is faster (see `account.malloc`)."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

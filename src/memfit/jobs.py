@@ -15,16 +15,32 @@ from memfit.limits import RUNTIME_NBYTES, limited
 
 @contextmanager
 def within(job: dict[str, Any]) -> Iterator[None]:
-    """Inside, this process may become resident with the job's `ram_nbytes` at the most: what it may take more of
-    private memory is that less what is resident now (setrlimit(2), RLIMIT_DATA). Without that, as much as it likes."""
-    if "ram_nbytes" not in job:
-        yield
-        return
+    """Inside, freed blocks below the job's `waiting_nbytes` wait to be used again, and this process may become resident
+    with its `ram_nbytes` at the most: what it may take more of private memory is that less what is resident now
+    (setrlimit(2), RLIMIT_DATA). Without that, as much as it likes."""
     from memfit.account.meter import resident_nbytes
 
-    _warm(job)
-    with limited(max(0, job["ram_nbytes"] - resident_nbytes()["now"]), runtime_nbytes=0):
+    with _waiting(job.get("waiting_nbytes")):
+        if "ram_nbytes" not in job:
+            yield
+            return
+        _warm(job)
+        with limited(max(0, job["ram_nbytes"] - resident_nbytes()["now"]), runtime_nbytes=0):
+            yield
+
+
+@contextmanager
+def _waiting(nbytes: int | None) -> Iterator[None]:
+    from memfit.account import malloc
+
+    if nbytes is None or not malloc.is_told():
         yield
+        return
+    malloc.tell(nbytes)
+    try:
+        yield
+    finally:
+        malloc.tell(malloc.LEVELS[0])
 
 
 def _warm(job: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from memfit import demo
 from memfit.account.account import Account
 from memfit.account.dry_run import no_collection
 from memfit.account.follow import Follow
+from memfit.account.malloc import FAST
 from memfit.account.mend import values_as_usual
 from memfit.account.replay import Blocks
 from memfit.account.settle import settle
@@ -81,6 +82,7 @@ def calibration_job(
         "wanted": True,
         "task": asdict(replace(study.task, kv_bits=16)),
         "batch": 4,
+        "waiting_nbytes": FAST,
         "by_text": text is not None and algorithm in BY_TEXT,
     }
 
@@ -128,7 +130,7 @@ def predict_choosing(
             source, chosen, None, ids, Integers(None), watch=follow, thrift=thrift, scratch=Path("dry"),
             tuning=tuning_of(algorithm),
         )  # fmt: skip
-    return settle(follow.ledger)
+    return settle(follow.ledger, waiting_nbytes=thrift.waiting_nbytes)
 
 
 def predict_compressing(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> Account:
@@ -229,7 +231,7 @@ def choosing_job(chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> 
     schemes = json.dumps(["corrected", learned, *kinds])
     integers = work / f"integers-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
     told = {key: job[key] for key in ("model", "work", "threads")}
-    return told | {"do": "choose", "integers": str(integers), "tuning": learned}
+    return told | {"do": "choose", "integers": str(integers), "tuning": learned, "waiting_nbytes": FAST}
 
 
 def compression_job(

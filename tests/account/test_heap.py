@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from memfit.account.dry_run import trace
 from memfit.account.heap import Heap, heap_nbytes
 from memfit.account.ledger import Ledger, Storage
+from memfit.account.malloc import FAST, LEVELS, trim_threshold
 from memfit.account.watch import Watch
 from memfit.worker import QUIET
 
@@ -80,15 +81,18 @@ def some_steps(seed: int, count: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.skipif("glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="another C library")
-@pytest.mark.parametrize("seed", range(3))
-def test_the_real_heap_grows_as_told(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "waiting"), [(0, LEVELS[0]), (1, LEVELS[0]), (2, LEVELS[0]), (3, FAST), (4, FAST)])
+def test_the_real_heap_grows_as_told(seed: int, waiting: int) -> None:
     steps = some_steps(seed, 1500)
+    thresholds = {
+        "MALLOC_MMAP_THRESHOLD_": str(waiting), "MALLOC_TRIM_THRESHOLD_": str(trim_threshold(waiting)),
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", ON_THE_REAL_HEAP], input=json.dumps(steps), capture_output=True, text=True,
-        env=os.environ | QUIET, check=True,
+        env=os.environ | QUIET | thresholds, check=True,
     )  # fmt: skip
     measured = int(done.stdout)
-    heap, told, asked, most_asked, nbytes_of = Heap(), 0, 0, 0, {}
+    heap, told, asked, most_asked, nbytes_of = Heap(waiting), 0, 0, 0, {}
     for number, nbytes in steps:
         if nbytes:
             nbytes_of[number] = nbytes
@@ -98,7 +102,7 @@ def test_the_real_heap_grows_as_told(seed: int) -> None:
         asked += nbytes or -nbytes_of[number]
         told, most_asked = max(told, heap.resident_nbytes), max(most_asked, asked)
     assert measured > 1.06 * most_asked, "there is nothing to explain"
-    assert told == pytest.approx(measured, rel=0.01)
+    assert told == pytest.approx(measured, rel=0.01 if waiting == LEVELS[0] else 0.03)
 
 
 @settings(max_examples=50, deadline=None)

@@ -170,7 +170,8 @@ def test_memory_that_runs_out_takes_back_what_waited_before_the_recipe(
     model, text, plan, plain, tmp_path, monkeypatch, watcher
 ):
     """Freed blocks that wait are the first to go; the recipe stays, and so does what is learned."""
-    from memfit.train import freed
+    from memfit.account import malloc
+    from memfit.train.freed import Freed
     from memfit.train.step import TrainStep
 
     told, failed = [], []
@@ -182,15 +183,15 @@ def test_memory_that_runs_out_takes_back_what_waited_before_the_recipe(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return call(self, batch)
 
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(freed.LEVELS[0]))
-    monkeypatch.setattr(freed, "_tell", told.append)
-    monkeypatch.setattr(freed.Freed, "watch", lambda self, measured: self._most and self._set(1))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(malloc.LEVELS[0]))
+    monkeypatch.setattr(malloc, "tell", told.append)
+    monkeypatch.setattr(Freed, "watch", lambda self, measured: self._most and self._set(1))
     monkeypatch.setattr(TrainStep, "__call__", short)
     report = train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS), observers=(watcher,))
-    assert told[-1] == 0 and set(told) == {0, 1}
+    first, then = malloc.LEVELS[:2]
+    assert told[-1] == first and set(told) == {first, then}
     assert report.notes == ((3, "memory ran out: freed memory goes back at once from here on"),)
     assert [record.rung for record in watcher.records] == [0] * STEPS
-    first, then = freed.LEVELS[:2]
     assert [record.waiting_nbytes for record in watcher.records] == [first, then, first, first, first, first]
     assert report.losses == plain[0].losses
     assert report.measured_nbytes == max(r.peak_nbytes for r in watcher.records if r.waiting_nbytes == first)

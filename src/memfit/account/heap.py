@@ -4,7 +4,7 @@ After malloc/malloc.c of glibc 2.36, as memfit's measured processes set it up (`
 chunks, thresholds that stay): a block is cut from the smallest hole that it fits into, else from the heap's end, and
 holes beside each other are one. Which of several holes of one size is taken decides what can join later, so malloc's
 order is kept: fresh holes wait, the oldest that fits to the byte is taken, and the others join those of their size.
-Where neither a hole nor the end serves, a block of `MMAP_THRESHOLD` or more is pages of its own, which go back when it
+Where neither a hole nor the end serves, a block of `waiting_nbytes` or more is pages of its own, which go back when it
 ends; the heap gives back its end alone. So a small block that stays keeps all that lies below it.
 torch asks for blocks at multiples of 64 bytes (posix_memalign): malloc looks for a hole larger by that, and gives
 back what it does not need of it.
@@ -17,11 +17,8 @@ from bisect import bisect_left, insort
 from typing import Final
 
 from .ledger import Ledger
+from .malloc import LEVELS, trim_threshold
 
-MMAP_THRESHOLD: Final = 1 << 20
-"""Blocks from here on are pages of their own where no hole is large enough (mallopt(3), M_MMAP_THRESHOLD)."""
-_TRIM_THRESHOLD: Final = 1 << 20
-"""Free bytes at the heap's end from which on it is given back (M_TRIM_THRESHOLD)."""
 _TOP_PAD: Final = 128 << 10
 """What it grows by beyond what is asked for, and keeps when it is given back (M_TOP_PAD)."""
 _PAGE: Final = 4096
@@ -33,9 +30,14 @@ _HEADER: Final = 16
 
 
 class Heap:
-    """The heap while blocks come and go; `resident_nbytes` is what the process holds of it."""
+    """The heap while blocks come and go; `resident_nbytes` is what the process holds of it.
 
-    def __init__(self) -> None:
+    Args:
+        waiting_nbytes: blocks from here on are pages of their own where no hole is large enough.
+    """
+
+    def __init__(self, waiting_nbytes: int = LEVELS[0]) -> None:
+        self._waiting, self._trim = waiting_nbytes, trim_threshold(waiting_nbytes)
         self._sizes: list[int] = []
         """Of the holes in order, each once."""
         self._of_size: dict[int, list[int]] = {}
@@ -64,7 +66,7 @@ class Heap:
             if size - asked >= _LEAST:
                 self._put(start + asked, size - asked)
                 size = asked
-        elif self._end - self._used < asked + _LEAST and asked >= MMAP_THRESHOLD:
+        elif self._end - self._used < asked + _LEAST and asked >= self._waiting:
             pages = _whole_pages(asked + 8)
             self._pages += pages
             self._held[number] = pages
@@ -108,7 +110,7 @@ class Heap:
             self._take(first)
         if last == self._used:
             self._used = first
-            if self._end - first > _TRIM_THRESHOLD:
+            if self._end - first > self._trim:
                 self._end -= (self._end - first - _LEAST - 1 - _TOP_PAD) // _PAGE * _PAGE
                 self._touched = min(self._touched, self._end)
             return
@@ -151,9 +153,9 @@ class Heap:
         return size
 
 
-def heap_nbytes(ledger: Ledger) -> int:
+def heap_nbytes(ledger: Ledger, waiting_nbytes: int = LEVELS[0]) -> int:
     """What the C heap and whole pages add to the allocated peak at the worst moment, less what is never written."""
-    heap = Heap()
+    heap = Heap(waiting_nbytes)
     allocated = unwritten = peak = worst = 0
     for number, sign in ledger.events:
         storage = ledger.storages[number]

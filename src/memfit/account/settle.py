@@ -8,13 +8,17 @@ from .account import Account, Entry, Kind, Phase
 from .cuda import Segments
 from .heap import heap_nbytes
 from .ledger import Ledger, phase_spans
+from .malloc import LEVELS
 from .outside import kernel_count
 
 
-def settle(ledger: Ledger, *, device: str = "cpu", heap: bool = True) -> Account:
+def settle(
+    ledger: Ledger, *, device: str = "cpu", heap: bool = True, waiting_nbytes: int = LEVELS[0]
+) -> Account:
     """The account that the ledger's events amount to: for each phase its worst moment and what was alive.
 
     Without `heap`, nothing is said of the C heap, which takes longest: enough where allocated bytes are asked for.
+    `waiting_nbytes` is what malloc will be told (see `malloc`).
     """
     spans = phase_spans(ledger)
     sizes = {number: storage.nbytes for number, storage in enumerate(ledger.storages)}
@@ -48,7 +52,7 @@ def settle(ledger: Ledger, *, device: str = "cpu", heap: bool = True) -> Account
         ),
         device=device,
         routing=ROUTING.get() if ledger.routed else None,
-        heap_nbytes=heap_nbytes(ledger) if heap and device == "cpu" else 0,
+        heap_nbytes=heap_nbytes(ledger, waiting_nbytes) if heap and device == "cpu" else 0,
         kernels=kernel_count(ledger),
         runtime=ledger.runtime,
     )  # fmt: skip

@@ -16,13 +16,14 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from memfit.account.malloc import LEVELS
 from memfit.account.meter import resident_nbytes, trim
 from memfit.errors import Interrupted, MemfitError, UsageError
 from memfit.technique.checkpoint import is_out_of_memory
 from memfit.units import format_size
 
 from .checkpoints import Checkpoints
-from .freed import LEVELS, Freed
+from .freed import Freed
 from .ladder import Ladder
 from .recipe import describe
 from .room import room_nbytes
