@@ -31,6 +31,7 @@ def held(mib):
 found = Freed(None)
 print(*held(3))
 found.watch(0)
+found.watch(0)
 print(*held(3), *held(16), found.waiting_nbytes == LEVELS[1])
 print(found.give_back(), *held(3), found.give_back(), found.watch(0), found.level)
 """
@@ -52,7 +53,7 @@ def test_a_process_that_sets_its_thresholds_itself_is_left_alone(monkeypatch):
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     monkeypatch.setattr(malloc, "tell", lambda nbytes: pytest.fail("malloc was told"))
     found = Freed(None)
-    assert not found.watch(0) and not found.give_back() and found.waiting_nbytes == LEVELS[0]
+    assert not found.watch(0) and not found.watch(0) and not found.give_back() and found.waiting_nbytes == LEVELS[0]
 
 
 @given(st.lists(st.floats(0.5, 1.3), min_size=1, max_size=30), st.integers(0, 40))
@@ -63,6 +64,7 @@ def test_a_level_is_taken_where_there_is_room_and_left_for_good_where_there_is_n
         patch.setattr(malloc, "tell", told.append)
         found = Freed(GIB, active=True)
         most = len(LEVELS) - 1
+        assert not found.watch(0) and found.level == 0, "the first step has no states yet"
         for share in shares:
             before = found.level
             measured = int(share * GIB * (1 + growth / 1000 * before))
@@ -82,6 +84,6 @@ def test_without_a_budget_all_may_wait():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(malloc, "tell", lambda nbytes: None)
         found = Freed(None, active=True)
-        for _ in LEVELS:
+        for _ in (*LEVELS, None):
             assert not found.watch(GIB)
         assert found.waiting_nbytes == LEVELS[-1]

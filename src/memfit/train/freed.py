@@ -28,6 +28,7 @@ class Freed:
     def __init__(self, allowed_nbytes: int | None, *, active: bool | None = None) -> None:
         self.allowed_nbytes = allowed_nbytes
         self.level = 0
+        self._steps = 0
         self._most = len(LEVELS) - 1 if (malloc.is_told() if active is None else active) else 0
 
     @property
@@ -37,6 +38,9 @@ class Freed:
 
     def watch(self, measured_nbytes: int) -> bool:
         """After a step, with what the process grew by: a level up or down. True: it went down."""
+        self._steps += 1
+        if self._steps == 1:
+            return False  # the optimizer's states have come in it: the next takes more
         allowed = self.allowed_nbytes
         if self.level and allowed is not None and measured_nbytes > _NEAR * allowed:
             self._most = self.level - 1
