@@ -31,6 +31,7 @@ def within(job: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _waiting(nbytes: int | None) -> Iterator[None]:
+    """Inside, freed blocks of fewer bytes wait in the heap; None, or a malloc that is not told: as before."""
     from memfit.account import malloc
 
     if nbytes is None or not malloc.is_told():
