@@ -1,8 +1,10 @@
 """The rules of the house, kept as tests: see ARCHITECTURE.md."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,3 +130,13 @@ def test_no_file_names_a_place_outside_the_repository(word):
         if word in file.read_text(encoding="utf-8", errors="replace"):
             held.append(str(file.relative_to(ROOT)))
     assert not held
+
+
+@pytest.mark.parametrize(("before", "policy"), [("", "passive"), ("import torch; ", "None")])
+def test_threads_sleep_where_memfit_comes_before_torch(before, policy):
+    """OpenMP reads it once, when torch is loaded: afterwards it is left as it is, and never what a user has set."""
+    words = f"import os; {before}import memfit; print(os.environ.get('OMP_WAIT_POLICY'))"
+    told = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for env, expected in ((told, policy), (told | {"OMP_WAIT_POLICY": "active"}, "active")):
+        run = subprocess.run([sys.executable, "-c", words], env=env, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == expected

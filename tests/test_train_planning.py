@@ -56,6 +56,19 @@ def test_a_plan_is_read_back(plans):
         TrainPlan.from_json({"version": 1})
 
 
+def test_adapters_that_cannot_be_made_are_told_beside_the_smallest_budget(monkeypatch):
+    """The answer is there without peft; who asks for adapters alone is told what is missing."""
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else find(name, *more))
+    task = replace(TASK, batch=1, sequence=16)
+    with pytest.raises(memfit.DoesNotFit, match=r"smallest budget that works is \d+ bytes.*not looked at: peft is not"):
+        memfit.plan(demo.model_directory(), "1MiB", task=task)
+    with pytest.raises(memfit.UsageError, match=r"pip install 'memfit\[train\]'"):
+        memfit.plan(demo.model_directory(), "1MiB", task=task, full=False)
+
+
 @pytest.mark.slow
 def test_nothing_fits_names_the_smallest_budget_which_then_works():
     with pytest.raises(memfit.DoesNotFit, match="smallest budget that works") as found:

@@ -10,7 +10,15 @@ measure   the task on the real model, in a fresh process
 load      a fitted model, running from its packed weights
 """
 
+import os
+import sys
+
 __version__ = "0.1.0"
+
+if "torch" not in sys.modules:
+    # Threads that wait sleep: spinning at every barrier made steps up to 90 times slower beside other work. OpenMP
+    # reads this once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from memfit.account.account import Account, Entry, Phase, compare
 from memfit.errors import (

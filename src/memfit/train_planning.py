@@ -26,7 +26,7 @@ from memfit.models import load_to_train
 from memfit.planning import account_of
 from memfit.source.check import check
 from memfit.source.source import Source, open_source
-from memfit.technique.adapters import Adapters
+from memfit.technique.adapters import NOT_INSTALLED, Adapters, is_installed
 from memfit.train.classifier import kind_of
 from memfit.train.ladder import Rung
 from memfit.train.plan import TrainPlan
@@ -140,12 +140,13 @@ def plan_training(
     """
     if not (full or adapters):
         raise UsageError("neither the whole model nor adapters may be trained (full=False, adapters=False): allow one.")
+    missing = full and adapters and not is_installed()  # then adapters are not looked at
     shape = shape_of(make)
     tracer = _Tracer(make, task, device, shape)
     rate = products_per_second(torch.float32 if stored == torch.float32 else torch.bfloat16)
     frugal: list[Recipe] = []
     plain = seconds_of(shape, task, Recipe(), rate)
-    for tier in tiers(task, stored, full=full, adapters=adapters):
+    for tier in tiers(task, stored, full=full, adapters=adapters and not missing):
         ways = list(_ways(shape, task, tier, rate, slowdown, plain))
         if not ways:
             continue
@@ -163,11 +164,11 @@ def plan_training(
                     predicted=account.to_json(), changes=tier.changes, seconds=seconds, slowdown=seconds / plain,
                     device=device, rungs=_rungs(recipe, account, tracer),
                 )  # fmt: skip
-    raise _refusal(frugal, tracer, budget_nbytes, slowdown)
+    raise _refusal(frugal, tracer, budget_nbytes, slowdown, missing=missing)
 
 
 def _refusal(
-    frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdown: float | None
+    frugal: list[Recipe], tracer: "_Tracer", budget_nbytes: int, slowdown: float | None, *, missing: bool
 ) -> DoesNotFit:
     if not frugal:
         raise UsageError(f"no way to train takes at most {slowdown} times as long as plain training. Allow more.")
@@ -180,6 +181,7 @@ def _refusal(
         there = _Tracer(tracer.make, other, tracer.device, tracer.shape)
         levers[what] = max(0, least - there.whole(recipe).peak_nbytes)
     helps = "".join(f" {what} frees {format_size(nbytes)}." for what, nbytes in levers.items() if nbytes)
+    helps += f" Adapters may take less, and were not looked at: {NOT_INSTALLED}." if missing else ""
     return DoesNotFit(
         f"{both_sizes(budget_nbytes, least)} needed at the least (in {worst.name}), with "
         f"{how}. The smallest budget that works is {least} bytes.{helps}",

@@ -162,7 +162,8 @@ def train(
     else:
         held = read_data(options.evaluation, text_column=options.text_column, label_column=options.label_column)
         held = with_classes_of(held, raw)
-    kinds = {"text": "texts", "pairs": "prompts with completions", "labelled": f"texts of {raw.classes} classes"}
+    kinds = {"text": "texts without labels", "pairs": "prompts with completions"}
+    kinds["labelled"] = f"texts of {raw.classes} classes"
     progress(f"{raw.name}: {len(raw.rows)} {kinds[raw.kind]} to train on, {len(held.rows)} held out")
     subject = subject.for_data(raw, held, options.seed)
     batches = subject.batches(raw, task, options.seed, shuffle=True)

@@ -192,8 +192,9 @@ def main() -> None:
         if done.code != _INTERRUPTED:
             raise
         stderr().print(
-            "Interrupted; no half-written output is left. What was calibrated to the end is kept in a hidden directory "
-            "beside the output (.NAME.memfit-work), and the same command goes on from there.",
+            "Interrupted; no half-written output is left. What `fit` has calibrated to the end is kept in a hidden "
+            "directory beside the output (.NAME.memfit-work), and the same command goes on from there; `train` goes on "
+            "from its last checkpoint with --resume.",
             soft_wrap=True,
         )
         sys.exit(Interrupted.exit_code)

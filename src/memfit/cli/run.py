@@ -140,7 +140,10 @@ def plan(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what to do to fit a budget, and what it will cost. The plan shown was traced whole."""
+    """Say what to do to fit a budget, and what it will cost. The plan shown was traced whole.
+
+    With `--task train` the budget is by default all that plain training takes, 100%.
+    """
     import memfit
     from memfit.plan.plan import dumps
     from memfit.report.terminal import render_plan
@@ -148,8 +151,9 @@ def plan(
     _refuse_of_the_other_task(context, task)
     if task is Task.train:
         refuse_both(full, adapters)
+        allowed = budget if said(context, "budget") else "100%"  # as `train` has it
         planned = memfit.plan(
-            model, budget, task=training_task(batch, sequence, optimizer), full=not adapters, adapters=not full,
+            model, allowed, task=training_task(batch, sequence, optimizer), full=not adapters, adapters=not full,
             slowdown=slowdown, device=device.value, progress=progress_to(quiet),
         )  # fmt: skip
         if output is not None:

@@ -121,13 +121,18 @@ def split_rows(raw: RawData, share: float = 0.05, seed: int = 0) -> tuple[RawDat
         at = text.find("\n", cut) + 1 or cut
         kept, held_rows = (Row(text[:at]),), (Row(text[at:]),)
         if not (kept[0].text.strip() and held_rows[0].text.strip()):
-            raise UsageError(f"{raw.name}: too short to hold {share:.0%} of it out.")
+            raise UsageError(
+                f"{raw.name}: too short to hold {share:.0%} of it out. Give more text, or another to judge on (--eval)."
+            )
     else:
         numbers = list(range(len(raw.rows)))
         random.Random(seed).shuffle(numbers)
         out = set(numbers[: max(1, round(len(numbers) * share))])
         if len(out) == len(numbers):
-            raise UsageError(f"{raw.name}: {len(numbers)} rows are too few to hold {share:.0%} of them out.")
+            raise UsageError(
+                f"{raw.name}: {len(numbers)} rows are too few to hold {share:.0%} of them out. Give more, or others to "
+                "judge on (--eval)."
+            )
         rows = enumerate(raw.rows)
         return _parted(raw, tuple(row for n, row in rows if n not in out), tuple(raw.rows[n] for n in sorted(out)))
     return _parted(raw, kept, held_rows)

@@ -92,20 +92,21 @@ def lines_of(report: TrainReport) -> list[tuple[str, str]]:
     found += [(f"at step {step}", what) for step, what in report.notes]
     if report.certificate is not None:
         gap, floor = report.certificate["gap"], report.certificate["floor"]
-        found.append(("beside plain training", f"loss apart by {gap:.2g}; re-split plain batches by {floor:.2g}"))
+        apart = f"loss at most {gap:.2g} apart; plain training whose batches are cut otherwise, {floor:.2g}"
+        found.append(("beside plain training", apart))
     return found
 
 
 def _waited(report: TrainReport) -> str | None:
-    """Where freed blocks waited to be used again: from which step on, and what that took."""
+    """From which step on freed blocks were held to be used again, and what the process had grown by then."""
     waiting = [int(record.get("waiting_nbytes", 0)) for record in report.records]
     later = [record for record, nbytes in zip(report.records, waiting, strict=True) if nbytes > min(waiting)]
     if not later:
         return None
     peak = max(int(record["peak_nbytes"]) for record in later)
     return (
-        f"waited to be used again from step {later[0]['step']} on, as the budget has room: faster, "
-        f"{format_size(peak)} resident growth"
+        f"held from step {later[0]['step']} on, to be used again, as the budget has room: steps are faster, and grow "
+        f"the process by {format_size(peak)} instead"
     )
 
 

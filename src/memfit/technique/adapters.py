@@ -55,6 +55,14 @@ _PREFIX: Final = "base_model.model."
 """Of every name in a saved adapter."""
 
 
+NOT_INSTALLED: Final = "peft is not installed. Run: pip install 'memfit[train]'"
+
+
+def is_installed() -> bool:
+    """Whether the library that makes adapters is here."""
+    return importlib.util.find_spec("peft") is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
     """The technique: low-rank adapters on linear layers, all else frozen."""
@@ -90,8 +98,8 @@ class Adapters:
 
     def why_not(self, model: nn.Module) -> str | None:
         """Why it cannot be applied to `model`, fake or real; None if it can. It names layer and shape."""
-        if importlib.util.find_spec("peft") is None:
-            return "peft is not installed. Run: pip install 'memfit[train]'"
+        if not is_installed():
+            return NOT_INSTALLED
         if getattr(model, "peft_config", None):
             return "the model has adapters already"
         modules = dict(model.named_modules())

@@ -60,7 +60,7 @@ class Record:
     """The learning rate."""
     seconds: float
     peak_nbytes: int
-    """Of the step: allocated on a GPU; resident on a CPU, beyond what was there before the model."""
+    """Of the step: allocated on a GPU; resident on a CPU, beyond what was there before the model, less files' pages."""
     rung: int
     gradient_norm: float | None = None
     skipped: bool = False
@@ -321,9 +321,6 @@ class Loop:
         """A measured peak over the budget: the next steps take less."""
         budget = self.settings.budget_nbytes
         measured = record.peak_nbytes
-        if self.device.type != "cuda":
-            # Code that a step was the first to run, and files that were read, are no part of the model.
-            measured -= max(0, resident_nbytes()["file"] - self._files)
         if self.freed.watch(measured) or budget is None:
             return
         allowed = budget if self.device.type == "cuda" else budget + self.settings.runtime_nbytes
@@ -389,7 +386,9 @@ class Loop:
     def _peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return max(0, resident_nbytes()["peak"] - self.outside_nbytes)
+        # Code that a step was the first to run, and files that were read, are no part of the model.
+        found = resident_nbytes()
+        return max(0, found["peak"] - self.outside_nbytes - max(0, found["file"] - self._files))
 
 
 def draw_from(seed: int, step: int) -> None:
