@@ -14,6 +14,7 @@ import tempfile
 from contextlib import nullcontext, suppress
 from typing import Any, Final
 
+from memfit.account.malloc import LEVELS, trim_threshold
 from memfit.account.meter import trim
 from memfit.errors import BrokenInput, Interrupted, MemfitError, OverBudget, UsageError, disk_full
 from memfit.jobs import JOBS
@@ -24,8 +25,8 @@ QUIET: Final = {
     # decode of a small model 90 times slower.
     "OMP_WAIT_POLICY": "passive",
     # Blocks from 1 MiB come from the system and go back to it, so that resident follows allocated.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(LEVELS[0]),
+    "MALLOC_TRIM_THRESHOLD_": str(trim_threshold(LEVELS[0])),
     "MALLOC_ARENA_MAX": "2",
     # Small chunks that wait in caches lie between holes that would be one: a tenth more was resident, and chance.
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
