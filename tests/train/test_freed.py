@@ -23,12 +23,13 @@ from memfit.train.freed import Freed
 
 def held(mib):
     "MiB that stay of 16 blocks; small ones between them live on, or the heap would give back its end."
-    before = resident_nbytes()["now"]
+    before = resident_nbytes()["anonymous"]
     blocks, between = zip(*((torch.ones(mib << 18), torch.ones(225 << 10)) for _ in range(16)))
     del blocks
-    return resident_nbytes()["now"] - before - 16 * (900 << 10) >> 20, found.free_nbytes() >> 20
+    return resident_nbytes()["anonymous"] - before - 16 * (900 << 10) >> 20, found.free_nbytes() >> 20
 
 found = Freed(None)
+held(3)  # the first brings threads' stacks and libraries' own
 print(*held(3))
 found.watch(0)
 found.watch(0)
