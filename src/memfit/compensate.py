@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from memfit.account.malloc import LEVELS
 from memfit.account.structure import structure_of
 from memfit.account.watch import Watch
+from memfit.calibrate.attention import attention_by_products
 from memfit.calibrate.collect import arguments_of
 from memfit.calibrate.inputs import add_products
 from memfit.calibrate.moved import Moved
@@ -176,7 +177,7 @@ def compensate(
     streamed.rounded, streamed.visit, streamed.empty = rounded, visit, spill.empty
     streamed.apart = frozenset(f"{name}.weight" for name in schemes)
     left = set(streamed.blocks)
-    with ExitStack() as phase:
+    with ExitStack() as phase, attention_by_products():
         phase.enter_context(watch.phase("compensate"))
         with suppress(AllDone):
             streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))

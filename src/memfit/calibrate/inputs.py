@@ -19,6 +19,7 @@ from memfit.account.watch import Watch
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source.source import Source
 
+from .attention import attention_by_products
 from .collect import arguments_of
 from .runs import AllDone, Call, Run, another, shape_alone
 from .spill import Spill
@@ -75,7 +76,7 @@ def hear_inputs(
 
     streamed.visit, streamed.empty = visit, spill.empty
     left = set(streamed.blocks)
-    with ExitStack() as stack:
+    with ExitStack() as stack, attention_by_products():
         stack.enter_context(watch.phase(phase))
         with suppress(AllDone):
             streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
