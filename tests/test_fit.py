@@ -118,6 +118,17 @@ def test_fitting_itself_is_predicted(fitted):
         assert told == pytest.approx(phase.peak_nbytes, rel=0.01), phase.name
 
 
+def test_a_fitted_model_is_not_trained_or_fitted_again(fitted, tmp_path):
+    for call in (
+        lambda: memfit.train(fitted[1], ["some text " * 50], out=tmp_path / "out"),
+        lambda: memfit.fit(fitted[1], "50%", tmp_path / "out"),
+        lambda: memfit.plan(fitted[1], "50%"),
+    ):
+        with pytest.raises(memfit.UsageError, match=r"its weights are packed .* Give the model that it was made from"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_report_has_the_promised_keys(fitted):
     report, out, _ = fitted
     told = json.loads((out / "report.json").read_text())

@@ -69,6 +69,12 @@ def test_adapters_that_cannot_be_made_are_told_beside_the_smallest_budget(monkey
         memfit.plan(demo.model_directory(), "1MiB", task=task, full=False)
 
 
+def test_what_may_take_no_longer_is_told_where_it_binds():
+    task = replace(TASK, batch=1, sequence=16)
+    with pytest.raises(memfit.DoesNotFit, match=r"--slowdown above 1.5 may"):
+        memfit.plan(demo.model_directory(), "1MiB", task=task, adapters=False, slowdown=1.5)
+
+
 @pytest.mark.slow
 def test_nothing_fits_names_the_smallest_budget_which_then_works():
     with pytest.raises(memfit.DoesNotFit, match="smallest budget that works") as found:

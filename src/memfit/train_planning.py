@@ -181,13 +181,13 @@ def _refusal(
         there = _Tracer(tracer.make, other, tracer.device, tracer.shape)
         levers[what] = max(0, least - there.whole(recipe).peak_nbytes)
     helps = "".join(f" {what} frees {format_size(nbytes)}." for what, nbytes in levers.items() if nbytes)
+    helps += f" A --slowdown above {slowdown:g} may, too." if slowdown is not None else ""
     helps += f" Adapters may take less, and were not looked at: {NOT_INSTALLED}." if missing else ""
     return DoesNotFit(
         f"{both_sizes(budget_nbytes, least)} needed at the least (in {worst.name}), with "
         f"{how}. The smallest budget that works is {least} bytes.{helps}",
-        smallest_nbytes=least,
-        levers=levers,
-    )
+        smallest_nbytes=least, levers=levers,
+    )  # fmt: skip
 
 
 def _smaller(task: Train) -> dict[str, Train]:

@@ -6,10 +6,7 @@ appears when the run is done.
 
 import json
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,22 +20,22 @@ from memfit.account.watch import Unwatched
 from memfit.data.batches import Batches, Kind, batches_of
 from memfit.data.read import RawData, read_data, split_rows, with_classes_of
 from memfit.distilling import Student, ask_beforehand, check_teacher, plan_with_teacher
-from memfit.errors import MemfitError, UsageError
+from memfit.errors import UsageError
 from memfit.format.directory import OutputDirectory
 from memfit.limits import limited, runtime_nbytes_of
 from memfit.models import load_to_train, require_device
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.training import TrainReport, render_training_page
-from memfit.source.check import check
+from memfit.source.check import check, check_dense
 from memfit.source.live import fake_copy
 from memfit.source.source import Source, open_source
-from memfit.technique.checkpoint import is_out_of_memory
 from memfit.technique.distil import Distil
 from memfit.train.away import sending
 from memfit.train.certify import certify
 from memfit.train.checkpoints import Checkpoints
 from memfit.train.classifier import is_classifier, kind_of, load_classifier
 from memfit.train.distil import load_teaching
+from memfit.train.guards import memory_for, stop_on_signals, written_in
 from memfit.train.judge import classification_of, judge_on
 from memfit.train.loop import Data, Loop, Observer, Settings
 from memfit.train.output import write_model
@@ -91,6 +88,8 @@ class Options:
             raise ValueError(f"epochs must be more than 0, got {self.epochs:g}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
 
 def train(
@@ -179,7 +178,9 @@ def train(
         )  # fmt: skip
         check_teacher(task.distil, student, raw.rows[0].text)
     output = OutputDirectory(target, overwrite=overwrite or resume)
-    _make_way(run, resume=resume, overwrite=overwrite)
+    with written_in(run):
+        _make_way(run, resume=resume, overwrite=overwrite)
+    steps = _steps(options, len(batches), run / ASKED)
     plan = given
     if plan is None:
         progress("planning")
@@ -195,15 +196,15 @@ def train(
                 slowdown=slowdown, device=device, progress=progress,
             ), task, subject.kind, device=device,
         )  # fmt: skip
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "plan.json").write_text(plan.dumps(), encoding="utf-8")
-    if not (run / ASKED).exists():
-        asked = {
-            "budget": str(budget), "full": not adapters, "adapters": not full, "slowdown": slowdown,
-            "schedule": options.schedule, "warmup": options.warmup,
-        }  # fmt: skip
-        (run / ASKED).write_text(json.dumps(asked), encoding="utf-8")
-    steps = options.steps or max(1, round(options.epochs * len(batches)))
+    with written_in(run):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "plan.json").write_text(plan.dumps(), encoding="utf-8")
+        if not (run / ASKED).exists():
+            asked = {
+                "budget": str(budget), "full": not adapters, "adapters": not full, "slowdown": slowdown,
+                "schedule": options.schedule, "warmup": options.warmup, "all_steps": steps,
+            }  # fmt: skip
+            (run / ASKED).write_text(json.dumps(asked), encoding="utf-8")
     learned: Data = batches
     if plan.task.distil is not None and plan.task.distil.asks and plan.task.distil.place == "disk":
         learned = ask_beforehand(plan, batches, run / "answers", enforce=enforce, progress=progress)
@@ -215,8 +216,8 @@ def train(
     reset_resident_peak()
     outside = resident_nbytes()["now"]
     limit = plan.budget_nbytes if enforce else None
-    with limited(limit, runtime_nbytes=_runtime_nbytes(plan)), _stop_on_signals() as stop:
-        with _memory_for("the model was loaded"):
+    with limited(limit, runtime_nbytes=_runtime_nbytes(plan)), stop_on_signals() as stop:
+        with memory_for("the model was loaded"):
             trained = subject.real(plan.recipe, str(run), device)
             make_trainable(trained, plan.recipe)
             teaching = load_teaching(plan.task.distil, Unwatched(), device=device)
@@ -239,7 +240,7 @@ def train(
         scores = None
         if batches.kind == "classifier":
             scores = loop.tried(lambda: classification_of(step, judged), "in the last evaluation")
-        with _memory_for("the model was written; its last checkpoint is kept, and --resume goes on from it"), output:
+        with memory_for("the model was written; its last checkpoint is kept, and --resume goes on from it"), output:
             files = write_model(trained, output, source=subject.source, tokenizer=subject.tokenizer)
             if subject.module is not None:
                 step.close()
@@ -248,7 +249,7 @@ def train(
                 records=tuple(vars(record) for record in loop.records), scores=tuple(loop.scores),
                 notes=tuple(loop.notes), measured_nbytes=max(r.peak_nbytes for r in loop.as_predicted),
                 classification=None if scores is None else scores.to_json(), certificate=certificate, files=files,
-                machine=describe_machine(), versions=describe_versions(),
+                machine=describe_machine(), versions=describe_versions(), data_notes=batches.notes,
             )  # fmt: skip
             output.write_json("training.json", report.to_json())
             output.write_text("training.html", render_training_page(report))
@@ -287,6 +288,7 @@ class Subject:
             return cls._of_module(model, tokenizer)
         source = open_source(model)
         check(source)
+        check_dense(source, "trained")
         if source.checkpoint is None:
             raise UsageError(
                 f"{source.name}: has a config and no weights. `plan` works on it; `train` needs the weights."
@@ -401,33 +403,22 @@ def _make_way(run: Path, *, resume: bool, overwrite: bool) -> None:
     shutil.rmtree(run, ignore_errors=True)
 
 
-@contextmanager
-def _memory_for(what: str) -> Iterator[None]:
-    """Inside, memory that runs out is told as such."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemfitError(
-            f"memory ran out while {what} ({str(error).strip() or type(error).__name__}). Free some memory, or plan "
-            "again with another budget."
-        ) from error
+def _steps(options: Options, batches: int, asked: Path) -> int:
+    """Steps of the whole run; one that is gone on with has as many as it was begun with.
 
-
-@contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and SIGINT end the run after its step, saved; the function tells whether one came."""
-    came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
-        return
-    before = {number: signal.signal(number, lambda *_: came.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield came.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    Raises:
+        UsageError: others are asked for: the learning rate of each step depends on how many there are.
+    """
+    wanted = options.steps or max(1, round(options.epochs * batches))
+    begun = json.loads(asked.read_text(encoding="utf-8")).get("all_steps") if asked.is_file() else None
+    if begun is None:
+        return wanted
+    if wanted != begun and (options.steps, options.epochs) != (None, Options.epochs):
+        raise UsageError(
+            f"{wanted} steps with --resume: the run was begun for {begun}. Leave them out to go on, or begin anew with "
+            "--overwrite."
+        )
+    return int(begun)
 
 
 __all__ = ["Options", "train"]

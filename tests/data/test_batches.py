@@ -1,6 +1,7 @@
 """Batches: their order is a function of seed, epoch and number; every token is there once; bad rows are told."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ def test_data_to_evaluate_on_is_numbered_as_what_is_trained_on():
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": 0.5}', "row 2 has the label 0.5"),
         ("a.tsv", b"a\t1\nb", "line 2 has 1 columns, 2 were expected"),
         ("a.tsv", b"a\tb\tc", "3 columns and no header"),
+        ("a.tsv", b"review\tscore\ngood\t1\nbad\t0", "row 1 has the label 'score', and all others are whole numbers"),
     ],
 )
 def test_a_file_that_is_broken_is_told_by_its_line(tmp_path, name, content, message):
@@ -162,6 +164,10 @@ def test_what_is_not_there_or_unknown_is_told(tmp_path):
         read_data(3)
     with pytest.raises(UsageError, match="no column 'x' for the text"):
         read_data([{"text": "a"}], text_column="x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(UsageError, match=r"mistyped: there is no such file, and .* pip install datasets"):
+            read_data("mistyped")
 
 
 def test_what_does_not_match_the_model_is_told():
@@ -178,6 +184,22 @@ def test_what_does_not_match_the_model_is_told():
         cut(read_data([{"text": "a", "label": 1}, {"text": "b", "label": 2}]), kind="classifier", num_labels=2)
     with pytest.raises(UsageError, match="no mask token"):
         cut(text, kind="masked")
+    with pytest.raises(UsageError, match="has 11 windows of 8 tokens to train on, and a batch has 12"):
+        cut(text, batch=12)
+    with pytest.raises(UsageError, match=r"has 2 rows to train on, and a batch has 3. Give more, or a smaller --batch"):
+        cut(read_data([{"text": "a", "label": 1}, {"text": "b", "label": 0}]), kind="classifier", num_labels=2)
+    assert len(cut(text, batch=12, shuffle=False)) == 1, "to evaluate, any number will do"
+
+
+def test_labels_that_look_wrong_are_told():
+    rows = [{"text": "some", "label": n % 2} for n in range(20)]
+    assert cut(read_data(rows), kind="classifier", num_labels=2).notes == ()
+    typo = cut(read_data([*rows, {"text": "some", "label": 4}]), kind="classifier", num_labels=5)
+    assert typo.notes == ("no row has the class 2, 3 of 0 to 4",)
+    swapped = read_data([{"label": "good" if n % 2 else "bad", "text": f"text {n}"} for n in range(20)],
+                        text_column="label", label_column="text")  # fmt: skip
+    (note,) = cut(swapped, kind="classifier", num_labels=20).notes
+    assert note.startswith("20 classes in 20 rows: is that the label's column?")
 
 
 def test_a_batch_whose_tokens_are_all_ignored_is_told_by_its_rows():

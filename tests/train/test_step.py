@@ -230,3 +230,16 @@ def test_out_of_memory_in_a_block_is_answered_by_smaller_slices(make_model, batc
     found = [step(batch).loss for batch in batches[:2]]
     assert found == pytest.approx(expected, rel=1e-10)
     assert [s.slices for s in step.segments] == [1, 4, 1]
+
+
+def test_a_model_whose_weights_are_away_is_not_saved_until_they_are_back(make_model, batches, tmp_path):
+    plain, model = make_model(torch.float64), make_model(torch.float64)
+    expected = plain_steps(plain, batches[:2], clip=None)
+    step = TrainStep(model, Recipe(recompute=LAYERS, weights="disk"), hyper=Hyper(lr=1e-3, clip=None))
+    assert [step(batch).loss for batch in batches[:2]] == pytest.approx(expected, rel=1e-10)
+    for save in (lambda: model.save_pretrained(tmp_path / "out"), model.state_dict):
+        with pytest.raises(UsageError, match=r"weights wait elsewhere .* close\(\) first"):
+            save()
+    step.close()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=0, atol=1e-10)

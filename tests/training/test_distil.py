@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(model, teacher, text, tm
     told["task"]["distil"]["alpha"] = 0.25
     file.write_text(json.dumps(told))
     with pytest.raises(UsageError, match="another teacher"):
-        train(model, text, out=tmp_path / "out", options=Options(steps=9), resume=True)
+        train(model, text, out=tmp_path / "out", options=Options(steps=STEPS), resume=True)
 
 
 def test_cross_entropy_alone_is_plain_training_to_the_bit(model, teacher, text, tmp_path):

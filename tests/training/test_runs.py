@@ -144,16 +144,20 @@ def test_a_run_is_not_gone_on_with_otherwise(model, text, plan, plain, tmp_path)
     shutil.copytree(f"{plain[1]}.training", tmp_path / "out.training")
     with pytest.raises(UsageError, match="a run was here"):
         train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS))
+    with pytest.raises(UsageError, match=f"9 steps with --resume: the run was begun for {STEPS}"):
+        train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=9), resume=True)
+    with pytest.raises(UsageError, match="steps with --resume: the run was begun for"):
+        train(model, text, out=tmp_path / "out", given=plan, options=Options(epochs=2), resume=True)
     with pytest.raises(UsageError, match="another seed"):
-        train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=9, seed=1), resume=True)
+        train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS, seed=1), resume=True)
     other = tmp_path / "other.txt"
     other.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
     with pytest.raises(UsageError, match="another data"):
-        train(model, other, out=tmp_path / "out", given=plan, options=Options(steps=9), resume=True)
+        train(model, other, out=tmp_path / "out", given=plan, options=Options(steps=STEPS), resume=True)
     place = next((tmp_path / "out.training/checkpoints").iterdir()) / "place.json"
     place.write_text("{")
     with pytest.raises(BrokenInput, match="cannot be read"):
-        train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=9), resume=True)
+        train(model, text, out=tmp_path / "out", given=plan, options=Options(steps=STEPS), resume=True)
 
 
 def test_a_body_gets_a_head_and_learns_classes(tmp_path):
@@ -306,3 +310,25 @@ def test_a_step_that_was_closed_says_so(model, plan):
     step.close()
     with pytest.raises(UsageError, match="the step is closed"):
         step(batch)
+
+
+def test_a_run_that_is_gone_on_with_has_as_many_steps_as_it_was_begun_with(model, text, plan, plain, tmp_path):
+    shutil.copytree(f"{plain[1]}.training", tmp_path / "out.training")
+    report = train(model, text, out=tmp_path / "out", given=plan, resume=True)
+    assert len(report.records) == STEPS and weights(tmp_path / "out") == weights(plain[1])
+
+
+@pytest.mark.parametrize("out", ["text.txt/out", "/proc/out"])
+def test_a_place_that_cannot_be_written_is_told(model, plan, text, tmp_path, out):
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(UsageError, match=r"out.training: cannot be written \(.*\). Choose another place"):
+        train(model, text, out=tmp_path / out, given=plan, options=Options(steps=1))
+    assert (tmp_path / "text.txt").read_text() == "text"
+
+
+def test_adapters_alone_are_no_model(text, tmp_path):
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters/adapter_config.json").write_text("{}")
+    with pytest.raises(BrokenInput, match=r"has adapters and no model. Merge them"):
+        train(tmp_path / "adapters", text, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

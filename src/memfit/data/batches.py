@@ -22,6 +22,9 @@ _MULTIPLE: Final = 8
 """Rows are padded to a multiple of this, so that there are few shapes."""
 _MASKED: Final = 0.15
 """Share of tokens that a masked language model has to guess."""
+_FEW_ROWS: Final = 4
+"""Rows for each class; with fewer of many classes, the label may be in another column."""
+_MANY_CLASSES: Final = 10
 _AT_ONCE: Final = 1 << 16
 """Characters that are tokenised at a time."""
 
@@ -224,7 +227,7 @@ def batches_of(
 
     Raises:
         UsageError: the sequence is longer than the context; the tokenizer does not match the model; rows have no
-            labels, or none that the model has, for a classifier.
+            labels, or none that the model has, for a classifier; fewer rows than a batch, to train.
         BrokenInput: the text is too short for a single window.
     """
     if context is not None and sequence > context:
@@ -241,6 +244,12 @@ def batches_of(
         rows = _pairs(raw, known, sequence, kind, notes)
     else:
         rows = _windows(raw, known, sequence, kind)
+    if shuffle and len(rows) < batch:
+        what = f"windows of {sequence} tokens" if rows.packed else "rows"
+        raise UsageError(
+            f"{raw.name}: has {len(rows)} {what} to train on, and a batch has {batch}. Give more, or a smaller --batch"
+            f"{' or --sequence' if rows.packed else ''}."
+        )
     largest = max(int(rows.tokens.max(initial=0)), known.pad, known.mask or 0)
     if largest >= vocabulary:
         raise UsageError(
@@ -317,7 +326,20 @@ def _labelled(
         labels.append(label)
     if cut:
         notes.append(f"{cut} of {len(ids)} rows are longer than {sequence} tokens and are cut")
+    notes += _doubts(labels, max(raw.classes, num_labels or 0))
     return _of_lists(ids, [0] * len(ids), labels, sequence)
+
+
+def _doubts(labels: list[int], classes: int) -> list[str]:
+    """What makes one doubt that these are the labels that were meant."""
+    found = []
+    missing = sorted(set(range(classes)) - set(labels))
+    if missing:
+        some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        found.append(f"no row has the class {some} of 0 to {classes - 1}")
+    if classes > _MANY_CLASSES and len(labels) < _FEW_ROWS * classes:
+        found.append(f"{classes} classes in {len(labels)} rows: is that the label's column? --label-column names it")
+    return found
 
 
 def _label(raw: RawData, number: int, row: Row, num_labels: int | None) -> int:

@@ -215,16 +215,16 @@ def _table(name: str, text: str, separator: str, asked: tuple[str, ...]) -> list
     return [dict(zip(header, row, strict=True)) for row in body]
 
 
-def _datasets() -> Any:
+def _datasets(why: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError("data sets need the library `datasets`: pip install 'memfit[train]' datasets.") from error
+        raise UsageError(f"{why} needs the library `datasets`: pip install datasets.") from error
     return datasets
 
 
 def _datasets_at(path: Path) -> Any:
-    library = _datasets()
+    library = _datasets(f"{path}: is a directory, and a saved data set")
     try:
         return _only_split(str(path), library.load_from_disk(str(path)))
     except (FileNotFoundError, ValueError, OSError) as error:
@@ -232,7 +232,7 @@ def _datasets_at(path: Path) -> Any:
 
 
 def _datasets_of(name: str) -> Any:
-    library = _datasets()
+    library = _datasets(f"{name}: there is no such file, and looking for a data set of that name")
     identity, _, split = name.partition(":")
     try:
         return _only_split(name, library.load_dataset(identity, split=split or None))
@@ -329,6 +329,12 @@ def _labels(name: str, values: Sequence[Any]) -> tuple[list[int], tuple[str, ...
             return numbers, ()
     except (TypeError, ValueError):
         pass
+    first, *others = (str(value).strip() for value in values)
+    if others and not first.isdecimal() and all(map(str.isdecimal, others)):
+        raise BrokenInput(
+            f"{name}: row 1 has the label {first!r}, and all others are whole numbers. If that is a column's name, say "
+            "so (--label-column), and name the text's (--text-column)."
+        )
     names = tuple(sorted({str(value) for value in values}))
     order = {value: number for number, value in enumerate(names)}
     return [order[str(value)] for value in values], names

@@ -31,6 +31,8 @@ class TrainReport:
     """Each evaluation."""
     notes: tuple[tuple[int, str], ...] = ()
     """What had to be changed on the way, and at which step."""
+    data_notes: tuple[str, ...] = ()
+    """What of the data is left out or cut, or makes one doubt it."""
     measured_nbytes: int | None = None
     """The largest peak of a step: allocated on a GPU, resident growth on a CPU while no freed memory waited."""
     classification: Mapping[str, Any] | None = None
@@ -56,6 +58,7 @@ class TrainReport:
     def from_json(cls, data: Mapping[str, Any]) -> "TrainReport":
         kept = {key: value for key, value in data.items() if key not in ("version", "tokens_per_second")}
         kept |= {"records": tuple(kept["records"]), "scores": tuple(kept["scores"])}
+        kept["data_notes"] = tuple(kept.get("data_notes", ()))
         kept["notes"] = tuple((int(step), str(what)) for step, what in kept["notes"])
         return cls(**kept)
 
@@ -89,6 +92,7 @@ def lines_of(report: TrainReport) -> list[tuple[str, str]]:
     if (waited := _waited(report)) is not None:
         found.append(("freed memory", waited))
     found += [("learned otherwise", change) for change in plan["changes"]] or [("learned otherwise", "nothing")]
+    found += [("the data", note) for note in report.data_notes]
     found += [(f"at step {step}", what) for step, what in report.notes]
     if report.certificate is not None:
         gap, floor = report.certificate["gap"], report.certificate["floor"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from memfit.errors import BrokenInput
+from memfit.errors import BrokenInput, UsageError
 from memfit.packed.forms import Form, LowRank, Narrow, Shared, Whole
 from memfit.packed.scheme import OWN_VALUES, Scheme
 from memfit.source.checkpoint import SafetensorsCheckpoint, TensorInfo
@@ -14,6 +14,15 @@ from memfit.source.layout import check_pieces
 from memfit.source.live import active_fake_mode
 from memfit.source.quantized import QuantizedCheckpoint
 from memfit.source.source import PACKED_PARTS, Source
+
+
+def check_dense(source: Source, what: str) -> None:
+    """Raise UsageError if weights of `source` are packed: they are not `what`, such as "trained"."""
+    if source.schemes:
+        raise UsageError(
+            f"{source.name}: its weights are packed (quantized, pruned, factored or shared), and packed weights are "
+            f"not {what}. Give the model that it was made from."
+        )
 
 
 def check(source: Source, *, copies: bool = True) -> None:

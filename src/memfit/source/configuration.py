@@ -27,6 +27,11 @@ def read_config(directory: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
     """
     file = directory / "config.json"
     if not (file.exists() or file.is_symlink()):
+        if (directory / "adapter_config.json").is_file():
+            raise BrokenInput(
+                f"{directory}: has adapters and no model. Merge them into theirs with peft "
+                "(PeftModel.from_pretrained(...).merge_and_unload()), and give what that saves."
+            )
         raise BrokenInput(
             f"{file}: is missing. A model directory needs it; give memfit the directory that has one."
         )

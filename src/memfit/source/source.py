@@ -354,6 +354,10 @@ def open_source(model: str | Path, *, weights: bool = True) -> Source:
         BrokenInput: something in it is unsafe, broken or unknown; weights themselves are read later.
         UsageError: there is nothing of that name.
     """
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            f"a {type(model).__name__} was given for a model. Give its directory, a .gguf file or a hub id."
+        )
     path = Path(model).expanduser()
     if path.is_dir():
         return _open_directory(path, name=str(model))

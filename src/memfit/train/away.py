@@ -5,16 +5,20 @@ it for a time, and what has changed in that time is written back. (Offload of pa
 ZeRO-Infinity, arXiv:2104.07857.)
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from memfit.errors import UsageError
+from memfit.technique.checkpoint import Segment
+
 from .recipe import Recipe
 from .states import States, states_at
+from .uses import in_one_block
 
 _STATE: Final = "weight"
 _ATTRIBUTE: Final = "memfit_away"
@@ -101,6 +105,39 @@ def sending(recipe: Recipe, directory: str | None = None) -> Callable[[str, nn.P
             send_away(parameter, store, name)
 
     return send
+
+
+def place(
+    model: nn.Module, segments: Sequence[Segment], recipe: Recipe, directory: str | None, stack: ExitStack
+) -> None:
+    """Send the weights of blocks that are recomputed to where they are to wait, and bring those of others back.
+
+    Until `stack` is left, `model.state_dict()` is refused where some are away: what is in their place is no weight.
+    """
+    send = sending(recipe, directory)
+    sent: set[int] = set()
+    if send is not None:
+        stacked = in_one_block(model)
+        for segment in segments:
+            for name, parameter in segment.block.named_parameters():
+                # Of adapters, what is trained stays: it is small, and is saved by others.
+                if id(parameter) in stacked and (recipe.adapters is None or not parameter.requires_grad):
+                    send(f"{segment.name}.{name}", parameter)
+                    sent.add(id(parameter))
+    for parameter in model.parameters():
+        if id(parameter) not in sent:
+            bring_back(parameter)
+    if sent and recipe.adapters is None:
+        hook: Any = model.register_state_dict_pre_hook(_refuse_holes)  # type: ignore[no-untyped-call]
+        stack.callback(hook.remove)
+
+
+def _refuse_holes(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if not keep_vars:  # who asks for the parameters themselves brings them
+        raise UsageError(
+            "weights wait elsewhere between steps, and what is in their place would be saved. Call the step's close() "
+            "first, which brings all of them back."
+        )
 
 
 def _read(away: _Away) -> Tensor:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from memfit.technique.distil_loss import DistilCall
 from memfit.technique.precision import LossScale, Precision
 from memfit.technique.row_gradients import rows_on
 
-from .away import bring_back, changed, here, sending
+from .away import bring_back, changed, here, place
 from .distil import Teaching, distilled
 from .gradients import Accumulated, clip_coefficient, trained
 from .hyper import Hyper
@@ -33,6 +33,8 @@ from .objective import Batch, Objective, objective_of, output_head, without_head
 from .recipe import Recipe
 from .update import Mover
 from .uses import find_tables, in_one_block, used_outside
+
+_THEN: Final = "nothing was updated. A lower learning rate (--lr) or a longer warm-up (--warmup) may help."
 
 
 class LossNotFinite(MemfitError):
@@ -112,24 +114,8 @@ class TrainStep:
         self.segments: list[Segment] = self._stack.enter_context(
             Checkpoint(blocks=recipe.recompute, slices=recipe.slices, store=recipe.store).on(self.model, owner=self)
         )
-        self._send()
+        place(self.model, self.segments, recipe, self._directory, self._stack)
         self._hook()
-
-    def _send(self) -> None:
-        """Weights of blocks that are recomputed go where they are to wait, those of others come back."""
-        send = sending(self.recipe, self._directory)
-        sent: set[int] = set()
-        if send is not None:
-            stacked = in_one_block(self.model)
-            for segment in self.segments:
-                for name, parameter in segment.block.named_parameters():
-                    # Of adapters, what is trained stays: it is small, and is saved by others.
-                    if id(parameter) in stacked and (self.recipe.adapters is None or not parameter.requires_grad):
-                        send(f"{segment.name}.{name}", parameter)
-                        sent.add(id(parameter))
-        for parameter in self.model.parameters():
-            if id(parameter) not in sent:
-                bring_back(parameter)
 
     def change(self, recipe: Recipe) -> None:
         """Go on by another recipe that learns the same: other parts, other blocks recomputed, the same states.
@@ -290,7 +276,7 @@ class TrainStep:
     def _skip(self, labels: int, norm: float, loss: float = math.nan) -> Outcome:
         self.discard()
         if self.scaler is None:
-            raise LossNotFinite(f"the gradient's norm is {norm} at step {self.steps + 1}; nothing was updated.")
+            raise LossNotFinite(f"the gradient's norm is {norm} at step {self.steps + 1}; {_THEN}")
         self.scaler.shrink()
         return Outcome(loss=loss, labels=labels, gradient_norm=norm, skipped=True)
 
@@ -303,7 +289,7 @@ class TrainStep:
             total += self._once("pass", part, scale, self._through)
             if not math.isfinite(total):
                 self.discard()
-                raise LossNotFinite(f"the loss is {total} at step {self.steps + 1}; nothing was updated.")
+                raise LossNotFinite(f"the loss is {total} at step {self.steps + 1}; {_THEN}")
         return total / (scale * labels)
 
     def _through(self, part: Batch, scale: float) -> float:
