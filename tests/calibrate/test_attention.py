@@ -63,7 +63,7 @@ def test_a_model_runs_on_it_inside_alone(monkeypatch):
     assert (found - right).norm() <= 0.02 * right.norm()
 
 
-@pytest.mark.parametrize("change", ["fp32", "dropout", "longer keys", "bias"])
+@pytest.mark.parametrize("change", ["fp32", "dropout", "longer keys", "bias", "one row of a mask", "one row of keys"])
 def test_what_it_cannot_do_goes_the_usual_way(change, monkeypatch):
     monkeypatch.setattr(attention, "attend", lambda *_, **__: pytest.fail("asked"))
     dtype = torch.float32 if change == "fp32" else torch.bfloat16
@@ -71,9 +71,12 @@ def test_what_it_cannot_do_goes_the_usual_way(change, monkeypatch):
     if change == "longer keys":
         query = query[:, :, :3]
     bias = {"position_bias": torch.zeros(1, 2, 6, 6, dtype=dtype)} if change == "bias" else {}
+    mask = torch.ones(1, 1, 1, 6, dtype=torch.bool) if change == "one row of a mask" else None
+    if change == "one row of keys":
+        query = query.expand(2, -1, -1, -1)
     module = SimpleNamespace(is_causal=True)
     with torch.no_grad():
         made, _ = attention._attention(
-            module, query, key, value, None, dropout=0.5 if change == "dropout" else 0.0, scaling=0.3, **bias
+            module, query, key, value, mask, dropout=0.5 if change == "dropout" else 0.0, scaling=0.3, **bias
         )
-    assert made.shape == (1, query.shape[2], 2, 8) and bool(made.isfinite().all())
+    assert made.shape == (query.shape[0], query.shape[2], 2, 8) and bool(made.isfinite().all())

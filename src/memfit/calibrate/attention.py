@@ -86,11 +86,12 @@ def _attention(
     """As transformers calls it; what `attend` cannot do goes the usual way."""
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and attention_mask is None and query.shape[2] > 1
+    whole = (query.shape[2], key.shape[2])  # of a mask: one that is the same for all rows has 1
     if (
         torch.is_grad_enabled() or dropout or query.dtype != torch.bfloat16 or query.device.type != "cpu"
+        or query.shape[0] != key.shape[0] or (causal and whole[0] != whole[1])
+        or (attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[2:] != whole))
         or any(more.get(name) is not None for name in ("position_bias", "softcap"))
-        or (causal and query.shape[2] != key.shape[2])
-        or (attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[3] != key.shape[2]))
     ):  # fmt: skip
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask,
