@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .processor import multiplies_bf16
+
 _ROWS: Final = 128
 """Of T at once, at the most and at the least."""
 _FEWEST_ROWS: Final = 16
@@ -28,7 +30,7 @@ _SCORES_NBYTES: Final = 4 << 20
 @contextmanager
 def attention_by_products() -> Iterator[None]:
     """Inside, models that use torch's fused attention run on this where they can: in bf16, without gradients."""
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if not multiplies_bf16():
         yield
         return
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
@@ -54,6 +56,8 @@ def attend(
     rows = max(_FEWEST_ROWS, min(_ROWS, fitting // _FEWEST_ROWS * _FEWEST_ROWS))
     out_BTHD = query_BHTD.new_empty(windows, time, heads, width)
     nothing = query_BHTD.new_empty(1, 1, 1)
+    lowest = torch.finfo(query_BHTD.dtype).min
+    ahead_RR = torch.ones(rows, rows, dtype=torch.bool, device=query_BHTD.device).triu_(1)
     for window in range(windows):
         key_VSD, value_VSD = key_BVSD[window], value_BVSD[window]
         for start in range(0, time, rows):
@@ -63,12 +67,11 @@ def attend(
             scores = torch.baddbmm(nothing, query, key_VSD[:, :seen].transpose(1, 2), beta=0, alpha=scale)
             scores_HRS = scores.view(heads, stop - start, seen)
             if causal:
-                ahead = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
-                scores_HRS[..., start:].masked_fill_(ahead, torch.finfo(scores.dtype).min)
+                scores_HRS[..., start:].masked_fill_(ahead_RR[: stop - start, : stop - start], lowest)
             elif mask is not None:
                 part = mask[window if mask.shape[0] > 1 else 0, :, start:stop]
                 if part.dtype == torch.bool:
-                    scores_HRS.masked_fill_(part.logical_not(), torch.finfo(scores.dtype).min)
+                    scores_HRS.masked_fill_(part.logical_not(), lowest)
                 else:
                     scores_HRS.add_(part)
             share = F.softmax(scores, -1)

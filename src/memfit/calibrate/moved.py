@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from memfit.packed.fake import blocks_to_run
 
+from .processor import multiplies_bf16
+
 _SUMS: Final = 32
 """Random sums of a weight's rows that stand for all of them in `agreement`."""
 _TOKENS: Final = 2048
@@ -146,7 +148,7 @@ def _products_of_bf16() -> Iterator[None]:
     """Inside, products of fp32 take what bf16 holds of their factors, and add up in fp32, where the processor has
     instructions for that: twice as fast. What a layer reads is bf16 anyway."""
     before = torch.get_float32_matmul_precision()
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if multiplies_bf16():
         torch.set_float32_matmul_precision("medium")
     try:
         yield
