@@ -49,7 +49,12 @@ def main() -> None:
         model = load_model(open_source(original), dtype=torch.float32)
         record_logits(model, tokens, logits)
         count = sum(parameter.numel() for parameter in model.parameters())
-        print(ANSWER + json.dumps({"weights": count, "kind": kind_of(model)}))
+        in_blocks = sum(
+            module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split("."))
+        )
+        print(ANSWER + json.dumps({"weights": count, "in_blocks": in_blocks, "kind": kind_of(model)}))
         return
     quality = compare_logits(logits, dense(Path(sys.argv[6]), Path(original)), tokens)
     print(ANSWER + json.dumps(quality.to_json()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from _measured import Ran, run
+from memfit.report.machine import describe_machine
 
 HERE = Path(__file__).parent
 TOKENS, WINDOWS, EVALUATED = 512, 32, 8
@@ -61,6 +62,8 @@ class Model:
     """Evaluation windows."""
     logits: Path
     weights: int
+    in_blocks: int
+    """Weights of linear layers in the numbered blocks."""
     kind: str
 
 
@@ -159,7 +162,7 @@ def run_case(case: Case, model: Model, python: str, work: Path, *, group: int, t
     """Quantize, judge, and say what was found, in a row; what went wrong is in the row too."""
     out = work / f"out-{os.getpid()}"
     shutil.rmtree(out, ignore_errors=True)
-    row: dict[str, Any] = asdict(case)
+    row: dict[str, Any] = asdict(case) | {"processor": describe_machine()["cpu"]}
     try:
         if case.tool == "memfit":
             ran = run(memfit_words(case, model, out, group=group, threads=threads), cwd=work)
@@ -173,13 +176,20 @@ def run_case(case: Case, model: Model, python: str, work: Path, *, group: int, t
         if ran.code:
             return row | {"error": "\n".join(ran.lines[-20:])}
         row |= memfit_found(out, ran) if case.tool == "memfit" else peer_found(out)
-        row["bits_per_weight"] = row["file_nbytes"] * 8 / model.weights
+        row |= rates(case.scope, model, row["file_nbytes"])
         words = [str(model.directory), str(model.windows), str(model.logits), str(threads), str(out)]
         return row | {"quality": judged(["compare", *words], work)}
     except RuntimeError as error:
         return row | {"error": str(error)}
     finally:
         shutil.rmtree(out, ignore_errors=True)
+
+
+def rates(scope: str, model: Model, nbytes: int) -> dict[str, float]:
+    """Bits a weight of the whole file, and of the weights that are meant alone: all others are in 16 bits."""
+    meant = model.in_blocks if scope == "layers" else model.weights
+    own = nbytes * 8 - 16 * (model.weights - meant)
+    return {"bits_per_weight": nbytes * 8 / model.weights, "bits_per_meant_weight": own / meant}
 
 
 def memfit_words(case: Case, model: Model, out: Path, *, group: int, threads: int) -> list[str]:

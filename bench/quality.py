@@ -33,7 +33,7 @@ OF_BEST_PEER = {8: 1.0, 4: 0.9, 3: 0.9, 2: 0.7}
 """At most this share of the best peer's divergence, by bits."""
 OF_PEERS_SECONDS = 0.5
 OF_OUR_BITS = 1.1
-"""A peer is at the same rate if its file has at most this share of memfit's bits a weight."""
+"""A peer is at the same rate if it takes at most this share of memfit's bits for each weight that is meant."""
 KEY = ("model", "scope", "bits", "tool", "algorithm")
 
 
@@ -116,15 +116,15 @@ def line_of(row: dict[str, Any]) -> str:
     perplexity = row["quality"]["perplexity"]
     return (
         f"{head} {mean:>10.3e} {low:>10.3e} {high:>10.3e} {'-' if perplexity is None else f'{perplexity:.2f}':>8} "
-        f"{row['bits_per_weight']:>6.3f} {row['seconds']:>8.1f} {row['cpu_seconds']:>8.1f} {row['wall_seconds']:>8.1f} "
-        f"{row['peak_nbytes'] / 2**20:>8.0f}M"
+        f"{row['bits_per_weight']:>6.3f} {row['bits_per_meant_weight']:>6.3f} {row['seconds']:>8.1f} "
+        f"{row['cpu_seconds']:>8.1f} {row['wall_seconds']:>8.1f} {row['peak_nbytes'] / 2**20:>8.0f}M"
     )
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     print(
         f"\n{'model':>7} {'scope':>6} {'bits':>4} {'tool':>14} {'algorithm':>11} {'KL, 1-cos':>10} {'from':>10} "
-        f"{'to':>10} {'ppl':>8} {'b/w':>6} {'seconds':>8} {'cpu':>8} {'wall':>8} {'peak':>9}"
+        f"{'to':>10} {'ppl':>8} {'b/w':>6} {'of it':>6} {'seconds':>8} {'cpu':>8} {'wall':>8} {'peak':>9}"
     )
     for row in sorted(rows, key=lambda row: (row["model"], row["scope"], -row["bits"])):
         print(line_of(row))
@@ -144,8 +144,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         where = f"{model}, {scope}, {bits} bits"
         best = min(ours, key=divergence)
-        allowed = OF_OUR_BITS * best["bits_per_weight"]
-        equals = [row for row in theirs if row["bits_per_weight"] <= allowed]
+        allowed = OF_OUR_BITS * best["bits_per_meant_weight"]
+        equals = [row for row in theirs if row["bits_per_meant_weight"] <= allowed]
         found += [same_algorithm(where, row, peer) for row in ours for peer in theirs if equal(row, peer)]
         if not equals:
             continue
@@ -177,7 +177,7 @@ def same_algorithm(where: str, row: dict[str, Any], peer: dict[str, Any]) -> dic
 
 
 def told(row: dict[str, Any]) -> str:
-    return f"{row['tool']} {row['algorithm']} {divergence(row)[0]:.3e} at {row['bits_per_weight']:.3f} bits"
+    return f"{row['tool']} {row['algorithm']} {divergence(row)[0]:.3e} at {row['bits_per_meant_weight']:.3f} bits"
 
 
 if __name__ == "__main__":

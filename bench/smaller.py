@@ -31,6 +31,7 @@ from _common import verdict, write_result  # noqa: E402
 from _measured import run  # noqa: E402
 from _probe import ANSWER as PROBED  # noqa: E402
 from _quality import EVALUATED, MODELS, Model, digest, judged, prepare  # noqa: E402
+from memfit.report.machine import describe_machine  # noqa: E402
 from quality import divergence  # noqa: E402
 
 TOKENS, WINDOWS = 512, 16
@@ -115,7 +116,7 @@ def run_case(case: Case, model: Model, data: Path | None, work: Path, threads: i
     """What became of the model, in a row; what went wrong is in the row too."""
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    row: dict[str, Any] = asdict(case)
+    row: dict[str, Any] = asdict(case) | {"processor": describe_machine()["cpu"]}
     try:
         ran = run(words_of(case, model, out, threads), cwd=work)
         row |= {"cpu_seconds": sum(stage.cpu_seconds for stage in ran.stages.values())}

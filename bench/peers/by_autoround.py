@@ -4,9 +4,12 @@ rtn: `auto-round-rtn`, no text. opt-rtn: `auto-round-opt-rtn`, scales weighted b
 200 steps of signed gradients for each block, symmetric; at 2 bits with `enable_alg_ext`, as it recommends. tuned-asym:
 the same, asymmetric. best: `auto-round-best`, 1000 steps.
 
+It runs on the processor, or on AUTOROUND_DEVICE; its times are that device's then.
+
 It rounds no tables outside of GGUF: a table of words goes through its function for weights, symmetric.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -32,7 +35,7 @@ def main() -> None:
     tokens = windows(case)
     options: dict[str, Any] = {
         "bits": case.bits, "group_size": case.group, "sym": symmetric, "iters": steps, "seqlen": tokens.shape[1],
-        "nsamples": len(tokens), "batch_size": 8, "device_map": "cpu",
+        "nsamples": len(tokens), "batch_size": 8, "device_map": os.environ.get("AUTOROUND_DEVICE", "cpu"),
     }  # fmt: skip
     if steps:
         options["enable_alg_ext"] = case.bits == 2 or case.algorithm == "best"
