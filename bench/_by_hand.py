@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 MASK_BITS = 1 / 16
 
@@ -18,10 +18,9 @@ MASK_BITS = 1 / 16
 def main() -> None:
     how, directory, out, fewer, threads = sys.argv[1:6]
     torch.set_num_threads(int(threads))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    except ValueError:
-        model = AutoModel.from_pretrained(directory, dtype=torch.float32)
+    causal = "CausalLM" in AutoConfig.from_pretrained(directory).architectures[0]
+    kind = AutoModelForCausalLM if causal else AutoModel
+    model = kind.from_pretrained(directory, dtype=torch.float32)
     share = int(fewer) / 100
     head = model.get_output_embeddings()
     for module in model.modules():

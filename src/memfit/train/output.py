@@ -19,7 +19,8 @@ from .away import here
 def write_model(
     model: nn.Module, out: OutputDirectory, *, source: Source | None = None, tokenizer: Any = None
 ) -> dict[str, str]:
-    """Write the model into `out`, tensor by tensor: no copy of it is made.
+    """Write the model into `out`, tensor by tensor: no copy of it is made, and of a model on a GPU
+    one tensor is copied at a time.
 
     Args:
         model: with adapters of memfit's: they alone are written.
@@ -39,7 +40,7 @@ def write_model(
     with Writer(out.path, specs) as writer:
         for name, tensor in tensors.items():
             with here((tensor,)):
-                writer.write(name, tensor.detach().contiguous())
+                writer.write(name, tensor.detach().cpu().contiguous())
     config = getattr(model, "config", None)
     if config is not None:
         data = json.loads(config.to_json_string(use_diff=True))
