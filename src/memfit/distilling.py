@@ -51,15 +51,9 @@ def check_teacher(distil: Distil, student: Student, text: str) -> None:
         text: some of what will be learned from: both must read it alike.
 
     Raises:
-        UsageError: they are of other kinds, vocabularies, tokenizers or classes, named both; or the student's weights
-            are packed.
+        UsageError: they are of other kinds, vocabularies, tokenizers or classes, named both.
         BrokenInput: the teacher is unsafe or broken.
     """
-    if student.source is not None and student.source.schemes:
-        raise UsageError(
-            f"{student.name}: its weights are packed (quantized, pruned, factored or shared), and packed weights are "
-            "not trained. Distil the model before it is fitted."
-        )
     teacher = open_source(distil.teacher)
     check(teacher)
     if teacher.checkpoint is None:

@@ -33,7 +33,7 @@ from memfit.plan.plan import Plan
 from memfit.planning import account_of, require_fit, uniform_plan
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.report import Report
-from memfit.source.check import check, check_dense
+from memfit.source.check import check_original
 from memfit.source.live import fake_copy
 from memfit.source.source import open_source
 from memfit.steps import (
@@ -158,8 +158,7 @@ def plan_to_run(
     """
     task = task or Infer()
     source = open_source(model)
-    check(source)
-    check_dense(source, "fitted again")
+    check_original(source, "fitted again")
     narrow = narrow_as_asked(narrow, given)
     if given is not None:
         study = Study(announced(source, narrow), task_of(given), allowed or allowed_by(given), device=device)
@@ -246,12 +245,7 @@ def fit(
     task = task or Infer()
     progress("reading the model's shapes")
     source = open_source(model)
-    check(source)
-    check_dense(source, "fitted again")
-    if source.checkpoint is None:
-        raise UsageError(
-            f"{source.name}: has a config and no weights. `plan` works on it; `fit` needs the weights."
-        )
+    check_original(source, "fitted again", needed_by="fit")
     target = Path(out) if out is not None else default_output(source)
     output = OutputDirectory(target, overwrite=overwrite)
     if max_kl is not None and not measure:

@@ -26,7 +26,7 @@ from memfit.limits import limited, runtime_nbytes_of
 from memfit.models import load_to_train, require_device
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.training import TrainReport, render_training_page
-from memfit.source.check import check, check_dense
+from memfit.source.check import check_original
 from memfit.source.live import fake_copy
 from memfit.source.source import Source, open_source
 from memfit.technique.distil import Distil
@@ -202,7 +202,7 @@ def train(
         if not (run / ASKED).exists():
             asked = {
                 "budget": str(budget), "full": not adapters, "adapters": not full, "slowdown": slowdown,
-                "schedule": options.schedule, "warmup": options.warmup, "all_steps": steps,
+                "schedule": options.schedule, "warmup": options.warmup, "steps": steps,
             }  # fmt: skip
             (run / ASKED).write_text(json.dumps(asked), encoding="utf-8")
     learned: Data = batches
@@ -287,12 +287,7 @@ class Subject:
         if isinstance(model, nn.Module):
             return cls._of_module(model, tokenizer)
         source = open_source(model)
-        check(source)
-        check_dense(source, "trained")
-        if source.checkpoint is None:
-            raise UsageError(
-                f"{source.name}: has a config and no weights. `plan` works on it; `train` needs the weights."
-            )
+        check_original(source, "trained", needed_by="train")
 
         def make(recipe: Recipe, directory: str | None = None, device: str = "cpu") -> nn.Module:
             return load_to_train(source, recipe, directory=directory, device=device)
@@ -410,7 +405,7 @@ def _steps(options: Options, batches: int, asked: Path) -> int:
         UsageError: others are asked for: the learning rate of each step depends on how many there are.
     """
     wanted = options.steps or max(1, round(options.epochs * batches))
-    begun = json.loads(asked.read_text(encoding="utf-8")).get("all_steps") if asked.is_file() else None
+    begun = json.loads(asked.read_text(encoding="utf-8")).get("steps") if asked.is_file() else None
     if begun is None:
         return wanted
     if wanted != begun and (options.steps, options.epochs) != (None, Options.epochs):

@@ -16,11 +16,10 @@ from memfit.account.dry_run import dry_run
 from memfit.account.meter import Meter
 from memfit.data.batches import batches_of
 from memfit.data.read import read_data
-from memfit.distilling import Student, asking_within, check_teacher, plan_with_teacher
+from memfit.distilling import asking_within, plan_with_teacher
 from memfit.errors import BrokenInput, DoesNotFit, Interrupted, UsageError
 from memfit.jobs import JOBS
 from memfit.models import load_model
-from memfit.packed.scheme import Scheme
 from memfit.source.source import open_source
 from memfit.technique.distil import Distil, top_of
 from memfit.train.distil import IDS, LOG_PROBS, REST, Teacher
@@ -357,13 +356,6 @@ def test_teachers_that_do_not_suit_are_refused(model, teacher, text, make_llama,
         "student's layers have 4 heads and the teacher's 2", match=("attention",),
     )  # fmt: skip
     refused(model, text, tmp_path, tmp_path / "nowhere", "nowhere", error=memfit.MemfitError)
-
-
-def test_quantized_students_are_refused(teacher):
-    packed = SimpleNamespace(schemes={"model.layers.0.mlp.up_proj": Scheme(bits=4, group=32)})
-    student = Student(name="fitted", kind="causal", tokenizer=None, vocabulary=4096, source=packed)
-    with pytest.raises(UsageError, match=r"fitted: its weights are packed .* before it is fitted"):
-        check_teacher(Distil(teacher=str(teacher)), student, "text")
 
 
 def test_a_loss_of_ones_own_has_nothing_to_distil_into(model, teacher, text, tmp_path):

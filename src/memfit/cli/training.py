@@ -222,7 +222,6 @@ def _refuse_other_settings(context: typer.Context, out: Path) -> None:
     asked = file.with_name(ASKED)
     if asked.is_file():
         known |= json.loads(asked.read_text(encoding="utf-8"))
-    known.pop("all_steps", None)  # `train` itself knows how many epochs they are
     for name, before in known.items():
         now = context.params[name]
         if said(context, name) and now != before:

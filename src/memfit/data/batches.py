@@ -83,7 +83,7 @@ class Batches:
         self.rows, self.name, self.kind, self.size, self.seed = rows, name, kind, batch, seed
         self.shuffle, self.vocabulary = shuffle, vocabulary
         whole, left = divmod(len(rows), batch)
-        drop = left and shuffle and rows.packed and whole
+        drop = left and shuffle and rows.packed  # of fewer rows than a batch nothing is made: see `batches_of`
         self.count = whole + (1 if left and not drop else 0)
         told = list(notes)
         if drop:

@@ -16,12 +16,26 @@ from memfit.source.quantized import QuantizedCheckpoint
 from memfit.source.source import PACKED_PARTS, Source
 
 
-def check_dense(source: Source, what: str) -> None:
-    """Raise UsageError if weights of `source` are packed: they are not `what`, such as "trained"."""
+def check_original(source: Source, what: str, *, needed_by: str | None = None) -> None:
+    """`check`, and whether the model can be changed.
+
+    Args:
+        what: what its weights are to be, such as "trained".
+        needed_by: the command that needs weights; None: a config will do.
+
+    Raises:
+        BrokenInput: see `check`.
+        UsageError: its weights are packed, or not there.
+    """
+    check(source)
     if source.schemes:
         raise UsageError(
             f"{source.name}: its weights are packed (quantized, pruned, factored or shared), and packed weights are "
             f"not {what}. Give the model that it was made from."
+        )
+    if needed_by is not None and source.checkpoint is None:
+        raise UsageError(
+            f"{source.name}: has a config and no weights. `plan` works on it; `{needed_by}` needs the weights."
         )
 
 
