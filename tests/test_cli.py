@@ -171,6 +171,24 @@ def test_what_values_cannot_hold_is_told_with_the_next_move(memfit, model, words
     assert code == 2 and not out and told in " ".join(err.split())
 
 
+@pytest.mark.parametrize(("words", "told"), [
+    (("--sparsity", "half"), "--sparsity 'half': write the share that goes, as 0.5 or 50%"),
+    (("--sparsity", "100%"), "sparsity must be 0 or more and less than 1, got 1.0"),
+    (("--algorithm", "svd"), "--algorithm svd: prune has magnitude, wanda, sparsegpt"),
+    ((), "give --sparsity, as 0.5, or --pattern"),
+])  # fmt: skip
+def test_what_pruning_is_told_wrongly_is_told_with_the_next_move(memfit, model, words, told):
+    code, out, err = memfit("fit", model, "--technique", "prune", *words)
+    assert code == 2 and not out and told in " ".join(err.split())
+
+
+def test_a_sparsity_may_be_a_share_in_percent(memfit, model):
+    words = ("--technique", "prune", "--sparsity", "50%", "--dry-run", "--json", "-q")
+    code, out, err = memfit("fit", model, *SMALL, *words)
+    assert code == 0, err
+    assert {choice["scheme"]["sparsity"] for choice in json.loads(out)["choices"] if choice["scheme"]} == {0.5}
+
+
 def test_one_kind_of_values_for_everything(memfit, model):
     words = ("--technique", "quantize", "--values", "codebook", "--bits", "3", "--dry-run", "--json", "-q")
     code, out, err = memfit("fit", model, *SMALL, *words)

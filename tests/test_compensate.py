@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from memfit.account.watch import Unwatched
 from memfit.calibrate.collect import arguments_of
 from memfit.compensate import Thrift, compensate
+from memfit.errors import UsageError
 from memfit.format.integers import Integers
 from memfit.models import load_model
 from memfit.packed.scheme import Scheme
@@ -210,3 +212,12 @@ def test_sparing_memory_changes_no_byte(name: str, tmp_path: Path, one_thread) -
     chosen(source, schemes, tmp_path / "plain")
     chosen(source, schemes, tmp_path / "spared", hold=False, spill=True, wait=False, rows=16)
     assert digest(tmp_path / "plain") == digest(tmp_path / "spared")
+
+
+def test_a_layer_that_the_text_tells_nothing_is_named(tmp_path: Path) -> None:
+    source = made("llama", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.embed_tokens.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}, file)
+    with pytest.raises(UsageError, match=r"layers.0.self_attn.q_proj: the Hessian is 0"):
+        chosen(open_source(tmp_path / "model"), layers_of(source), tmp_path / "out")

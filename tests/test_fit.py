@@ -335,7 +335,9 @@ def test_gptq_is_what_a_text_brings_and_is_predicted_and_told(fitted, model, pla
     assert plain.rounding is None and schemes[0] == schemes[1], "prices are another's: what GPTQ will make costs less"
     assert report.quality.kl < 1.05 * plain.quality.kl  # of a model by chance; see test_compensate for its gain
     with pytest.raises(memfit.UsageError, match="GPTQ chooses integers for a text"):
-        memfit.fit(model, out=tmp_path / "other", given=plan, algorithm="gptq")
+        memfit.fit(model, out=tmp_path / "other", given=plan, algorithm="sparsegpt")
+    with pytest.raises(memfit.UsageError, match="no algorithm is called 'best': take one of rtn, search"):
+        memfit.fit(model, out=tmp_path / "other", given=plan, algorithm="best")
 
 
 def test_one_setting_for_everything_is_rounding_as_anyone_would(model, tmp_path):

@@ -20,7 +20,7 @@ TEXTS = {".py", ".md", ".toml", ".html", ".txt", ".json", ".cfg", ".sh", ""}
 PUBLIC = (
     "Account", "Adapters", "Allowed", "BrokenInput", "Distil", "DoesNotFit", "Entry", "Hyper", "Infer",
     "Interrupted", "LossNotFinite", "MemfitError", "Narrow",
-    "Options", "OverBudget", "Phase", "Plan", "QualityMissed", "Recipe", "Report", "Text",
+    "Options", "OverBudget", "Phase", "Plan", "QualityMissed", "Recipe", "Report", "Sparse", "Text",
     "Train", "TrainPlan", "TrainStep", "UsageError",
     "account", "compare", "evaluate", "fit", "load", "measure", "plain_training", "plan",
     "train", "train_step",

@@ -32,6 +32,7 @@ from memfit.errors import (
 )
 from memfit.fit import Text, account, fit, load, plan
 from memfit.measuring import evaluate, measure
+from memfit.packed.forms import Sparse
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
 from memfit.report.report import Report
@@ -68,6 +69,7 @@ __all__ = [
     "QualityMissed",
     "Recipe",
     "Report",
+    "Sparse",
     "Text",
     "Train",
     "TrainPlan",

@@ -35,6 +35,7 @@ from memfit.calibrate.runs import AllDone, Call, Run, another, shape_alone
 from memfit.calibrate.spill import Spill
 from memfit.calibrate.stream import Streamed
 from memfit.calibrate.versions import Versions
+from memfit.errors import UsageError
 from memfit.format.integers import Integers
 from memfit.packed.fake import blocks_to_run, is_fake, repeated
 from memfit.packed.forms import Form, LowRank, Narrow, basis_of, like_of, output_of
@@ -102,7 +103,7 @@ def compensate(
         tuning: how each block's layers learn together, once they are chosen; None: they do not.
 
     Raises:
-        ValueError: a layer whose inputs are not finite, or all 0.
+        UsageError: a layer whose inputs are not finite, or all 0: it is named.
     """
     thrift = thrift or Thrift()
     if thrift.spill and scratch is None:
@@ -224,7 +225,10 @@ def _choose(
         if not stage:
             continue
         order = order_of(schemes[stage[0]], hessian)
-        made = factor(hessian, damping=damping, overwrite=True, order=order)
+        try:
+            made = factor(hessian, damping=damping, overwrite=True, order=order)
+        except ValueError as error:
+            raise UsageError(f"{stage[0]}: {error}") from error
         del hessian
         owners = {owner for name in stage if (owner := basis_of(schemes[name])) is not None}
         together: dict[str, dict[str, Member]] = {owner: {} for owner in sorted(owners)}

@@ -38,7 +38,7 @@ from memfit.source.live import fake_copy
 from memfit.source.source import open_source
 from memfit.steps import (
     BY_TEXT,
-    Algorithm,
+    algorithm_of,
     asked_plainly,
     calibration_job,
     calibration_key,
@@ -199,7 +199,7 @@ def fit(
     narrow: Narrow | None = None,
     beside: str | Path | None = None,
     learned: str | None = None,
-    algorithm: Algorithm | None = None,
+    algorithm: str | None = None,
     enforce: bool = False,
     overwrite: bool = False,
     max_kl: float | None = None,
@@ -225,6 +225,7 @@ def fit(
         algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
             loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text;
             `tuned`: and each block then learns on it, in some five times the time.
+            Pruning calls them `magnitude`, `wanda`, `sparsegpt`, factors `svd`, `scaled`, `whitened`.
             Default: `gptq` where there is a text, else `search`.
         enforce: measure under a hard limit of the budget; more memory is refused by the system.
         max_kl: the quality gate, nats a token.
@@ -266,23 +267,20 @@ def fit(
             given = uniform_plan(study, nbytes)
         else:
             require_fit(study, nbytes)
-    algorithm = algorithm or ("search" if texts is None else "gptq")
-    if algorithm in BY_TEXT and texts is None:
-        how = f"GPTQ chooses integers for a text (--algorithm {algorithm})"
-        raise UsageError(f"{how}, and there is none. Give one (--text FILE).")
-    key = calibration_key(study, texts, threads, algorithm)
+    by = algorithm_of(algorithm, text=texts is not None)
+    key = calibration_key(study, texts, threads, by)
     key |= {"asked": [ram_nbytes, measure], "narrow": narrow and asdict(narrow)}
     key |= {} if beside is None else {"beside": str(beside)}
     work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work, Process() as process:
-        job = calibration_job(study, texts, work.path, reference=measure, threads=threads, algorithm=algorithm)
+        job = calibration_job(study, texts, work.path, reference=measure, threads=threads, algorithm=by)
         job |= {} if beside is None else {"beside": str(beside)}
         cap = None
         if ram_nbytes is None:
-            job = asked_plainly(job, study, given, algorithm, uniform=uniform)
+            job = asked_plainly(job, study, given, by, uniform=uniform)
         else:
             progress("finding out what fits in the cap")
-            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, algorithm, uniform=uniform)
+            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, by, uniform=uniform)
         jobs: dict[str, Any] = {}
         narrowing = None
         if narrow is not None:
@@ -310,19 +308,19 @@ def fit(
         predicted = Account.from_json(dict(chosen.predicted or {}))
         progress("predicting the fitting itself")
         if cap is not None:
-            predicted_fit = keep_as_planned(work, cap, source, chosen, job, algorithm)
+            predicted_fit = keep_as_planned(work, cap, source, chosen, job, by)
         else:
-            predicted_fit = with_narrowing(predict_fit(source, chosen, job, algorithm=algorithm), narrowing)
+            predicted_fit = with_narrowing(predict_fit(source, chosen, job, algorithm=by), narrowing)
         chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
         jobs |= {"calibrate": calibrated} if "account" in calibrated else {}
         integers, rounding = None, None
-        if algorithm in BY_TEXT:
+        if by in BY_TEXT:
             progress("choosing what is stored, block by block")
-            choosing = choosing_job(chosen, job, algorithm=algorithm) | ({} if cap is None else cap.told("choose"))
+            choosing = choosing_job(chosen, job, algorithm=by) | ({} if cap is None else cap.told("choose"))
             jobs["choose"] = found = run_job(choosing, process=process)
-            integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"], algorithm)
+            integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"], by)
         progress("compressing")
-        compressing = compression_job(chosen, job, integers=integers, algorithm=algorithm)
+        compressing = compression_job(chosen, job, integers=integers, algorithm=by)
         compressing |= {} if cap is None else cap.told("compress")
         jobs["compress"] = compressed = run_job(compressing, process=process)
         process.end()

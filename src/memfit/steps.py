@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast, get_args
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -25,6 +25,7 @@ from memfit.account.structure import stacked_blocks
 from memfit.calibrate.statistics import Statistics
 from memfit.compensate import Thrift
 from memfit.compress import Calibrated, asked_of, calibrate, choose_integers, compress
+from memfit.errors import UsageError
 from memfit.format.companions import save_companions
 from memfit.format.directory import OutputDirectory
 from memfit.format.gguf import write_gguf
@@ -47,8 +48,28 @@ from memfit.text import Text, write_windows
 Algorithm = Literal["rtn", "search", "gptq", "tuned"]
 """How integers are chosen: each weight to the nearest of the usual scale, of the searched one, making up for errors
 before it, or learning from there with all of its block."""
+CALLED: Final = {
+    "magnitude": "rtn", "wanda": "search", "sparsegpt": "gptq", "svd": "rtn", "scaled": "search", "whitened": "gptq",
+}  # fmt: skip
+"""Names that pruning and factors have for them: by the weights alone, by the sizes of inputs, making up for errors."""
 BY_TEXT: Final = ("gptq", "tuned")
 """What goes through the text block by block, to choose integers."""
+
+
+def algorithm_of(name: str | None, *, text: bool) -> Algorithm:
+    """The algorithm that a name means; by default what the most is known for.
+
+    Raises:
+        UsageError: there is none of this name, or it needs a text.
+    """
+    found = CALLED.get(name, name) if name is not None else "gptq" if text else "search"
+    if found not in get_args(Algorithm):
+        raise UsageError(f"no algorithm is called {name!r}: take one of {', '.join([*get_args(Algorithm), *CALLED])}")
+    if found in BY_TEXT and not text:
+        raise UsageError(
+            f"GPTQ chooses integers for a text (--algorithm {name}), and there is none. Give one (--text FILE)."
+        )
+    return cast(Algorithm, found)
 
 
 def calibration_key(study: Study, text: Text | None, threads: int, algorithm: Algorithm) -> dict[str, Any]:

@@ -48,3 +48,15 @@ def test_compare_lists_phases_kinds_entries_and_resident() -> None:
     assert lines["kind parameter"].predicted_nbytes == 200
     assert lines["entry parameter a bfloat16"].measured_nbytes == 100
     assert lines["resident"].error == 1.0
+
+
+def test_what_a_measurement_cannot_tell_apart_is_compared_as_one() -> None:
+    def of(**alive: int) -> Account:
+        nbytes = sum(alive.values())
+        return Account(phases=(Phase(name="load", peak_nbytes=nbytes, end_nbytes=nbytes, alive=alive),), entries=())
+
+    told, found = of(parameter=9, activation=2, temporary=3), of(parameter=9, activation=5)
+    lines = {line.what: line for line in compare(told, found)}
+    assert set(lines) == {"phase load", "kind parameter", "kind activation, temporary"}
+    assert lines["kind activation, temporary"].error == 0
+    assert "kind temporary" in {line.what for line in compare(of(temporary=3), of(temporary=2))}

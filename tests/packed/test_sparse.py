@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -83,6 +83,7 @@ def test_bytes_are_those_of_the_form_and_less_than_dense(form: Sparse) -> None:
 def test_any_shape_and_sparsity_round_trips(pattern: str, bands: int, across: int, percent: int, seed: int) -> None:
     form = Sparse(pattern=pattern, sparsity=0.5 if pattern == "2:4" else min(percent, 99) / 100)  # type: ignore[arg-type]
     shape = (bands * 16 if pattern == "blocks" else bands, across * (16 if pattern == "blocks" else 8))
+    assume(form.kept(shape[1]))
     store, dense = filled(form, shape, seed)
     assert torch.equal(store.dense_rows(0, shape[0]), dense)
     if pattern != "blocks":
@@ -248,3 +249,17 @@ def test_fakes_go_the_same_way(form: Sparse) -> None:
         assert store.matmul(torch.empty(2, 5, 160, dtype=torch.bfloat16)).shape == (2, 5, 144)
         assert store.rows(torch.zeros(2, 3, dtype=torch.long)).shape == (2, 3, 160)
         assert store.dense_rows(16, 64).shape == (48, 160)
+
+
+@pytest.mark.parametrize(
+    ("form", "inputs"), [(Sparse(sparsity=0.999), 256), (Sparse(sparsity=0.9, pattern="blocks"), 64)]
+)
+def test_what_would_keep_nothing_is_told_beforehand(form: Sparse, inputs: int) -> None:
+    assert "keeps none" in str(form.why_not((64, inputs)))
+    assert form.why_not((64, 16 * inputs)) is None
+
+
+@pytest.mark.parametrize("sparsity", ["half", None, -0.1, 1.0, float("nan")])
+def test_a_sparsity_that_is_no_share_is_told(sparsity) -> None:
+    with pytest.raises(ValueError, match="sparsity must be 0 or more and less than 1"):
+        Sparse(sparsity=sparsity)

@@ -22,6 +22,7 @@ from memfit.report import (
 )
 from memfit.report.card import is_hub_id
 from memfit.report.choices import ranges, rows
+from memfit.report.techniques import technique_rows
 
 MiB = 2**20
 
@@ -203,7 +204,7 @@ def test_the_page_is_whole_escaped_and_needs_nothing_outside_itself(changes: dic
     assert "url(" not in html and "@import" not in html
     assert "<b>someone</b>" not in html and "&lt;b&gt;someone&lt;/b&gt;" in html
     assert html == render_page(report(**changes, fronts=lines))
-    assert "<quantize>" not in html and "prune is dominated by &lt;quantize&gt;." in html
+    assert "<quantize>" not in html and "<td>&lt;quantize&gt;</td>" in html
     assert html.count("polyline") == 2 and html.count("circle class") == 6 + (report(**changes).quality is not None)
 
 
@@ -236,3 +237,27 @@ def test_the_machine_and_versions_are_json() -> None:
     json.dumps([machine, versions], allow_nan=False)
     assert machine["memory_nbytes"] > 0 and machine["cpu"]
     assert {"memfit", "torch", "transformers"} <= versions.keys()
+
+
+def test_each_technique_alone_stands_beside_those_allowed_together() -> None:
+    points = [{"nbytes": n * MiB, "kl": 1 / n} for n in (50, 75, 120)]
+    lines = {
+        "quantize": {"points": points, "dominated_by": None},
+        "prune": {"points": [{"nbytes": 101 * MiB, "kl": 2.0}], "dominated_by": "quantize"},
+    }
+    assert technique_rows(report(fronts=lines)) == [
+        ("quantize", "50.00 MiB", "0.02", "75.00 MiB", "0.013", ""),
+        ("prune", "101.00 MiB", "2", "does not fit", "", "quantize"),
+    ]
+    assert technique_rows(report(fronts={"quantize": lines["quantize"]})) == []
+    said = text_of(render_report(report(fronts=lines)))
+    assert "alone dominated by" in said and "does not fit" in said
+
+
+def test_a_divergence_far_above_the_expected_one_is_told() -> None:
+    def said(expected: float, **more: Any) -> str:
+        return text_of(render_report(report(plan=PLAN | {"expected_kl": expected} | more)))
+
+    assert "Expected was 0.001: what each choice costs alone, added up." in said(0.001)
+    assert "beside the narrower model" in said(0.001, narrowed={"channels": 0.7, "kept": {}, "kl": None})
+    assert "Expected was" not in said(0.009)

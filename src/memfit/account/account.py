@@ -1,8 +1,8 @@
 """The account: who holds which bytes, when. A value; predictions and measurements share it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Kind = Literal[
     "parameter",
@@ -142,6 +142,13 @@ class Difference:
         return (self.predicted_nbytes - self.measured_nbytes) / self.measured_nbytes
 
 
+_BOTH: Final = ("activation", "temporary")
+
+
+def _without(kinds: Mapping[str, int]) -> dict[str, int]:
+    return {kind: nbytes for kind, nbytes in kinds.items() if kind not in _BOTH}
+
+
 def compare(predicted: Account, measured: Account) -> tuple[Difference, ...]:
     """Predicted beside measured: each phase both have, each kind at the peak, then the resident peak."""
     lines = [
@@ -150,14 +157,14 @@ def compare(predicted: Account, measured: Account) -> tuple[Difference, ...]:
         for m in measured.phases
         if p.name == m.name
     ]
-    kinds = sorted(set(predicted.peak.alive) | set(measured.peak.alive))
+    told, found = dict(predicted.peak.alive), dict(measured.peak.alive)
+    if "temporary" in told and "temporary" not in found:
+        # An allocator's events do not say whether a block is an operator's own.
+        both = f"{_BOTH[0]}, {_BOTH[1]}"
+        told, found = ({**_without(kinds), both: sum(kinds.get(kind, 0) for kind in _BOTH)} for kinds in (told, found))
     lines += [
-        Difference(
-            what=f"kind {kind}",
-            predicted_nbytes=predicted.peak.alive.get(kind, 0),
-            measured_nbytes=measured.peak.alive.get(kind, 0),
-        )
-        for kind in kinds
+        Difference(what=f"kind {kind}", predicted_nbytes=told.get(kind, 0), measured_nbytes=found.get(kind, 0))
+        for kind in sorted(told.keys() | found.keys())
     ]
     lines += _entries_side_by_side(predicted.entries, measured.entries)
     if predicted.resident_nbytes is not None and measured.resident_nbytes is not None:

@@ -56,28 +56,23 @@ def require_one_setting(bits: str, groups: str | None, kv_bits: str, values: str
 
 ALGORITHMS: Final = {
     "quantize": ("rtn", "search", "gptq", "tuned"),
-    "prune": {"magnitude": "rtn", "wanda": "search", "sparsegpt": "gptq"},
-    "low-rank": {"svd": "rtn", "scaled": "search", "whitened": "gptq"},
-    "share": {"svd": "rtn", "scaled": "search", "whitened": "gptq"},
+    "prune": ("magnitude", "wanda", "sparsegpt"),
+    "low-rank": ("svd", "scaled", "whitened"),
+    "share": ("svd", "scaled", "whitened"),
 }
 """By technique, names of how it decides: by the weights alone, by what their inputs are on a text, making up for errors
 on it."""
 
 
-def algorithm_of(name: str | None, techniques: Iterable[str]) -> str | None:
-    """The algorithm that a name means, of one that some technique has."""
-    if name is None:
-        return None
+def require_algorithm(name: str | None, techniques: Iterable[str]) -> None:
+    """Refuse an algorithm that none of the techniques has."""
     techniques = tuple(techniques)
-    for technique in techniques:
-        known = ALGORITHMS[technique]
-        if name in known:
-            return known[name] if isinstance(known, dict) else name
-    known_names = [word for technique in techniques for word in ALGORITHMS[technique]]
-    raise UsageError(f"--algorithm {name}: {' and '.join(techniques)} has {', '.join(known_names)}. Take one of these.")
+    known = [word for technique in techniques for word in ALGORITHMS[technique]]
+    if name is not None and name not in known:
+        raise UsageError(f"--algorithm {name}: {' and '.join(techniques)} has {', '.join(known)}. Take one of these.")
 
 
-def setting_of(technique: str, sparsity: float | None, pattern: str | None, rank: str | None) -> dict[str, Any]:
+def setting_of(technique: str, sparsity: str | None, pattern: str | None, rank: str | None) -> dict[str, Any]:
     """What `Allowed` is told of a technique that is no quantization, in one setting."""
     from memfit.packed.forms import Sparse
 
@@ -87,7 +82,7 @@ def setting_of(technique: str, sparsity: float | None, pattern: str | None, rank
                 "--technique prune has one setting: give --sparsity, as 0.5, or --pattern, 2:4 or blocks (half goes)."
             )
         try:
-            form = Sparse(pattern=pattern or "any", sparsity=0.5 if sparsity is None else sparsity)  # type: ignore[arg-type]
+            form = Sparse(pattern=pattern or "any", sparsity=0.5 if sparsity is None else _share(sparsity))  # type: ignore[arg-type]
         except ValueError as error:
             raise UsageError(f"--technique prune: {error}.") from error
         return {"sparse": (form,)}
@@ -95,6 +90,13 @@ def setting_of(technique: str, sparsity: float | None, pattern: str | None, rank
         how = "give --rank, a number, or a share of the bytes as 80%"
         raise UsageError(f"--technique {technique} has one setting: {how}.")
     return {"ranks": (_rank(rank),), "residual_ranks": ()}
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise ValueError(f"--sparsity {text!r}: write the share that goes, as 0.5 or 50%") from error
 
 
 def _rank(text: str) -> int | float:

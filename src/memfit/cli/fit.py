@@ -42,11 +42,11 @@ from .app import (
 )
 from .choosing import (
     ALGORITHMS,
-    algorithm_of,
     allowed_by,
     bits_of,
     narrow_by,
     narrows_alone,
+    require_algorithm,
     require_one_setting,
     setting_of,
 )
@@ -97,7 +97,8 @@ def fit(
         ),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Of --technique prune: the share of weights that go.", show_default=False)
+        str | None,
+        typer.Option(help="Of --technique prune: the share of weights that go, as 0.5 or 50%.", show_default=False),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -210,10 +211,13 @@ def fit(
         # What ONNX Runtime has; another width that is asked for is refused by name.
         bits, kv_bits = bits if said(context, "bits") else "8,4,2", kv_bits if said(context, "kv_bits") else "16"
     settings = (bits, groups, kv_bits, keep, asymmetric, values, activations, smooth)
+    searched = allow if technique is None else "quantize" if technique is Technique.narrow else technique.value
+    known = searched.split(",") if given is None else ALGORITHMS
+    require_algorithm(algorithm and algorithm.value, known)
     setting = _setting(context, technique, allow, sparsity, pattern, rank)
-    allow = allow if technique is None else "quantize" if technique is Technique.narrow else technique.value
-    allowed = allowed_by(context, *settings, allow=allow, setting=setting, uniform=uniform) if given is None else None
-    known = allow.split(",") if given is None else ALGORITHMS
+    allowed = None
+    if given is None:
+        allowed = allowed_by(context, *settings, allow=searched, setting=setting, uniform=uniform)
     if form == ONNX:
         require_widths(allowed, given)
     asked: dict[str, Any] = {
@@ -231,7 +235,7 @@ def fit(
             show(render_plan(made.to_json()))
         return
     how = asked | {
-        "algorithm": algorithm_of(algorithm and algorithm.value, known), "overwrite": overwrite, "max_kl": max_kl,
+        "algorithm": algorithm and algorithm.value, "overwrite": overwrite, "max_kl": max_kl,
         "enforce": enforce, "ram": ram, "measure": measure, "resume": resume, "threads": threads,
     }  # fmt: skip
     lines: list[str] = []
@@ -265,7 +269,7 @@ def fit(
 
 
 def _setting(
-    context: typer.Context, technique: Technique | None, allow: str, sparsity: float | None, pattern: str | None,
+    context: typer.Context, technique: Technique | None, allow: str, sparsity: str | None, pattern: str | None,
     rank: str | None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """What one setting of a technique that is no quantization says; None of others."""

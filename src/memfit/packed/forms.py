@@ -43,8 +43,8 @@ class Sparse:
     def __post_init__(self) -> None:
         if self.pattern not in get_args(Pattern):
             raise ValueError(f"pattern must be one of {', '.join(get_args(Pattern))}, got {self.pattern!r}")
-        if not 0.0 <= self.sparsity < 1.0:
-            raise ValueError(f"sparsity must be 0 or more and less than 1, got {self.sparsity}")
+        if not isinstance(self.sparsity, int | float) or not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"sparsity must be 0 or more and less than 1, got {self.sparsity!r}")
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise ValueError(f"of 2:4 exactly half is gone, got a sparsity of {self.sparsity}: give 0.5, or none")
 
@@ -75,6 +75,8 @@ class Sparse:
             return f"{rows} x {inputs} is not made of blocks of {BLOCK[0]} x {BLOCK[1]}"
         if inputs % 8:
             return f"{inputs} inputs are not a multiple of 8, so rows of the mask would not end on a byte"
+        if not self.kept(inputs):
+            return f"of {inputs} inputs a sparsity of {self.sparsity:g} keeps none"
         return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:

@@ -32,7 +32,7 @@ def model_card(
         _front_matter(base_model, license, pipeline_tag, own=_own(report), narrowed=bool(_narrowed(report))),
         f"# {name}, made to fit by memfit",
         _summary(report, name),
-        _OWN_USE if _own(report) else _how_to_load(auto_class),
+        _OWN_USE if _own(report) else _how_to_load(auto_class, packed=any(c.get("scheme") for c in report.choices)),
         _plan(report),
         _comparison(report),
         _figures(report),
@@ -118,10 +118,11 @@ def _summary(report: Report, name: str) -> str:
     return text + "."
 
 
-def _how_to_load(auto_class: str) -> str:
+def _how_to_load(auto_class: str, *, packed: bool) -> str:
+    needed = "transformers and compressed-tensors" if packed else "transformers"
     return f"""## Use
 
-With transformers and compressed-tensors (`pip install transformers compressed-tensors`):
+With {needed} (`pip install {needed.replace(" and", "")}`):
 
 ```python
 from transformers import {auto_class}, AutoTokenizer
@@ -204,7 +205,8 @@ def _made_with(report: Report) -> str:
     if not versions:
         return ""
     machine = report.machine.get("cpu")
-    return f"Made with {versions}" + (f" on {machine}." if machine else ".") + " `plan.json` makes it again."
+    again = "`memfit fit --plan plan.json` makes it again, on the same text with the same `--algorithm`."
+    return f"Made with {versions}" + (f" on {machine}. " if machine else ". ") + again
 
 
 def _cell(text: str) -> str:

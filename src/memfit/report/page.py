@@ -9,6 +9,7 @@ from memfit.account.account import Account
 from memfit.report.choices import rows
 from memfit.report.drawing import bars_at_peak, fronts, strip_of_bits
 from memfit.report.report import Report
+from memfit.report.techniques import HEAD, technique_rows
 from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
 from memfit.units import format_size
 
@@ -45,7 +46,8 @@ def render_page(report: Report) -> str:
         quality=quality_lines(report.quality) if report.quality else [],
         speed=speed_lines(report.speed, report.speed_original) if report.speed else [],
         front=Markup(_fronts(report)) if report.fronts else "",
-        dominated={name: line["dominated_by"] for name, line in report.fronts.items() if line["dominated_by"]},
+        techniques=technique_rows(report),
+        techniques_head=HEAD,
     )
 
 

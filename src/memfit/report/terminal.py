@@ -12,6 +12,7 @@ from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.report.choices import narrowed_line, rows, smoothed_line
 from memfit.report.report import Report
+from memfit.report.techniques import HEAD, technique_rows
 from memfit.units import format_size
 
 _BAR: Final = 24
@@ -208,10 +209,15 @@ def render_report(report: Report) -> RenderableType:
         parts += [Text(), render_quality(report.quality)]
     elif report.ram is not None and report.measured is not None:
         parts += [Text(), Text("Quality: not judged; the original cannot be asked within the cap. See `memfit eval`.")]
-    worse = [(name, line["dominated_by"]) for name, line in report.fronts.items() if line["dominated_by"]]
-    if worse:
-        told = "; ".join(f"{name} by {better}" for name, better in worse)
-        parts += [Text(), Text(f"Dominated at every budget, as far as is expected: {told}.")]
+    if (expected := _expected_line(report)) is not None:
+        parts.append(Text(expected, style="dim"))
+    if found := technique_rows(report):
+        table = _table("Each technique alone, and those allowed together")
+        for name in HEAD:
+            table.add_column(name, justify="left" if name in (HEAD[0], HEAD[-1]) else "right")
+        for row in found:
+            table.add_row(*row)
+        parts += [Text(), table]
     if report.speed is not None:
         table = _table("Speed", header=False)
         for name, text in speed_lines(report.speed, report.speed_original):
@@ -221,6 +227,15 @@ def render_report(report: Report) -> RenderableType:
         kernels = ", ".join(f"{name} ({count})" for name, count in sorted(report.kernels.items()))
         parts += [Text(), Text(f"Kernels: {kernels}", style="dim")]
     return Group(*parts)
+
+
+def _expected_line(report: Report) -> str | None:
+    """Beside a divergence that is far above what was expected: what the expected one is."""
+    expected, quality = (report.plan or {}).get("expected_kl"), report.quality
+    if not expected or quality is None or quality.kl is None or quality.kl < 2 * expected:
+        return None
+    beside = ", beside the narrower model" if (report.plan or {}).get("narrowed") else ""
+    return f"Expected was {expected:.2g}: what each choice costs alone{beside}, added up."
 
 
 def _render_ram(ram: Mapping[str, Any]) -> RenderableType:

@@ -71,7 +71,8 @@ def lines_of(report: TrainReport) -> list[tuple[str, str]]:
         found.append(("loss", f"{report.losses[0]:.4f} at the first step, {report.losses[-1]:.4f} at the last"))
     if report.scores:
         last = report.scores[-1]
-        found += [(name, f"{value:.4f}") for name, value in last.items() if name not in ("step", "score", "loss")]
+        told = [(name, value) for name, value in last.items() if name not in ("step", "score", "loss")]
+        found += [(f"held-out {name}", f"{value:.4f}") for name, value in told]
         found.append(("held-out loss", f"{last['loss']:.4f}"))
     if report.classification is not None:
         low, high = report.classification["accuracy_interval"]

@@ -122,7 +122,10 @@ def factor(
     dead = diagonal == 0
     mean = diagonal.mean()
     if real and not bool(mean > 0):
-        raise ValueError("the Hessian is 0: no input was ever anything else. Calibrate on other text.")
+        raise ValueError(
+            "the Hessian is 0: no input was ever anything else. Calibrate on other text, or take less from the layers "
+            "before."
+        )
     order = diagonal.argsort(descending=True, stable=True) if order is None else order
     # H = R Rᵀ with R upper: the lower factor of H with rows and columns turned around, turned back.
     made = hessian if overwrite and hessian.dtype == wide else hessian.to(wide, copy=True)

@@ -51,7 +51,10 @@ class Masks:
         shape = (weight.shape[0], weight.shape[1])
         counts = mask.sum(1)
         if bool((counts != self.form.kept(shape[1])).any()):
-            raise ValueError(f"{name}: rows keep {int(counts.amax())}, and {self.form.name} {self.form.kept(shape[1])}")
+            most, due = int(counts.amax()), self.form.kept(shape[1])
+            raise ValueError(
+                f"{name}: its rows keep up to {most}, {self.form.name} is to keep {due}: go on to the schedule's end"
+            )
         return Made(form=self.form, shape=shape, parts=pack(weight.detach(), mask, self.form))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,24 @@
+"""What each technique alone was expected to give, and all together: one table for the terminal and the page."""
+
+from typing import Any, Final
+
+from memfit.report.report import Report
+from memfit.units import format_size
+
+HEAD: Final = ("technique", "smallest", "expected KL", "within the budget", "expected KL", "alone dominated by")
+
+
+def technique_rows(report: Report) -> list[tuple[str, ...]]:
+    """A row for each: its smallest peak and the divergence expected there, and the same of its best plan within the
+    budget; none where one technique alone was allowed."""
+    if len(report.fronts) < 2:
+        return []
+    return [_row(name, line, report.budget_nbytes) for name, line in report.fronts.items() if line["points"]]
+
+
+def _row(name: str, line: dict[str, Any], budget_nbytes: int | None) -> tuple[str, ...]:
+    least = min(line["points"], key=lambda point: (point["nbytes"], point["kl"]))
+    within = [point for point in line["points"] if budget_nbytes is None or point["nbytes"] <= budget_nbytes]
+    best = min(within, key=lambda point: (point["kl"], point["nbytes"]), default=None)
+    told = ("does not fit", "") if best is None else (format_size(best["nbytes"]), f"{best['kl']:.2g}")
+    return (name, format_size(least["nbytes"]), f"{least['kl']:.2g}", *told, line["dominated_by"] or "")
