@@ -163,7 +163,9 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def equal(row: dict[str, Any], peer: dict[str, Any]) -> bool:
-    return bool(row["algorithm"] == peer["algorithm"])
+    """The same algorithm on the same kind of processor."""
+    there = peer.get("settings", {}).get("device_map", "cpu")
+    return bool(row["algorithm"] == peer["algorithm"] and there == "cpu")
 
 
 def same_algorithm(where: str, row: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
