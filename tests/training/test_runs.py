@@ -44,6 +44,14 @@ def test_a_run_learns_and_its_output_loads(plain):
     assert "<svg" in (out / "training.html").read_text()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_that_was_trained_on_a_gpu_is_written(model, text, tmp_path):
+    report = train(model, text, out=tmp_path / "out", task=TASK, options=Options(steps=2), device="cuda")
+    assert report.measured_nbytes == pytest.approx(report.plan["predicted"]["peak_nbytes"], rel=0.005)
+    found = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert not torch.equal(found.model.embed_tokens.weight, memfit.load(model).model.embed_tokens.weight)
+
+
 def test_the_report_of_a_trained_model_is_shown_again(plain, capsys, monkeypatch):
     from memfit.cli import main
 
