@@ -167,7 +167,7 @@ def test_what_cannot_be_pruned_is_refused() -> None:
         Gradual(model, FORMS[0], begin=0, end=4, first=0.9)
     with pytest.raises(ValueError, match="share above 0 to 1, got 4, 100, 0"):
         Regrow(model, FORMS[0], end=4, share=0.0)
-    with pytest.raises(ValueError, match=r"0: rows keep 64, and sparse 80% 13"):
+    with pytest.raises(ValueError, match=r"0: its rows keep up to 64, sparse 80% is to keep 13"):
         Masks(model, FORMS[0]).made("0")
 
 
