@@ -118,9 +118,12 @@ def test_fitting_itself_is_predicted(fitted):
         assert told == pytest.approx(phase.peak_nbytes, rel=0.01), phase.name
 
 
-def test_a_fitted_model_is_not_trained_or_fitted_again(fitted, tmp_path):
+def test_a_fitted_model_is_not_trained_or_fitted_again(fitted, model, tmp_path):
     for call in (
         lambda: memfit.train(fitted[1], ["some text " * 50], out=tmp_path / "out"),
+        lambda: memfit.train(
+            fitted[1], ["some text " * 50], out=tmp_path / "out", distil=memfit.Distil(teacher=str(model))
+        ),
         lambda: memfit.fit(fitted[1], "50%", tmp_path / "out"),
         lambda: memfit.plan(fitted[1], "50%"),
     ):

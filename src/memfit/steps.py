@@ -48,10 +48,15 @@ from memfit.text import Text, write_windows
 Algorithm = Literal["rtn", "search", "gptq", "tuned"]
 """How integers are chosen: each weight to the nearest of the usual scale, of the searched one, making up for errors
 before it, or learning from there with all of its block."""
-CALLED: Final = {
-    "magnitude": "rtn", "wanda": "search", "sparsegpt": "gptq", "svd": "rtn", "scaled": "search", "whitened": "gptq",
-}  # fmt: skip
-"""Names that pruning and factors have for them: by the weights alone, by the sizes of inputs, making up for errors."""
+_OF_FACTORS: Final = {"svd": "rtn", "scaled": "search", "whitened": "gptq"}
+ALGORITHMS: Final = {
+    "quantize": {name: name for name in get_args(Algorithm)},
+    "prune": {"magnitude": "rtn", "wanda": "search", "sparsegpt": "gptq"},
+    "low-rank": _OF_FACTORS,
+    "share": _OF_FACTORS,
+}
+"""By technique, its names for how it decides: by the weights alone, by what their inputs are on a text, making up for
+errors on it."""
 BY_TEXT: Final = ("gptq", "tuned")
 """What goes through the text block by block, to choose integers."""
 
@@ -62,9 +67,10 @@ def algorithm_of(name: str | None, *, text: bool) -> Algorithm:
     Raises:
         UsageError: there is none of this name, or it needs a text.
     """
-    found = CALLED.get(name, name) if name is not None else "gptq" if text else "search"
-    if found not in get_args(Algorithm):
-        raise UsageError(f"no algorithm is called {name!r}: take one of {', '.join([*get_args(Algorithm), *CALLED])}")
+    known = {called: meant for names in ALGORITHMS.values() for called, meant in names.items()}
+    found = known.get(name) if name is not None else "gptq" if text else "search"
+    if found is None:
+        raise UsageError(f"no algorithm is called {name!r}: take one of {', '.join(known)}")
     if found in BY_TEXT and not text:
         raise UsageError(
             f"GPTQ chooses integers for a text (--algorithm {name}), and there is none. Give one (--text FILE)."

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 Kind = Literal[
     "parameter",
@@ -142,13 +142,6 @@ class Difference:
         return (self.predicted_nbytes - self.measured_nbytes) / self.measured_nbytes
 
 
-_BOTH: Final = ("activation", "temporary")
-
-
-def _without(kinds: Mapping[str, int]) -> dict[str, int]:
-    return {kind: nbytes for kind, nbytes in kinds.items() if kind not in _BOTH}
-
-
 def compare(predicted: Account, measured: Account) -> tuple[Difference, ...]:
     """Predicted beside measured: each phase both have, each kind at the peak, then the resident peak."""
     lines = [
@@ -157,11 +150,9 @@ def compare(predicted: Account, measured: Account) -> tuple[Difference, ...]:
         for m in measured.phases
         if p.name == m.name
     ]
-    told, found = dict(predicted.peak.alive), dict(measured.peak.alive)
-    if "temporary" in told and "temporary" not in found:
-        # An allocator's events do not say whether a block is an operator's own.
-        both = f"{_BOTH[0]}, {_BOTH[1]}"
-        told, found = ({**_without(kinds), both: sum(kinds.get(kind, 0) for kind in _BOTH)} for kinds in (told, found))
+    # An allocator's events do not say whether a block is an operator's own.
+    apart = "temporary" in measured.peak.alive or "temporary" not in predicted.peak.alive
+    told, found = (_by_kind(account.peak.alive, apart=apart) for account in (predicted, measured))
     lines += [
         Difference(what=f"kind {kind}", predicted_nbytes=told.get(kind, 0), measured_nbytes=found.get(kind, 0))
         for kind in sorted(told.keys() | found.keys())
@@ -176,6 +167,15 @@ def compare(predicted: Account, measured: Account) -> tuple[Difference, ...]:
             )
         )
     return tuple(lines)
+
+
+def _by_kind(alive: Mapping[str, int], *, apart: bool) -> dict[str, int]:
+    """Bytes by kind; activations and temporaries as one unless they are to be told apart."""
+    found: dict[str, int] = {}
+    for kind, nbytes in alive.items():
+        name = kind if apart or kind not in ("activation", "temporary") else "activation, temporary"
+        found[name] = found.get(name, 0) + nbytes
+    return found
 
 
 def _named(entries: Iterable[Entry]) -> dict[tuple[str, str, str], int]:

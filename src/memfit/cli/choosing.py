@@ -1,11 +1,12 @@
 """From options to what the search may choose from."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, get_args
+from typing import Any, get_args
 
 import typer
 
 from memfit.errors import UsageError
+from memfit.steps import ALGORITHMS
 
 from .app import Technique, said
 
@@ -52,16 +53,6 @@ def require_one_setting(bits: str, groups: str | None, kv_bits: str, values: str
     ):  # fmt: skip
         if not given or "," in given:
             raise UsageError(f"--technique quantize has one setting: give one {option}, got {given or 'none'}.")
-
-
-ALGORITHMS: Final = {
-    "quantize": ("rtn", "search", "gptq", "tuned"),
-    "prune": ("magnitude", "wanda", "sparsegpt"),
-    "low-rank": ("svd", "scaled", "whitened"),
-    "share": ("svd", "scaled", "whitened"),
-}
-"""By technique, names of how it decides: by the weights alone, by what their inputs are on a text, making up for errors
-on it."""
 
 
 def require_algorithm(name: str | None, techniques: Iterable[str]) -> None:

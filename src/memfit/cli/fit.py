@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from memfit.errors import DoesNotFit, OverBudget, QualityMissed, UsageError
+from memfit.steps import ALGORITHMS
 
 from .app import (
     Activations,
@@ -41,7 +42,6 @@ from .app import (
     with_default_budget,
 )
 from .choosing import (
-    ALGORITHMS,
     allowed_by,
     bits_of,
     narrow_by,
