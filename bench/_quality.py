@@ -105,8 +105,8 @@ def prepare(name: str, text: Path, work: Path, threads: int) -> Model:
         json.dumps(windows(tokenizer, whole[:half], length=TOKENS, count=WINDOWS).tolist())
     )
     torch.save(windows(tokenizer, whole[half:], length=TOKENS, count=EVALUATED).clone(), place / "windows.pt")
-    # memfit calibrates on the first half of the file that it is given.
-    (place / "calibration.txt").write_text(f"{whole[:half].strip()}\n{whole[:half].strip()}", encoding="utf-8")
+    # memfit calibrates on the first windows of the file that it is given, and judges what it tries on its second half.
+    (place / "calibration.txt").write_text(whole[:half], encoding="utf-8")
     about = place / "about.json"
     if not about.exists():
         words = [str(directory), str(place / "windows.pt"), str(place / "logits"), str(threads)]

@@ -22,6 +22,7 @@ from memfit.worker import JOBS
 
 room = importlib.import_module("memfit.export_onnx")
 fit_room = importlib.import_module("memfit.fit")  # the attribute of the package is the function
+trials = importlib.import_module("memfit.trials")
 
 TASK = memfit.Infer(prompt=16, new_tokens=2)
 ALLOWED = memfit.Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,))
@@ -55,8 +56,8 @@ def model(make_llama) -> Path:
 def made(model: Path, tmp_path_factory) -> OnnxExport:
     out = tmp_path_factory.mktemp("onnx") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_room, "run_job", here)
-        patch.setattr(room, "run_job", here)
+        for module in (fit_room, trials, room):
+            patch.setattr(module, "run_job", here)
         return export_onnx(model, "100%", out, task=TASK, threads=1, allowed=ALLOWED, uniform=True)
 
 

@@ -59,6 +59,12 @@ def model(make_llama) -> Path:
     return make_llama(hidden_size=128, intermediate_size=256, initializer_range=0.2)
 
 
+def run_jobs_by(patch: pytest.MonkeyPatch, run: Any) -> None:
+    """All of fitting's jobs are run by another function."""
+    for module in (room, importlib.import_module("memfit.trials")):
+        patch.setattr(module, "run_job", run)
+
+
 class Jobs:
     """Runs jobs and keeps their answers, or gives the answers kept."""
 
@@ -89,7 +95,7 @@ worker = importlib.import_module("memfit.worker")
 def fitted(model, tmp_path_factory) -> tuple[Report, Path, Jobs]:
     out, jobs = tmp_path_factory.mktemp("fitted") / "out", Jobs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "run_job", jobs.run)
+        run_jobs_by(patch, jobs.run)
         report = memfit.fit(
             model, "75%", out, task=TASK, text=text(), allowed=ALLOWED, enforce=True, threads=1
         )
@@ -179,7 +185,7 @@ def test_a_job_that_fails_leaves_nothing(model, tmp_path, monkeypatch):
     def fail(job: Any, **more: Any) -> Any:
         raise MemfitError("the job ended with signal 9")
 
-    monkeypatch.setattr(room, "run_job", fail)
+    run_jobs_by(monkeypatch, fail)
     with pytest.raises(MemfitError, match="signal 9"):
         memfit.fit(model, "60%", tmp_path / "out", task=TASK, text=text())
     assert not any(tmp_path.iterdir())
@@ -200,7 +206,7 @@ def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, 
     (out / "config.json").write_text("{}")
     (out / "old").write_text("old")
     monkeypatch.setattr(room, "predict_fit", lambda *_, **__: fitted[0].predicted_fit)
-    monkeypatch.setattr(room, "run_job", jobs.again(made))
+    run_jobs_by(monkeypatch, jobs.again(made))
     again = memfit.fit(model, out=out, task=TASK, text=text(), given=plan, overwrite=True)
     assert not (out / "old").exists() and again.budget_nbytes == report.budget_nbytes
     assert read_plan(out / "plan.json").choices == plan.choices
@@ -210,7 +216,7 @@ def test_overwriting_replaces_it_and_a_given_plan_is_carried_out(fitted, model, 
 def test_a_quality_that_is_missed_is_an_error_and_the_output_is_kept(fitted, model, plan, tmp_path, monkeypatch):
     _, made, jobs = fitted
     monkeypatch.setattr(room, "predict_fit", lambda *_, **__: fitted[0].predicted_fit)
-    monkeypatch.setattr(room, "run_job", jobs.again(made))
+    run_jobs_by(monkeypatch, jobs.again(made))
     with pytest.raises(QualityMissed, match="at most 1e-09 allowed"):
         memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan, max_kl=1e-9)
     assert (tmp_path / "out" / "report.json").is_file()
@@ -221,7 +227,7 @@ def test_a_peak_measured_over_the_budget_is_an_error_and_the_output_is_kept(
 ):
     report, made, jobs = fitted
     monkeypatch.setattr(room, "predict_fit", lambda *_, **__: fitted[0].predicted_fit)
-    monkeypatch.setattr(room, "run_job", jobs.again(made, prove={"account": report.original.to_json()}))
+    run_jobs_by(monkeypatch, jobs.again(made, prove={"account": report.original.to_json()}))
     with pytest.raises(OverBudget, match=format_size(report.original.peak_nbytes)) as caught:
         memfit.fit(model, out=tmp_path / "out", task=TASK, text=text(), given=plan)
     assert caught.value.report.measured.peak_nbytes == report.original.peak_nbytes
@@ -253,7 +259,7 @@ def test_a_stopped_run_goes_on_where_it_was(fitted, model, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return jobs.again(made)(job, **limit)
 
-    monkeypatch.setattr(room, "run_job", stopped)
+    run_jobs_by(monkeypatch, stopped)
     call = partial(memfit.fit, model, "75%", tmp_path / "out", task=TASK, allowed=ALLOWED, threads=1)
     with pytest.raises(KeyboardInterrupt):
         call(text=text())
@@ -272,7 +278,7 @@ def test_what_was_calibrated_for_another_question_is_not_used(fitted, model, tmp
             raise KeyboardInterrupt
         return fitted[2].again(fitted[1])(job, **limit)
 
-    monkeypatch.setattr(room, "run_job", stopped)
+    run_jobs_by(monkeypatch, stopped)
     for allowed in (ALLOWED, replace(ALLOWED, kv_bits=(16,))):
         with pytest.raises(KeyboardInterrupt):
             memfit.fit(

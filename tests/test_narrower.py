@@ -16,7 +16,7 @@ from memfit.errors import BrokenInput, DoesNotFit, UsageError
 from memfit.jobs import JOBS
 from memfit.plan.plan import read_plan
 
-ROOMS = [importlib.import_module(f"memfit.{name}") for name in ("fit", "narrower", "cap")]
+ROOMS = [importlib.import_module(f"memfit.{name}") for name in ("fit", "trials", "narrower", "cap")]
 TASK = memfit.Infer(prompt=16, new_tokens=3)
 NARROW = memfit.Narrow(blocks=2, heads=2, channels=128)
 PLAIN = memfit.Allowed(bits=(), kv_bits=(16,))

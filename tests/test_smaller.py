@@ -202,7 +202,7 @@ def test_all_that_is_allowed_is_priced_and_searched_and_each_alone_is_a_front(so
     for name, forms in study.schemes.items():
         by_rank = [found.prices[name, form] for form in forms if isinstance(form, LowRank) and form.base is None]
         assert by_rank == sorted(by_rank), "the lower the rank, the more is lost"
-    lines = fronts(study, prices=found.prices, kv_prices={})
+    lines = fronts(study, 1 << 40, prices=found.prices, kv_prices={})
     assert list(lines) == [*EVERYTHING, "all together"]
     for name in EVERYTHING:
         for point in lines[name]:
@@ -308,7 +308,7 @@ def test_heads_are_narrower_on_both_sides_or_on_none(source: Source) -> None:
     for n in range(2):
         sides = [plan.schemes().get(f"model.layers.{n}.self_attn.{leaf}_proj") for leaf in "vo"]
         assert len({form.kept if isinstance(form, Narrow) else None for form in sides}) == 1
-    lines = fronts(study, prices=found.prices, kv_prices={})
+    lines = fronts(study, 1 << 40, prices=found.prices, kv_prices={})
     assert list(lines) == ["quantize", "low-rank", "all together"]
     # Without a text nothing of it is priced, and none of it chosen.
     assert not any(isinstance(form, Narrow) for form in uniform_plan(study, 1 << 40).schemes().values())

@@ -57,12 +57,12 @@ def planned(study: Study, nbytes: int, answer: dict[str, Any]) -> Plan:
     return replace(made, smoothed=smoothed_of(answer))
 
 
-def front_lines(study: Study, answer: dict[str, Any]) -> dict[str, Any]:
+def front_lines(study: Study, budget_nbytes: int, answer: dict[str, Any]) -> dict[str, Any]:
     """What other budgets are expected to cost, by technique, for the report; nothing where nothing was priced."""
     prices = prices_of(answer)
     if not prices:
         return {}
-    found = fronts(study, prices=prices, kv_prices=kv_prices_of(answer))
+    found = fronts(study, budget_nbytes, prices=prices, kv_prices=kv_prices_of(answer))
     return {
         name: {
             "points": [{"nbytes": point.needed_nbytes, "kl": point.price} for point in points],

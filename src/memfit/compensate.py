@@ -38,7 +38,8 @@ from memfit.calibrate.versions import Versions
 from memfit.errors import UsageError
 from memfit.format.integers import Integers
 from memfit.packed.fake import blocks_to_run, is_fake, repeated
-from memfit.packed.forms import Form, LowRank, Narrow, basis_of, like_of, output_of
+from memfit.packed.forms import Form, LowRank, Narrow, Shared, basis_of, like_of, output_of
+from memfit.plan.price import Weighting
 from memfit.source.source import Source
 from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor
 from memfit.technique.heads import fitted_output, narrow_heads
@@ -85,7 +86,7 @@ def compensate(
     watch: Watch,
     thrift: Thrift | None = None,
     scratch: Path | None = None,
-    importance: Callable[[str], Tensor | None] = lambda _: None,
+    weighting: Callable[[str], Weighting | None] = lambda _: None,
     damping: float = DAMPING,
     tuning: Tuning | None = None,
 ) -> None:
@@ -98,7 +99,8 @@ def compensate(
         schemes: module name to scheme; tables among them are rounded as they are looked up.
         thrift: how memory is spared.
         scratch: where files go if it spills.
-        importance: of a table's inputs, as it will be rounded with.
+        weighting: what errors of a module's weight count: of a table as it will be made with, of factors and narrow
+            heads what their outputs do. None: all alike.
         damping: see `gptq.factor`.
         tuning: how each block's layers learn together, once they are chosen; None: they do not.
 
@@ -115,12 +117,18 @@ def compensate(
     count = windows_WT.shape[0]
     twice_WT = torch.cat([windows_WT, windows_WT])
 
+    def outputs(name: str) -> Tensor | None:
+        counts = weighting(name)
+        return None if counts is None else counts.rows()
+
     def rounded(name: str, rows_ND: Tensor) -> Tensor:
         # A table of positions is looked up once for all windows, and stays as it was.
         if name in schemes and rows_ND.shape[0] == twice_WT.numel():
-            scheme, wanted, now = schemes[name], importance(name), rows_ND[rows_ND.shape[0] // 2 :]
+            scheme, counts, now = schemes[name], weighting(name), rows_ND[rows_ND.shape[0] // 2 :]
+            wanted = None if counts is None else counts.importance()
             # A codebook is the whole table's, whatever the text looks up of it.
-            levels = shared_by_rows(scheme, (rows for _, rows in streamed.rows(f"{name}.weight")), wanted)
+            everything = (rows for _, rows in streamed.rows(f"{name}.weight"))
+            levels = shared_by_rows(scheme, everything, wanted, None if counts is None else counts.rows())
             for start in blocks_to_run(range(0, now.shape[0], _TOKENS)):
                 part = now[start : start + _TOKENS]
                 part.copy_(weight_of(make(part, scheme, importance_K=wanted, shared=levels)))
@@ -163,7 +171,7 @@ def compensate(
         with versions.in_place(), closing(was), closing(now):
             if layers:
                 _choose(
-                    name, versions, was, now, schemes, integers, damping, random, rows=thrift.rows,
+                    name, versions, was, now, schemes, integers, damping, random, rows=thrift.rows, outputs=outputs,
                     learn=learn if tuning is not None else None,
                 )  # fmt: skip
             if not left:
@@ -186,12 +194,13 @@ def compensate(
 
 def _choose(
     block: str, versions: Versions, was: Pass, now: Pass, schemes: Mapping[str, Form], integers: Integers,
-    damping: float, random: torch.Generator, *, rows: int | None,
+    damping: float, random: torch.Generator, *, rows: int | None, outputs: Callable[[str], Tensor | None],
     learn: Callable[[Mapping[str, Learner]], dict[str, Quantized]] | None,
 ) -> None:  # fmt: skip
     """Let a block's layers become what their integers say: those that are kept, or new ones.
 
-    `learn` makes better ones of those that can be tuned; until then none of them is kept.
+    `learn` makes better ones of those that can be tuned; until then none of them is kept. `outputs` tells what errors
+    of a layer's outputs count.
     """
 
     def become(name: str) -> None:
@@ -239,17 +248,17 @@ def _choose(
             del amount, halves
             used[name] = made.damping
             if (owner := basis_of(schemes[name]) or name) in together:
-                together[owner][name] = Member.of(weight, factor=made)
+                together[owner][name] = Member.of(weight, factor=made, rows_N=outputs(name))
                 continue
             if isinstance(form := schemes[name], Narrow):
                 output = output_of(name)
-                value, narrow[output] = _narrow(weight, made, output, form, versions, was, damping)
+                value, narrow[output] = _narrow(weight, made, output, form, versions, was, damping, outputs(output))
                 keep(name, value)
                 del weight, value
                 continue
             if (owner := like_of(schemes[name])) is not None:
                 weight.sub_(integers.weight(owner, schemes, versions.shape(name)))
-            quantized = _rounded(name, weight, made, schemes[name], rows)
+            quantized = _rounded(name, weight, made, schemes[name], rows, outputs)
             if learn is None or not isinstance(quantized, Quantized) or not is_tunable(quantized.scheme):
                 keep(name, quantized)
             else:
@@ -269,8 +278,9 @@ def _choose(
 
 
 def _narrow(
-    weight: Tensor, made: Factor, output: str, form: Narrow, versions: Versions, was: Pass, damping: float
-) -> tuple[Made, Tensor]:
+    weight: Tensor, made: Factor, output: str, form: Narrow, versions: Versions, was: Pass, damping: float,
+    rows_M: Tensor | None,
+) -> tuple[Made, Tensor]:  # fmt: skip
     """Narrow values, and the output O′ [M, D] in their basis: for what came to the output in the model as it was."""
     layer = versions.layers[output]
     total, tokens = torch.zeros(layer.in_features, layer.in_features), 0
@@ -284,7 +294,7 @@ def _narrow(
     del total
     value, whole = narrow_heads(
         weight, versions.was(output), width=weight.shape[0] // form.heads, kept=form.kept, factor_Q=inputs,
-        value_base=form.base, factor_K=made,
+        rows_M=rows_M, value_base=form.base, factor_K=made,
     )  # fmt: skip
     return value, whole.parts["weight_narrow"]
 
@@ -309,11 +319,14 @@ def _tuned(
     return {name: learner.result() for name, learner in learners.items()}
 
 
-def _rounded(name: str, weight: Tensor, made: Factor, scheme: Form, rows: int | None) -> Quantized | Made:
+def _rounded(
+    name: str, weight: Tensor, made: Factor, scheme: Form, rows: int | None, outputs: Callable[[str], Tensor | None]
+) -> Quantized | Made:
     """What is made of a weight; a dry run tells it from an equal one."""
+    counts = outputs(name) if isinstance(scheme, LowRank | Shared) else None
 
     def call() -> tuple[Any, ...]:
-        return tensors_of(make_for(weight, scheme, made, rows=rows))
+        return tensors_of(make_for(weight, scheme, made, rows=rows, rows_N=counts))
 
     given = lambda: (weight, made.order, made.coupling, made.weights, made.importance, made.dead)  # noqa: E731
     tensors = repeated(("made", scheme, rows), None, name, given, call)

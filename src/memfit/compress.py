@@ -28,7 +28,7 @@ from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import Plan, PricedBy
-from memfit.plan.price import Prices, importance_of, prices
+from memfit.plan.price import Prices, Weighting, prices, weighting_of
 from memfit.sharing import Sharing
 from memfit.source.source import Source
 from memfit.technique.made import Made, joined
@@ -152,14 +152,14 @@ def choose_integers(
     group_of = {member: group for group in groups for member in group.members}
     pairs = _complete(groups, statistics)
 
-    def importance(module: str) -> Tensor | None:
+    def weighting(module: str) -> Weighting | None:
         group = group_of[module]
         parameter = next((p for p in group.parameters if p == f"{module}.weight"), group.parameters[0])
-        return None if pairs is None else importance_of(group, parameter, pairs)
+        return weighting_of(group, parameter, pairs)
 
     compensate(
         source, windows_WT, plan.schemes(), integers, watch=watch, thrift=thrift, scratch=scratch,
-        importance=importance, tuning=tuning,
+        weighting=weighting, tuning=tuning,
     )  # fmt: skip
 
 
@@ -189,10 +189,11 @@ def compress(
     pairs = _complete(tuple(dict.fromkeys(groups.values())), statistics)
     seen: set[Any] = set()
     stem = "memfit" if stored.own else "model"
-    def importance_for(module: str) -> Tensor | None:
-        return importance_of(groups[module], f"{module}.weight", pairs) if search and pairs is not None else None
 
-    sharing = Sharing(source, schemes, integers, importance_for)
+    def weighting_for(module: str) -> Weighting | None:
+        return weighting_of(groups[module], f"{module}.weight", pairs) if search else None
+
+    sharing = Sharing(source, schemes, integers, weighting_for)
     with Writer(directory, stored.specs, dry=dry, stem=stem, resume=True) as writer:
         for name in stored.plain_and_packed():
             if all(writer.has(part) for part in stored.packed.get(name, (name,))):
@@ -209,7 +210,7 @@ def compress(
                     module = stored.module_of[name]
                     group = groups[module]
                     parameter = _parameter_of(model, module, name)
-                    importance = None if pairs is None else importance_of(group, parameter, pairs)
+                    weighting = weighting_of(group, parameter, pairs)
                     scheme = schemes[module]
                     shape = row_shape(source, parameter)
                     chosen = integers if integers is not None and module in integers else None
@@ -219,13 +220,14 @@ def compress(
                         elif sharing.concerns(module):
                             made = sharing.made(module)
                         else:
-                            made = _made(source, parameter, scheme, importance, search=search)
+                            made = _made(source, parameter, scheme, weighting if search else None, search=search)
                         _write_made(writer, stored, name, shape, made)
                         del made
                         continue
                     if chosen is not None:
                         rounded = chosen.rows(module, scheme)
                     else:
+                        importance = None if weighting is None else weighting.importance()
                         rounded = _rounded(source, parameter, scheme, importance, search=search)
                     form = stored_as(scheme, embedding=name in stored.embeddings)
                     _write_packed(writer, stored, name, shape, scheme, rounded, form)
@@ -275,12 +277,13 @@ def _write_made(writer: Writer, stored: Stored, name: str, shape: tuple[int, int
 
 
 def _made(
-    source: Source, parameter: str, form: Own, importance: Tensor | None, *, search: bool
+    source: Source, parameter: str, form: Own, weighting: Weighting | None, *, search: bool
 ) -> Made:
     """The parts of a parameter [N, K], made some rows at a time."""
     rows, inputs = row_shape(source, parameter)
-    importance = importance if search else None
-    shared = shared_by_rows(form, (block for _, block in rows_of(source, parameter, dtype=torch.bfloat16)), importance)
+    importance, counts = (None, None) if weighting is None else (weighting.importance(), weighting.rows())
+    everything = (block for _, block in rows_of(source, parameter, dtype=torch.bfloat16))
+    shared = shared_by_rows(form, everything, importance, counts)
     parts = empty_parts(form, (rows, inputs), torch.device("cpu"))
     base: list[Quantized] = []
     for start, block in rows_of(source, parameter, dtype=torch.bfloat16):

@@ -30,27 +30,22 @@ from memfit.outside import known_outside, outside_of_machine
 from memfit.packed.fake import aiming_at
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
-from memfit.planning import account_of, require_fit, uniform_plan
+from memfit.planning import ALL_TOGETHER, account_of, require_fit, uniform_plan
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.report import Report
 from memfit.source.check import check_original
 from memfit.source.live import fake_copy
 from memfit.source.source import open_source
 from memfit.steps import (
-    BY_TEXT,
     algorithm_of,
     asked_plainly,
     calibration_job,
     calibration_key,
-    choosing_job,
-    compression_job,
     default_output,
     joined,
     move_written,
     predict_fit,
     proof_job,
-    rounding_line,
-    write_companions,
     write_papers,
 )
 from memfit.study import Study
@@ -60,6 +55,7 @@ from memfit.text import Text, text_of
 from memfit.train.plan import TrainPlan
 from memfit.train.task import Train
 from memfit.train_planning import plan_to_train
+from memfit.trials import Made, account_of_all, judge, make, rivals
 from memfit.units import format_size, parse_size
 from memfit.worker import Process, run_job
 
@@ -297,37 +293,38 @@ def fit(
         if given is None:
             progress("searching the plan")
             chosen = planned(study, nbytes, calibrated)
-            lines = front_lines(study, calibrated)
+            lines = front_lines(study, nbytes, calibrated)
+            judged = measure and texts is not None and cap is None
+            plans = rivals(study, chosen, calibrated) if judged else {ALL_TOGETHER: chosen}
         else:
             chosen = study.adopt(given, prices_of(calibrated), kv_prices_of(calibrated))
             chosen = replace(
                 chosen, predicted=given.predicted, smoothed=smoothed_of(calibrated),
                 priced_by=calibrated.get("priced_by", chosen.priced_by),
             )  # fmt: skip
-        chosen = with_settings(chosen, narrow)
-        predicted = Account.from_json(dict(chosen.predicted or {}))
+            plans = {ALL_TOGETHER: chosen}
         progress("predicting the fitting itself")
         if cap is not None:
             predicted_fit = keep_as_planned(work, cap, source, chosen, job, by)
         else:
-            predicted_fit = with_narrowing(predict_fit(source, chosen, job, algorithm=by), narrowing)
-        chosen = replace(chosen, predicted_fit=predicted_fit.to_json())
+            each = [predict_fit(source, plan, job, algorithm=by) for plan in plans.values()]
+            predicted_fit = with_narrowing(joined(*each), narrowing)
         jobs |= {"calibrate": calibrated} if "account" in calibrated else {}
-        integers, rounding = None, None
-        if by in BY_TEXT:
-            progress("choosing what is stored, block by block")
-            choosing = choosing_job(chosen, job, algorithm=by) | ({} if cap is None else cap.told("choose"))
-            jobs["choose"] = found = run_job(choosing, process=process)
-            integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"], by)
-        progress("compressing")
-        compressing = compression_job(chosen, job, integers=integers, algorithm=by)
-        compressing |= {} if cap is None else cap.told("compress")
-        jobs["compress"] = compressed = run_job(compressing, process=process)
+        made: dict[str, Made] = {}
+        for name, plan in plans.items():
+            told = progress if len(plans) == 1 else lambda what, name=name: progress(f"{name}: {what}")
+            plan = replace(with_settings(plan, narrow), predicted_fit=predicted_fit.to_json())
+            made[name] = make(source, plan, job, by, process=process, cap=cap, progress=told)
         process.end()
-        move_written(compressing, output)
-        write_companions(source, chosen, output)
+        if len(made) > 1:
+            progress("judging one plan beside the other")
+        lost = judge(made, job, work)
+        taken = made[min(lost, key=lost.__getitem__, default=ALL_TOGETHER)]
+        chosen, predicted = taken.plan, Account.from_json(dict(taken.plan.predicted or {}))
+        move_written(taken.compressing, output)
         if cap is not None:
-            cap.measured.update({name: done["resident"] for name, done in jobs.items() if done})
+            done = jobs | taken.jobs
+            cap.measured.update({name: answer["resident"] for name, answer in done.items() if answer})
         proof: dict[str, Any] = {}
         if measure:
             progress("measuring the fitted model")
@@ -343,11 +340,12 @@ def fit(
             task=chosen.task,
             predicted=_with_resident(predicted, known_outside()),
             fronts=lines,
+            tried=lost,
             measured=Account.from_json(proof["account"]) if proof else None,
             predicted_fit=predicted_fit,
-            measured_fit=joined(*(done["account"] for done in jobs.values())) if cap is None else None,
+            measured_fit=account_of_all(jobs, made.values()) if cap is None else None,
             ram=None if cap is None else cap.to_json(),
-            rounding="\n".join(line for line in (learned, rounding) if line) or None,
+            rounding="\n".join(line for line in (learned, taken.rounding) if line) or None,
             original=original,
             quality=Quality.from_json(proof["quality"]) if proof.get("quality") else None,
             speed=Speed(**proof["speed"]) if proof else None,
@@ -355,7 +353,7 @@ def fit(
             kernels=proof.get("kernels", {}),
             machine=describe_machine(),
             versions=describe_versions(),
-            files=compressed["files"],
+            files=taken.jobs["compress"]["files"],
         )
         write_papers(output, report, chosen, lineage)
     if not report.fits:

@@ -349,18 +349,11 @@ def _prove(job: dict[str, Any]) -> dict[str, Any]:
     """Measure a fitted model, then compare it with what the original answered, and time it."""
     from collections import Counter
 
-    from memfit.evaluate.divergence import compare_logits
     from memfit.evaluate.speed import measure_speed
     from memfit.packed.modules import packed_modules
-    from memfit.task.infer import maker_of_caches
 
     answer, model = _measured(job)
-    text = _windows(job)
-    if text is not None:
-        kv_bits = job["task"].get("kv_bits", 16)
-        caches = maker_of_caches(model, kv_bits=kv_bits) if kv_bits < 16 else None
-        quality = compare_logits(Path(job["work"]) / "logits", model, text["evaluation"], make_cache=caches)
-        answer["quality"] = quality.to_json()
+    answer |= _judged(job, model)
     answer["speed"] = measure_speed(model, **job["task"]).to_json()
     kernels = Counter(
         child.kernel
@@ -370,6 +363,28 @@ def _prove(job: dict[str, Any]) -> dict[str, Any]:
     )
     answer["kernels"] = dict(sorted(kernels.items()))
     return answer
+
+
+def _judge(job: dict[str, Any]) -> dict[str, Any]:
+    """Compare a fitted model with what the original answered."""
+    from memfit.models import load_model, loader_for
+
+    _prepare(job)
+    return _judged(job, load_model(loader_for(job["model"])))
+
+
+def _judged(job: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Its quality, where there is a text."""
+    from memfit.evaluate.divergence import compare_logits
+    from memfit.task.infer import maker_of_caches
+
+    text = _windows(job)
+    if text is None:
+        return {}
+    kv_bits = job["task"].get("kv_bits", 16)
+    caches = maker_of_caches(model, kv_bits=kv_bits) if kv_bits < 16 else None
+    quality = compare_logits(Path(job["work"]) / "logits", model, text["evaluation"], make_cache=caches)
+    return {"quality": quality.to_json()}
 
 
 def _kernel_nbytes(job: dict[str, Any]) -> dict[str, Any]:
@@ -428,6 +443,7 @@ JOBS = {
     "onnx_proof": _onnx_proof,
     "idle": _idle,
     "prove": _prove,
+    "judge": _judge,
     "teach": _teach,
     "kernel_nbytes": _kernel_nbytes,
 }

@@ -60,10 +60,23 @@ def make_plan(
     costs = KV_PRICES | dict(kv_prices or {})
     if prices is None:
         prices = prices_without_weights(study.groups, study.schemes)
-    items = study.items(prices, costs)
+    plan = best_plan(study, budget_nbytes, prices=prices, kv_prices=costs, priced_by=priced_by)
+    if plan is None:
+        raise _refusal(study, study.items(prices, costs), budget_nbytes)
+    return plan
+
+
+def best_plan(
+    study: Study, budget_nbytes: int, *, prices: Prices, kv_prices: Mapping[int, float], priced_by: str,
+    technique: str | None = None,
+) -> Plan | None:  # fmt: skip
+    """As `make_plan`, of what one technique alone makes if it is given; None where nothing fits."""
+    costs = KV_PRICES | dict(kv_prices)
+    items, kept = _options_of(study, prices, costs, technique)
 
     def traced(chosen: Mapping[str, int]) -> tuple[Plan, int]:
-        plan = study.plan(chosen, prices, budget_nbytes, costs, priced_by)
+        options = {name: kept[name][index] for name, index in chosen.items()}
+        plan = study.plan(options, prices, budget_nbytes, costs, priced_by)
         predicted = predict_with(study, plan)
         return replace(plan, predicted=predicted.to_json()), predicted.peak_nbytes - budget_nbytes
 
@@ -78,38 +91,42 @@ def make_plan(
             return plan
         # The rows of the search are bounds from parts; where the whole is a little over, ask for less.
     plan, excess = traced(smallest_budget(merged, bases=study.bases).chosen)
-    if excess <= 0:
-        return plan
-    raise _refusal(study, items, budget_nbytes)
+    return plan if excess <= 0 else None
+
+
+def _options_of(
+    study: Study, prices: Prices, kv_prices: Mapping[int, float], technique: str | None
+) -> tuple[dict[str, list[Option]], dict[str, list[int]]]:
+    """By item, the options that one technique alone has, or all, and what each is among all of the item's."""
+    items = study.items(prices, kv_prices)
+    kept = {name: list(range(len(options))) for name, options in items.items()}
+    if technique is not None:
+        for name in study.schemes:
+            forms = study.forms(name, prices)
+            kept[name] = [n for n, form in enumerate(forms) if form is None or techniques_of(form) == {technique}]
+    return {name: [options[n] for n in kept[name]] for name, options in items.items()}, kept
 
 
 ALL_TOGETHER: Final = "all together"
-"""The front of everything that is allowed."""
+"""What everything that is allowed gives."""
 
 
 def fronts(
-    study: Study, *, prices: Prices, kv_prices: Mapping[int, float], count: int = 8
+    study: Study, budget_nbytes: int, *, prices: Prices, kv_prices: Mapping[int, float], count: int = 8
 ) -> dict[str, tuple[Point, ...]]:
-    """Bytes at the peak against expected loss, for each technique that is allowed alone, and for all of them together.
+    """Bytes at the peak against expected loss, for each technique that is allowed alone, and for all of them together:
+    of budgets from the smallest that works, and of the one that is asked for.
 
     The bytes are the search's, sums of parts: a plan that is made is traced whole.
     """
-    items = study.items(prices, KV_PRICES | dict(kv_prices))
+    costs = KV_PRICES | dict(kv_prices)
     names = study.allowed.techniques if len(study.allowed.techniques) > 1 else ()
-    lines = {}
-    for name in (*names, ALL_TOGETHER):
-        kept = {
-            item: [
-                option
-                for option, form in zip(options, study.forms(item, prices), strict=True)
-                if form is None or name == ALL_TOGETHER or techniques_of(form) == {name}
-            ]
-            if item in study.schemes
-            else options
-            for item, options in items.items()
-        }
-        lines[name] = front(merge(kept), bases=study.bases, count=count)
-    return lines
+    options = {name: _options_of(study, prices, costs, name)[0] for name in names}
+    options[ALL_TOGETHER] = study.items(prices, costs)
+    return {
+        name: front(merge(items), bases=study.bases, count=count, also=(budget_nbytes,))
+        for name, items in options.items()
+    }
 
 
 def uniform_plan(study: Study, budget_nbytes: int) -> Plan:

@@ -27,11 +27,11 @@ from memfit.compensate import Thrift
 from memfit.compress import Calibrated, asked_of, calibrate, choose_integers, compress
 from memfit.errors import UsageError
 from memfit.format.companions import save_companions
-from memfit.format.directory import OutputDirectory
+from memfit.format.directory import OutputDirectory, write_json
 from memfit.format.gguf import write_gguf
 from memfit.format.integers import Integers
 from memfit.format.onnx import onnx_parts, read_all
-from memfit.packed.forms import techniques_of
+from memfit.packed.forms import LowRank, Narrow, Shared, techniques_of
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.planning import plan_files
@@ -217,8 +217,9 @@ def windows_of(job: dict[str, Any]) -> torch.Tensor | None:
 
 
 def reads_statistics(source: Source, chosen: Plan, algorithm: Algorithm) -> bool:
-    """Whether rounding as planned asks for calibration's statistics: of scales that are searched, but for those that
-    GPTQ finds by itself, of the linear layers in blocks."""
+    """Whether making what is planned asks for calibration's statistics: of scales that are searched, but for those that
+    GPTQ finds by itself, of the linear layers in blocks; and of factors, which are made for what reads their outputs.
+    """
     if algorithm == "rtn":
         return False
     if algorithm == "search":
@@ -226,8 +227,10 @@ def reads_statistics(source: Source, chosen: Plan, algorithm: Algorithm) -> bool
     model = source.build(dtype=torch.bfloat16)
     blocks = tuple(f"{name}." for name, _ in stacked_blocks(model))
     return any(
-        not isinstance(model.get_submodule(name), torch.nn.Linear) or not name.startswith(blocks)
-        for name in chosen.schemes()
+        isinstance(form, LowRank | Shared | Narrow)
+        or not isinstance(model.get_submodule(name), torch.nn.Linear)
+        or not name.startswith(blocks)
+        for name, form in chosen.schemes().items()
     )
 
 
@@ -255,7 +258,7 @@ def choosing_job(chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> 
     tuning = tuning_of(algorithm)
     learned = None if tuning is None else asdict(tuning)
     kinds = ([name, scheme.to_json()] for name, scheme in chosen.schemes().items())
-    schemes = json.dumps(["corrected", learned, *kinds])
+    schemes = json.dumps(["corrected and weighed", learned, *kinds])
     integers = work / f"integers-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
     told = {key: job[key] for key in ("model", "work", "threads")}
     return told | {"do": "choose", "integers": str(integers), "tuning": learned, "waiting_nbytes": FAST}
@@ -293,12 +296,12 @@ def rounding_line(chosen: Plan, damping: dict[str, float], algorithm: Algorithm)
     return told + (f", up to {most:g} in {raised} that needed more" if raised else "") + after
 
 
-def write_companions(source: Source, chosen: Plan, output: OutputDirectory) -> None:
+def write_companions(source: Source, chosen: Plan, directory: Path) -> None:
     """The config with the plan's schemes, the tokenizer and what else belongs to the model."""
-    output.write_json("config.json", plan_files(source, chosen)[1])
+    write_json(directory / "config.json", plan_files(source, chosen)[1])
     tokenizer = source.tokenizer() if source.gguf is not None else None
     companions = source.directory if source.gguf is None else None
-    save_companions(output.path, source=companions, tokenizer=tokenizer)
+    save_companions(directory, source=companions, tokenizer=tokenizer)
 
 
 def proof_job(model: str | Path, task: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
@@ -306,14 +309,20 @@ def proof_job(model: str | Path, task: dict[str, Any], job: dict[str, Any]) -> d
     return {key: job[key] for key in ("work", "threads")} | {"do": "prove", "model": str(model), "task": task}
 
 
-def joined(*accounts: dict[str, Any]) -> Account:
+def judging_job(model: str | Path, chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:
+    """The job that compares a fitted model with what the original answered to `job`, and no more."""
+    return proof_job(model, {"kv_bits": chosen.kv_bits}, job) | {"do": "judge"}
+
+
+def joined(*accounts: Account) -> Account:
     """One account of jobs that ran one after the other."""
-    made = [Account.from_json(account) for account in accounts]
+    if len(accounts) == 1:
+        return accounts[0]
     return replace(
-        made[0],
-        phases=tuple(phase for account in made for phase in account.phases),
-        entries=tuple(entry for account in made for entry in account.entries),
-        resident_nbytes=max((account.resident_nbytes or 0 for account in made), default=0),
+        accounts[0],
+        phases=tuple(phase for account in accounts for phase in account.phases),
+        entries=tuple(entry for account in accounts for entry in account.entries),
+        resident_nbytes=max((account.resident_nbytes or 0 for account in accounts), default=0),
     )
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group, candidates, find_groups
-from memfit.plan.price import importance_of, prices, prices_without_weights, shares
+from memfit.plan.price import prices, prices_without_weights, shares, weighting_of
 from memfit.technique.quantize import dequantize, quantize
 
 FOUR = Scheme(bits=4, group=32)
@@ -88,9 +88,11 @@ def test_a_tied_head_pays_for_both_uses() -> None:
     found = prices([group], {group.name: (FOUR,)}, lambda _: w, {"e": (f, ge), "h": (h, gh)}, rows=1024)[
         group.name, FOUR
     ]
-    importance = importance_of(group, "e.weight", {"e": (f, ge), "h": (h, gh)})
-    assert importance is not None
+    weighting = weighting_of(group, "e.weight", {"e": (f, ge), "h": (h, gh)})
+    assert weighting is not None
+    importance = weighting.importance()
     torch.testing.assert_close(importance, f.mean() * ge + gh.mean() * h)
+    torch.testing.assert_close(weighting.rows(), ge.mean() * f + h.mean() * gh)
     error = (w - dequantize(quantize(w, FOUR, importance=importance)).float()) ** 2
     assert found == pytest.approx(0.5 * float(((f[:, None] * ge + gh[:, None] * h) * error).sum()), rel=0.1)
 
@@ -109,7 +111,9 @@ def test_each_expert_may_have_its_own_statistics() -> None:
     measured = {"x.gate_up_proj": (h, g), "x.down_proj": (torch.rand(64), torch.zeros(64))}
     found = prices([experts()], {"x": (FOUR,)}, weights.__getitem__, measured)["x", FOUR]
     w = weights["x.gate_up_proj"]
-    importance = importance_of(experts(), "x.gate_up_proj", measured)
+    weighting = weighting_of(experts(), "x.gate_up_proj", measured)
+    assert weighting is not None
+    importance = weighting.importance()
     error = (w - dequantize(quantize(w.view(-1, 64), FOUR, importance=importance)).float().view(w.shape)) ** 2
     assert found == pytest.approx(0.5 * float((g[..., None] * h[:, None] * error).sum()), rel=0.05)
 

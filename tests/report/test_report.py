@@ -252,6 +252,9 @@ def test_each_technique_alone_stands_beside_those_allowed_together() -> None:
     assert technique_rows(report(fronts={"quantize": lines["quantize"]})) == []
     said = text_of(render_report(report(fronts=lines)))
     assert "alone dominated by" in said and "does not fit" in said
+    assert "Taken" not in said
+    said = text_of(render_report(report(fronts=lines, tried={"all together": 0.25, "quantize": 0.125})))
+    assert "all together 0.25, quantize 0.125. Taken: quantize." in said
 
 
 def test_a_divergence_far_above_the_expected_one_is_told() -> None:

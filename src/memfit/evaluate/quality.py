@@ -31,6 +31,11 @@ class Quality:
     cosine_interval: tuple[float, float] | None = None
     interval: str = INTERVAL
 
+    @property
+    def lost(self) -> float:
+        """How far it is from the original: KL, or 1 − cosine where there is none."""
+        return self.kl if self.kl is not None else 1.0 - (self.cosine or 0.0)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "kl": self.kl,

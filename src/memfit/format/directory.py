@@ -64,11 +64,11 @@ class OutputDirectory:
 
     def write_json(self, name: str, data: Any) -> None:
         """Write `data` as `name`, keys in their order, so that the same data gives the same bytes."""
-        self.write_text(name, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(self.path / name, data)
 
     def write_text(self, name: str, text: str) -> None:
         """Write `text` as `name`, UTF-8, `\\n` at line ends."""
-        (self.path / name).write_text(text, encoding="utf-8", newline="\n")
+        _write_text(self.path / name, text)
 
     def __enter__(self) -> Self:
         parent, name = self.target.parent, self.target.name
@@ -133,6 +133,15 @@ class OutputDirectory:
             os.rename(old, self.target)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Keys in their order, so that the same data gives the same bytes."""
+    _write_text(file, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,6 +1,6 @@
 """What each budget would cost: the price of the best plan over budgets, for a picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from memfit.plan.search import Item, needed_nbytes, smallest_budget, solve
@@ -15,8 +15,11 @@ class Point:
     price: float
 
 
-def front(items: Sequence[Item], *, bases: Mapping[str, int], count: int = 12) -> tuple[Point, ...]:
-    """The best plans for `count` budgets from the smallest that works to the least price of all."""
+def front(
+    items: Sequence[Item], *, bases: Mapping[str, int], count: int = 12, also: Iterable[int] = ()
+) -> tuple[Point, ...]:
+    """The best plans for `count` budgets from the smallest that works to the least price of all; and for those that are
+    named, as far as they work."""
     low = smallest_budget(items, bases=bases).needed_nbytes
     dearest = {
         name: min(range(len(item.options)), key=lambda c, item=item: (item.options[c].price, c))  # type: ignore[misc]
@@ -24,9 +27,9 @@ def front(items: Sequence[Item], *, bases: Mapping[str, int], count: int = 12) -
         for name in item.names
     }
     high = max(low, *needed_nbytes(items, dearest, bases=bases).values())
+    evenly = [low + (high - low) * n // max(1, count - 1) for n in range(count)]
     points = []
-    for n in range(count):
-        budget = low + (high - low) * n // max(1, count - 1)
+    for budget in sorted([*evenly, *(nbytes for nbytes in also if nbytes >= low)]):
         found = solve(items, bases=bases, budget_nbytes=budget)
         assert found is not None, "no budget here is under the smallest that works"
         points.append(Point(budget_nbytes=budget, needed_nbytes=found.needed_nbytes, price=found.price))

@@ -25,11 +25,12 @@ from memfit.packed.fake import is_fake
 from memfit.packed.forms import Form, LowRank, Shared
 from memfit.packed.scheme import Scheme
 from memfit.plan.groups import Group
+from memfit.technique.low_rank import right_factors
 from memfit.technique.made import Made
 from memfit.technique.making import make, weight_of
 from memfit.technique.quantize import Quantized
 from memfit.technique.smooth import activation_noise
-from memfit.technique.spectrum import errors_by_rank
+from memfit.technique.spectrum import blocks_of, errors_by_rank
 
 SAMPLE_WEIGHTS: Final = 2**21
 """Most weights of one tensor that are quantised to price a scheme, however many rows were asked for."""
@@ -55,8 +56,8 @@ Prices = dict[tuple[str, Form], float]
 
 
 @dataclass(frozen=True)
-class _Weighting:
-    """Σ_terms Σ_o Σ_k rows_o · columns_k (w − ŵ)²_ok."""
+class Weighting:
+    """What errors of a weight [N, K] count: Σ_terms Σ_o Σ_k rows_o · columns_k (w − ŵ)²_ok."""
 
     terms: tuple[tuple[Tensor, Tensor], ...]
     """(rows [N], columns [K]); columns [N, K]-expandable [E, K] for experts, E dividing N."""
@@ -65,6 +66,10 @@ class _Weighting:
         """What one row's search should minimise, [K]: the columns' weights as the mean row sees them."""
         return sum_of([rows.mean() * (c if c.dim() == 1 else c.mean(dim=0)) for rows, c in self.terms])
 
+    def rows(self) -> Tensor:
+        """What errors of each row count for the mean column, [N]: what all rows have in common is made for it."""
+        return sum_of([rows * columns.mean() for rows, columns in self.terms])
+
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     """Their sum, in order."""
@@ -72,15 +77,6 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total += tensor
     return total
-
-
-def importance_of(group: Group, parameter: str, statistics: Statistics | None) -> Tensor | None:
-    """Weights [K] of the inputs of one of the group's tensors, for `quantize`; None without statistics.
-
-    What is priced is what is made: `prices` quantises with the same.
-    """
-    weighting = _weighting(group, parameter, statistics)
-    return None if weighting is None else weighting.importance()
 
 
 def prices(
@@ -109,22 +105,17 @@ def prices(
             continue
         totals = dict.fromkeys(schemes, 0.0)
         for parameter, shape in zip(group.parameters, group.shapes, strict=True):
-            weighting = _weighting(group, parameter, statistics)
+            weighting = weighting_of(group, parameter, statistics)
             part = share[group.name] * math.prod(shape) / group.weights
             weight = read_weight(parameter).detach()
-            factors = [scheme for scheme in schemes if isinstance(scheme, LowRank)]
-            for base in dict.fromkeys(scheme.base for scheme in factors):
-                assert base is None or isinstance(base, Scheme), "a whole weight is not factored for a plan"
-                spectrum = _spectrum(weight, weighting, base)
-                for form in factors:
-                    if form.base == base:
-                        totals[form] += spectrum.price(form, share=part)
+            rights = _right_factors(weight, weighting, [form for form in schemes if isinstance(form, LowRank)])
             sample = _sample(weight, weighting, rows=rows)
             del weight
             for scheme in schemes:
-                if not isinstance(scheme, LowRank | Shared):
-                    totals[scheme] += sample.price(scheme, share=part)
-            del sample
+                if not isinstance(scheme, Shared):
+                    right = rights[scheme] if isinstance(scheme, LowRank) else None
+                    totals[scheme] += sample.price(scheme, share=part, right=right)
+            del sample, rights
         _add_shared(totals, group, read_weight, statistics, share[group.name])
         found |= {(group.name, scheme): price for scheme, price in totals.items()}
     return found
@@ -196,8 +187,9 @@ class _Sample:
     norm: float
     """Σ w² of the rows."""
 
-    def price(self, scheme: Form, *, share: float) -> float:
-        squares = _squares(self.weight, make(self.weight, scheme, importance_K=self.importance))
+    def price(self, scheme: Form, *, share: float, right: Tensor | None = None) -> float:
+        """right: of factors, what all rows of the tensor have in common."""
+        squares = _squares(self.weight, make(self.weight, scheme, importance_K=self.importance, shared=right))
         if not self.terms:
             error = _number(squares.sum()) / max(self.norm, 1e-30) + _relative_noise(scheme, self.weight.shape[-1])
             return KL_OF_RELATIVE_ERROR * share * error
@@ -220,22 +212,31 @@ class _Spectrum:
     """[min(N, K) + 1], weighed with the statistics, if there are any."""
     weighed: bool
 
-    def price(self, form: LowRank | Shared, *, share: float) -> float:
+    def price(self, form: Shared, *, share: float) -> float:
         error = _number(self.errors[form.rank])
         if self.weighed:
             return 0.5 * error
         return KL_OF_RELATIVE_ERROR * share * error / max(_number(self.errors[0]), 1e-30)
 
 
-def _spectrum(weight: Tensor, weighting: _Weighting | None, base: Scheme | None) -> _Spectrum:
-    """Of a weight [N, K], or of what rounding it to `base` loses."""
-    importance = None if weighting is None else weighting.importance()
-    if base is not None:
-        weight = weight - weight_of(make(weight, base, importance_K=importance))
+def _spectrum(weight: Tensor, weighting: Weighting | None) -> _Spectrum:
+    """Of a weight [N, K]."""
     if weighting is None:
         return _Spectrum(errors_by_rank(weight), weighed=False)
     errors = [errors_by_rank(weight, importance_K=columns, rows_N=rows) for rows, columns in weighting.terms]
     return _Spectrum(sum_of(errors), weighed=True)
+
+
+def _right_factors(
+    weight: Tensor, weighting: Weighting | None, forms: Sequence[LowRank]
+) -> dict[LowRank, Tensor]:
+    """By form, the right factor [r, K] of a weight [N, K], as `compress` makes it."""
+    importance, rows = (None, None) if weighting is None else (weighting.importance(), weighting.rows())
+    found: dict[LowRank, Tensor] = {}
+    for base in dict.fromkeys(form.base for form in forms):
+        alike = [form for form in forms if form.base == base]
+        found.update(right_factors(lambda: blocks_of(weight), alike, importance_K=importance, rows_N=rows))
+    return found
 
 
 def _add_shared(
@@ -246,24 +247,24 @@ def _add_shared(
     forms = [form for form in totals if isinstance(form, Shared)]
     for owner in dict.fromkeys(form.owner for form in forms):
         weights = [read_weight(parameter).detach() for parameter in group.parameters]
-        terms = [_weighting(group, parameter, statistics) for parameter in group.parameters]
+        terms = [weighting_of(group, parameter, statistics) for parameter in group.parameters]
         if owner != group.members[0]:
             off = weights[0].float().sub_(read_weight(f"{owner}.weight").detach())
-            spectrum = _spectrum(off, terms[0], None)
+            spectrum = _spectrum(off, terms[0])
         else:
-            spectrum = _spectrum(torch.cat(weights), _stacked([w for w in terms if w is not None]), None)
+            spectrum = _spectrum(torch.cat(weights), _stacked([w for w in terms if w is not None]))
         for form in forms:
             if form.owner == owner:
                 totals[form] += spectrum.price(form, share=share)
         del weights
 
 
-def _stacked(weightings: Sequence[_Weighting]) -> _Weighting | None:
+def _stacked(weightings: Sequence[Weighting]) -> Weighting | None:
     """Of tensors that read one input, one below the other: one H, and G of each output; None of none."""
     if not weightings:
         return None
     rows = torch.cat([weighting.terms[0][0] for weighting in weightings])
-    return _Weighting(((rows, weightings[0].terms[0][1]),))
+    return Weighting(((rows, weightings[0].terms[0][1]),))
 
 
 def _relative_noise(scheme: Form, inputs: int) -> float:
@@ -276,7 +277,7 @@ def _squares(weight: Tensor, made: Quantized | Made) -> Tensor:
     return weight.to(torch.float32, copy=True).sub_(weight_of(made)).square_()
 
 
-def _sample(weight: Tensor, weighting: _Weighting | None, *, rows: int) -> _Sample:
+def _sample(weight: Tensor, weighting: Weighting | None, *, rows: int) -> _Sample:
     """At most `rows` rows of a weight [..., N, K]."""
     flat = weight.reshape(-1, weight.shape[-1])
     count, inputs = flat.shape
@@ -305,8 +306,10 @@ def systematic(weights_N: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
     return picked, (p.sum() / wanted / p[picked]).to(torch.float32)
 
 
-def _weighting(group: Group, parameter: str, statistics: Statistics | None) -> _Weighting | None:
-    """How errors of one of the group's tensors are weighed; None without statistics.
+def weighting_of(group: Group, parameter: str, statistics: Statistics | None) -> Weighting | None:
+    """What errors of one of the group's tensors count; None without statistics.
+
+    What is priced is what is made: `prices` makes all with the same.
 
     Raises:
         KeyError: statistics are given, but none for this tensor.
@@ -317,7 +320,7 @@ def _weighting(group: Group, parameter: str, statistics: Statistics | None) -> _
     if group.kind == "experts":
         h, g = _of(statistics, parameter, group)
         rows = g.to(torch.float32).expand(shape[0], shape[1]).reshape(-1)
-        return _Weighting(((rows, h.to(torch.float32)),))
+        return Weighting(((rows, h.to(torch.float32)),))
     owner = parameter.rpartition(".")[0]
     tied = group.kind == "embedding" and len(group.parameters) == 1
     terms = []
@@ -330,7 +333,7 @@ def _weighting(group: Group, parameter: str, statistics: Statistics | None) -> _
         else:
             found = f"H {list(h.shape)}, G {list(g.shape)}"
             raise ValueError(f"{member}: statistics {found} do not fit the weight {list(shape)}")
-    return _Weighting(tuple(terms))
+    return Weighting(tuple(terms))
 
 
 def _of(statistics: Statistics, name: str, group: Group) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,9 @@ class Report:
     """Of a fit within a cap: the cap, how it was kept to, and the resident peak of each job, predicted and measured."""
     fronts: Mapping[str, Any] = field(default_factory=dict)
     """Technique -> points of bytes at the peak and expected KL, and which other technique is nowhere worse."""
+    tried: Mapping[str, float] = field(default_factory=dict)
+    """Where plans were made and judged beside each other: technique -> KL of its plan (encoders: 1 - cosine). The least
+    was taken."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File of weights -> sha256."""
     created: str | None = None
@@ -90,6 +93,7 @@ class Report:
             "versions": dict(self.versions),
             "rounding": self.rounding,
             "fronts": dict(self.fronts),
+            "tried": dict(self.tried),
             "ram": None if self.ram is None else dict(self.ram),
             "files": dict(self.files),
             "created": self.created,
@@ -119,6 +123,7 @@ class Report:
             rounding=data.get("rounding"),
             ram=data.get("ram"),
             fronts=data.get("fronts") or {},
+            tried=data.get("tried") or {},
             files=data["files"],
             created=data["created"],
         )

@@ -16,6 +16,16 @@ def technique_rows(report: Report) -> list[tuple[str, ...]]:
     return [_row(name, line, report.budget_nbytes) for name, line in report.fronts.items() if line["points"]]
 
 
+def tried_line(report: Report) -> str | None:
+    """What the plans lost that were made and judged beside each other; None where only one was made."""
+    if not report.tried:
+        return None
+    taken = min(report.tried, key=report.tried.__getitem__)
+    what = "1 - cosine" if report.quality is not None and report.quality.kl is None else "KL"
+    told = ", ".join(f"{name} {lost:.3g}" for name, lost in report.tried.items())
+    return f"Made and judged beside each other, {what}: {told}. Taken: {taken}."
+
+
 def _row(name: str, line: dict[str, Any], budget_nbytes: int | None) -> tuple[str, ...]:
     least = min(line["points"], key=lambda point: (point["nbytes"], point["kl"]))
     within = [point for point in line["points"] if budget_nbytes is None or point["nbytes"] <= budget_nbytes]

@@ -12,7 +12,7 @@ from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.report.choices import narrowed_line, rows, smoothed_line
 from memfit.report.report import Report
-from memfit.report.techniques import HEAD, technique_rows
+from memfit.report.techniques import HEAD, technique_rows, tried_line
 from memfit.units import format_size
 
 _BAR: Final = 24
@@ -218,6 +218,8 @@ def render_report(report: Report) -> RenderableType:
         for row in found:
             table.add_row(*row)
         parts += [Text(), table]
+    if (tried := tried_line(report)) is not None:
+        parts.append(Text(tried, style="dim"))
     if report.speed is not None:
         table = _table("Speed", header=False)
         for name, text in speed_lines(report.speed, report.speed_original):

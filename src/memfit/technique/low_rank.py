@@ -20,7 +20,7 @@ rounding loses, in turns (LoftQ, Li et al. 2023; LQ-LoRA, Guo et al. 2023), by G
 Legend of shapes: N outputs, K inputs, r rank, n the shorter of N and K, R rows of a block.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -64,7 +64,7 @@ def factorize(
     Args:
         importance_K, factor: what errors of inputs count; see `Metric`.
         rows_N: G, what errors of outputs count; None: all the same.
-        right: B [r, K], as `right_factor` found it, where these are some rows of a weight: theirs is then A alone, and
+        right: B [r, K], as `right_factors` found it, where these are some rows of a weight: theirs is then A alone, and
             the integers are those of rounding alone.
         rounds: turns of integers and factors. However few, the error is not above that of the integers alone.
 
@@ -216,16 +216,19 @@ def streamed(
 
 
 @torch.no_grad()
-def right_factor(
-    rows: Iterable[Tensor], form: LowRank, *, importance_K: Tensor | None = None, factor: Factor | None = None,
+def right_factors(
+    rows: RowBlocks, forms: Sequence[LowRank], *, importance_K: Tensor | None = None, factor: Factor | None = None,
     rows_N: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """B [r, K] of a weight in blocks of rows, from one pass over them; with it `factorize` makes A of each."""
+) -> dict[LowRank, Tensor]:  # fmt: skip
+    """B [r, K] by form, all of one base, from one pass over a weight's blocks of rows; with it `factorize` makes A of
+    each block."""
     metric = Metric(importance_K=importance_K, factor=factor)
     wide = torch.promote_types(metric.dtype, torch.float32)
     root_N = None if rows_N is None else root_of(rows_N, wide)
-    gram = right_gram(_lost_blocks(rows, form, metric), metric, root_N, wide)
-    return right_from(leading(gram, form.rank), metric).right
+    gram = right_gram(_lost_blocks(rows(), forms[0], metric), metric, root_N, wide)
+    # The largest first: of every rank the leading ones.
+    v_Kr = leading(gram, max(form.rank for form in forms))
+    return {form: right_from(v_Kr[:, : form.rank], metric).right for form in forms}
 
 
 def _lost_blocks(blocks: Iterable[Tensor], form: LowRank, metric: Metric) -> Iterator[Tensor]:
@@ -323,5 +326,5 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
 
 __all__ = [
     "Right", "balanced", "errors_by_rank", "factorize", "factors", "fitted_left", "fitted_right", "rank_for",
-    "right_factor", "right_from", "right_of", "rounded", "streamed",
+    "right_factors", "right_from", "right_of", "rounded", "streamed",
 ]  # fmt: skip

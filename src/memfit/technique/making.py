@@ -12,7 +12,7 @@ from memfit.packed.forms import Form, LowRank, Narrow, Shared, Sparse, Whole
 from memfit.packed.scheme import Scheme
 
 from .gptq import Factor, gptq
-from .low_rank import factorize, right_factor
+from .low_rank import factorize, right_factors
 from .made import Made, dense
 from .prune import prune
 from .quantize import Quantized, dequantize, learned, quantize
@@ -41,11 +41,16 @@ def make(
     return quantize(weight_NK, form, importance=importance_K, search=search, table=shared)
 
 
-def shared_by_rows(form: Form, rows: Iterable[Tensor], importance_K: Tensor | None) -> Tensor | None:
+def shared_by_rows(
+    form: Form, rows: Iterable[Tensor], importance_K: Tensor | None, rows_N: Tensor | None = None
+) -> Tensor | None:
     """What all rows of a weight have in common, if it comes in blocks of rows: a codebook's levels [2^b], the right
-    factor [r, K]; None of other forms, which make each row by itself."""
+    factor [r, K]; None of other forms, which make each row by itself.
+
+    rows_N: what errors of each row count, for factors; None: all alike.
+    """
     if isinstance(form, LowRank):
-        return right_factor(rows, form, importance_K=importance_K)
+        return right_factors(lambda: rows, [form], importance_K=importance_K, rows_N=rows_N)[form]
     return learned(form, rows, importance_K) if isinstance(form, Scheme) else None
 
 
