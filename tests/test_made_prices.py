@@ -19,7 +19,7 @@ from memfit.plan.allowed import Allowed
 from memfit.plan.groups import find_groups
 from memfit.source.source import Source, open_source
 from memfit.steps import fake_ids, on_fakes
-from memfit.technique.gptq import factor, gptq, integer_errors
+from memfit.technique.gptq import damping_for, factor, gptq, integer_errors
 from memfit.technique.making import make_for, order_of, weight_of
 
 IDS = torch.randint(1, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -65,14 +65,15 @@ def test_a_price_is_what_making_it_errs_by(source: Source) -> None:
     group = next(group for group in inside if group.members[0].endswith("1.self_attn.q_proj"))
     x = heard[group.members[0]]
     hessian = x.t() @ x / len(x)
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    ridge = damping_for(len(hessian), IDS.numel())
+    damped = hessian + ridge * hessian.diagonal().mean() * torch.eye(len(hessian))
     for form in schemes[group.name]:
         if not isinstance(form, Scheme | Sparse) and not (isinstance(form, LowRank) and form.base is None):
             continue
         total = 0.0
         for member in group.members:
             weight = model.get_submodule(member).weight.detach()
-            made = factor(hessian, order=order_of(form, hessian))
+            made = factor(hessian, damping=ridge, order=order_of(form, hessian))
             off = weight.float() - weight_of(make_for(weight, form, made)).float()
             total += 0.5 * float(((off @ damped) * off).sum())
         assert found[group.name, form] == pytest.approx(total, rel=0.05), form.name

@@ -41,7 +41,7 @@ from memfit.packed.fake import blocks_to_run, is_fake, repeated
 from memfit.packed.forms import Form, LowRank, Narrow, Shared, basis_of, like_of, output_of
 from memfit.plan.price import Weighting
 from memfit.source.source import Source
-from memfit.technique.gptq import DAMPING, Factor, agreement, corrected, factor
+from memfit.technique.gptq import Factor, agreement, corrected, damping_for, factor
 from memfit.technique.heads import fitted_output, narrow_heads
 from memfit.technique.made import Made
 from memfit.technique.making import make, make_for, of_tensors, order_of, shared_by_rows, tensors_of, weight_of
@@ -53,6 +53,10 @@ _TOKENS: Final = 2048
 """Tokens whose inputs are in fp32 at a time."""
 _ROWS: Final = 1024
 """Rows of a weight that are in fp32 at a time."""
+
+
+Ridge = Callable[[int], float]
+"""From inputs K to the damping of H [K, K]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,7 @@ def compensate(
     thrift: Thrift | None = None,
     scratch: Path | None = None,
     weighting: Callable[[str], Weighting | None] = lambda _: None,
-    damping: float = DAMPING,
+    damping: float | None = None,
     tuning: Tuning | None = None,
 ) -> None:
     """Choose the integers of every linear layer in the model's blocks, and keep them in `integers`.
@@ -101,7 +105,7 @@ def compensate(
         scratch: where files go if it spills.
         weighting: what errors of a module's weight count: of a table as it will be made with, of factors and narrow
             heads what their outputs do. None: all alike.
-        damping: see `gptq.factor`.
+        damping: see `gptq.factor`; None: as `gptq.damping_for` has it.
         tuning: how each block's layers learn together, once they are chosen; None: they do not.
 
     Raises:
@@ -116,6 +120,9 @@ def compensate(
 
     count = windows_WT.shape[0]
     twice_WT = torch.cat([windows_WT, windows_WT])
+
+    def ridge(inputs: int) -> float:
+        return damping_for(inputs, windows_WT.numel()) if damping is None else damping
 
     def outputs(name: str) -> Tensor | None:
         counts = weighting(name)
@@ -171,7 +178,7 @@ def compensate(
         with versions.in_place(), closing(was), closing(now):
             if layers:
                 _choose(
-                    name, versions, was, now, schemes, integers, damping, random, rows=thrift.rows, outputs=outputs,
+                    name, versions, was, now, schemes, integers, ridge, random, rows=thrift.rows, outputs=outputs,
                     learn=learn if tuning is not None else None,
                 )  # fmt: skip
             if not left:
@@ -194,7 +201,7 @@ def compensate(
 
 def _choose(
     block: str, versions: Versions, was: Pass, now: Pass, schemes: Mapping[str, Form], integers: Integers,
-    damping: float, random: torch.Generator, *, rows: int | None, outputs: Callable[[str], Tensor | None],
+    ridge: Ridge, random: torch.Generator, *, rows: int | None, outputs: Callable[[str], Tensor | None],
     learn: Callable[[Mapping[str, Learner]], dict[str, Quantized]] | None,
 ) -> None:  # fmt: skip
     """Let a block's layers become what their integers say: those that are kept, or new ones.
@@ -225,7 +232,8 @@ def _choose(
             form = schemes[name]
             assert isinstance(form, Narrow), "as its values are"
             fitted, used[name] = fitted_output(
-                versions.was(name), narrow.pop(name), amount, halves, hessian, form, damping=damping
+                versions.was(name), narrow.pop(name), amount, halves, hessian, form,
+                damping=ridge(len(form.columns(hessian.shape[0]))),
             )
             del amount, halves
             keep(name, fitted)
@@ -235,7 +243,7 @@ def _choose(
             continue
         order = order_of(schemes[stage[0]], hessian)
         try:
-            made = factor(hessian, damping=damping, overwrite=True, order=order)
+            made = factor(hessian, damping=ridge(hessian.shape[0]), overwrite=True, order=order)
         except ValueError as error:
             raise UsageError(f"{stage[0]}: {error}") from error
         del hessian
@@ -252,7 +260,7 @@ def _choose(
                 continue
             if isinstance(form := schemes[name], Narrow):
                 output = output_of(name)
-                value, narrow[output] = _narrow(weight, made, output, form, versions, was, damping, outputs(output))
+                value, narrow[output] = _narrow(weight, made, output, form, versions, was, ridge, outputs(output))
                 keep(name, value)
                 del weight, value
                 continue
@@ -278,7 +286,7 @@ def _choose(
 
 
 def _narrow(
-    weight: Tensor, made: Factor, output: str, form: Narrow, versions: Versions, was: Pass, damping: float,
+    weight: Tensor, made: Factor, output: str, form: Narrow, versions: Versions, was: Pass, ridge: Ridge,
     rows_M: Tensor | None,
 ) -> tuple[Made, Tensor]:  # fmt: skip
     """Narrow values, and the output O′ [M, D] in their basis: for what came to the output in the model as it was."""
@@ -290,7 +298,7 @@ def _narrow(
             tokens += x_TK.shape[0]
             add_products(total, x_TK)
             del x_TK
-    inputs = factor(total.div_(tokens), damping=damping, overwrite=True)
+    inputs = factor(total.div_(tokens), damping=ridge(layer.in_features), overwrite=True)
     del total
     value, whole = narrow_heads(
         weight, versions.was(output), width=weight.shape[0] // form.heads, kept=form.kept, factor_Q=inputs,

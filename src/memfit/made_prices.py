@@ -28,7 +28,7 @@ from memfit.plan.groups import Group
 from memfit.plan.heads import NarrowHeads
 from memfit.plan.price import Prices, systematic
 from memfit.source.source import Source
-from memfit.technique.gptq import DAMPING, Factor, factor, gptq, integer_errors
+from memfit.technique.gptq import Factor, damping_for, factor, gptq, integer_errors
 from memfit.technique.made import dense
 from memfit.technique.making import order_of
 from memfit.technique.quantize import dequantize
@@ -58,7 +58,7 @@ def made_prices(
     narrow: Sequence[NarrowHeads] = (),
     batch: int = 4,
     scratch: Path | None = None,
-    damping: float = DAMPING,
+    damping: float | None = None,
     rows: int = ROWS,
 ) -> Prices:
     """Nats a token of each candidate of each group of linear layers in the model's blocks, by (group name, form).
@@ -70,7 +70,7 @@ def made_prices(
         gradients: of a module G [N].
         narrow: attentions whose heads may become narrower: what both of their groups may then be is priced, too.
         scratch: where what blocks give each other waits in files; None: in memory.
-        damping: see `gptq.factor`.
+        damping: see `gptq.factor`; None: as `gptq.damping_for` has it.
         rows: of each layer that are made.
 
     Raises:
@@ -89,11 +89,12 @@ def made_prices(
     lost: dict[str, Tensor] = {}
 
     def heard(layers: Mapping[str, nn.Linear], stage: Sequence[str], hessian: Tensor) -> None:
+        ridge = damping_for(hessian.shape[0], windows_WT.numel()) if damping is None else damping
         for name in stage:
             if (one := by_output.get(name)) is not None and one.narrowing.value in layers:
                 lost[name] = one.narrowing.prices(
                     lambda name: layers[name].weight.detach(),
-                    lambda _: factor(hessian, damping=damping),
+                    lambda _: factor(hessian, damping=ridge),
                     gradients,
                 )
         for group in dict.fromkeys(group_of[name] for name in stage if name in group_of):
@@ -101,7 +102,7 @@ def made_prices(
             weights = {name: layers[name].weight.detach() for name in members}
             layer = _Layers(
                 source=source, weights=weights, gradients={name: gradients(name) for name in members},
-                hessian=hessian, damping=damping, rows=rows, whole=len(members) == len(group.members),
+                hessian=hessian, damping=ridge, rows=rows, whole=len(members) == len(group.members),
             )  # fmt: skip
             totals = found.setdefault(group.name, {})
             for form, price in layer.prices(candidates[group.name]).items():

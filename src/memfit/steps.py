@@ -41,7 +41,6 @@ from memfit.report.page import render_page
 from memfit.report.report import Report
 from memfit.source.source import Source
 from memfit.study import Study
-from memfit.technique.gptq import DAMPING
 from memfit.technique.tune import Tuning
 from memfit.text import Text, write_windows
 
@@ -284,16 +283,15 @@ def move_written(job: dict[str, Any], output: OutputDirectory) -> None:
 
 
 def rounding_line(chosen: Plan, damping: dict[str, float], algorithm: Algorithm) -> str:
-    """What is to be told of the algorithm: how many layers went by GPTQ, where H needed more damping, what learned."""
-    most = max(damping.values(), default=0.0)
-    raised = sum(value > DAMPING for value in damping.values())
+    """What is to be told of the algorithm: how many layers went by GPTQ, how H was damped, what learned."""
+    least, most = (find(damping.values(), default=0.0) for find in (min, max))
     names = {"quantize": "GPTQ", "prune": "SparseGPT", "low-rank": "whitened factors", "share": "shared factors"}
     used = dict.fromkeys(names[kind] for form in chosen.schemes().values() for kind in sorted(techniques_of(form)))
     what = "quantized modules" if list(used) == ["GPTQ"] else "modules"
-    told = f"{', '.join(used) or 'GPTQ'}: {len(damping)} of {len(chosen.schemes())} {what}, damping {DAMPING:g}"
+    told = f"{', '.join(used) or 'GPTQ'}: {len(damping)} of {len(chosen.schemes())} {what}, damping {least:.2g}"
     tuning = tuning_of(algorithm)
     after = "" if tuning is None else f"; then {tuning.steps} steps of learning for each block"
-    return told + (f", up to {most:g} in {raised} that needed more" if raised else "") + after
+    return told + (f" to {most:.2g}" if most > least else "") + after
 
 
 def write_companions(source: Source, chosen: Plan, directory: Path) -> None:

@@ -1,5 +1,7 @@
 """GPTQ's choices are those of its paper in float64, never worse than the scales alone; trouble is told."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memfit.packed.scheme import Scheme
-from memfit.technique.gptq import Gptq, agreement, corrected, factor, gptq
+from memfit.technique.gptq import Gptq, agreement, corrected, damping_for, factor, gptq
 from memfit.technique.quantize import dequantize, quantize
 
 SCHEMES = [
@@ -209,3 +211,24 @@ def test_what_is_agreed_on_errs_less_on_other_text(seed: int) -> None:
         return float((x[40:] @ w.t() - x_now[40:] @ corrected(w, moved * part, made).t()).square().mean())
 
     assert error(share) < error(1.0)
+
+
+def test_the_fewer_tokens_the_more_damping_which_loses_less_on_others() -> None:
+    assert damping_for(512, 1024) > damping_for(512, 8192) > damping_for(256, 8192) > 0
+    assert damping_for(512, 1 << 30) == damping_for(16, 1 << 30) < 0.01
+    assert damping_for(4096, 1) < 1
+    lost = torch.zeros(2)
+    scheme, chances = Scheme(bits=3, group=64), 1 / torch.arange(1, 2001)
+    for seed in range(4):
+        # Inputs as words are: a few of them often, and many that a short text has none of.
+        generator = torch.Generator().manual_seed(seed)
+        draw = partial(torch.randn, generator=generator)
+        words = draw(2000, 128) @ (draw(128, 128) * torch.logspace(0, -1, 128)).t()
+        seen, others = (
+            words[torch.multinomial(chances, count, replacement=True, generator=generator)] for count in (128, 1 << 15)
+        )
+        weight, hessian, unseen = draw(64, 128), seen.t() @ seen / len(seen), others.t() @ others / len(others)
+        for n, damping in enumerate((damping_for(128, 128), 0.01)):
+            read = dequantize(gptq(weight, hessian, scheme, damping=damping).quantized)
+            lost[n] += error_of(weight, read, unseen).sum()
+    assert lost[0] < 0.95 * lost[1]

@@ -23,7 +23,7 @@ from memfit.errors import UsageError
 from memfit.packed.fake import blocks_to_run, repeated
 from memfit.source.source import Source
 from memfit.technique.gguf_gptq import encode_compensated
-from memfit.technique.gptq import Factor, factor
+from memfit.technique.gptq import Factor, damping_for, factor
 
 
 @torch.no_grad()
@@ -57,10 +57,12 @@ def encode_layers(
         }
         hessians, readers = _hessians(layers, run) if layers else ({}, {})
         for first in list(hessians):
+            hessian = hessians.pop(first)
             try:
-                made = factor(hessians.pop(first))
+                made = factor(hessian, damping=damping_for(hessian.shape[0], windows_WT.numel()))
             except ValueError as error:
                 raise UsageError(f"{first}: {error}") from error
+            del hessian
             for full in readers[first]:
                 put(full, _encoded(full, layers[full].weight.data, kinds[full], made))
             del made

@@ -35,6 +35,9 @@ from memfit.technique.spectrum import blocks_of, errors_by_rank
 SAMPLE_WEIGHTS: Final = 2**21
 """Most weights of one tensor that are quantised to price a scheme, however many rows were asked for."""
 
+RIGHT_ROWS: Final = 2**14
+"""Most rows of a tall tensor that its right factors are found from to price them."""
+
 KL_OF_RELATIVE_ERROR: Final = 5.0
 """Nats for each unit of Σ(w − ŵ)²/Σw² over a whole model, where there is no text to ask.
 
@@ -230,8 +233,12 @@ def _spectrum(weight: Tensor, weighting: Weighting | None) -> _Spectrum:
 def _right_factors(
     weight: Tensor, weighting: Weighting | None, forms: Sequence[LowRank]
 ) -> dict[LowRank, Tensor]:
-    """By form, the right factor [r, K] of a weight [N, K], as `compress` makes it."""
+    """By form, the right factor [r, K] of a weight [N, K], as `compress` makes it, but of at most `RIGHT_ROWS` rows."""
     importance, rows = (None, None) if weighting is None else (weighting.importance(), weighting.rows())
+    if forms and weight.shape[0] > RIGHT_ROWS:
+        picked, stands_for = systematic(torch.ones(weight.shape[0]) if rows is None else rows, RIGHT_ROWS)
+        weight = weight.index_select(0, picked)
+        rows = stands_for if rows is None else rows[picked] * stands_for
     found: dict[LowRank, Tensor] = {}
     for base in dict.fromkeys(form.base for form in forms):
         alike = [form for form in forms if form.base == base]
