@@ -135,7 +135,7 @@ def compensate(
             wanted = None if counts is None else counts.importance()
             # A codebook is the whole table's, whatever the text looks up of it.
             everything = (rows for _, rows in streamed.rows(f"{name}.weight"))
-            levels = shared_by_rows(scheme, everything, wanted, None if counts is None else counts.rows())
+            levels = shared_by_rows(scheme, everything, wanted, None if counts is None else counts.rows_in_common())
             for start in blocks_to_run(range(0, now.shape[0], _TOKENS)):
                 part = now[start : start + _TOKENS]
                 part.copy_(weight_of(make(part, scheme, importance_K=wanted, shared=levels)))

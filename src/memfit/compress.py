@@ -190,10 +190,11 @@ def compress(
     seen: set[Any] = set()
     stem = "memfit" if stored.own else "model"
 
-    def weighting_for(module: str) -> Weighting | None:
-        return weighting_of(groups[module], f"{module}.weight", pairs) if search else None
+    def importance_for(module: str) -> Tensor | None:
+        weighting = weighting_of(groups[module], f"{module}.weight", pairs) if search else None
+        return None if weighting is None else weighting.importance()
 
-    sharing = Sharing(source, schemes, integers, weighting_for)
+    sharing = Sharing(source, schemes, integers, importance_for)
     with Writer(directory, stored.specs, dry=dry, stem=stem, resume=True) as writer:
         for name in stored.plain_and_packed():
             if all(writer.has(part) for part in stored.packed.get(name, (name,))):
@@ -281,7 +282,7 @@ def _made(
 ) -> Made:
     """The parts of a parameter [N, K], made some rows at a time."""
     rows, inputs = row_shape(source, parameter)
-    importance, counts = (None, None) if weighting is None else (weighting.importance(), weighting.rows())
+    importance, counts = (None, None) if weighting is None else (weighting.importance(), weighting.rows_in_common())
     everything = (block for _, block in rows_of(source, parameter, dtype=torch.bfloat16))
     shared = shared_by_rows(form, everything, importance, counts)
     parts = empty_parts(form, (rows, inputs), torch.device("cpu"))

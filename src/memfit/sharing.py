@@ -7,7 +7,6 @@ from torch import Tensor
 
 from memfit.format.integers import Integers
 from memfit.packed.forms import Form, LowRank, Narrow, Shared, basis_of, is_value, like_of, output_of, value_of
-from memfit.plan.price import Weighting
 from memfit.source.source import Source
 from memfit.technique.heads import narrow_heads
 from memfit.technique.low_rank import factorize
@@ -24,14 +23,14 @@ class Sharing:
     Args:
         schemes: by module name.
         integers: what was chosen for some modules before; an owner of those is not made anew.
-        weighting: by module, what errors of its weight count; None: all alike.
+        importance: by module, E[x²] of its inputs [K]; None: all alike.
     """
 
     def __init__(
         self, source: Source, schemes: Mapping[str, Form], integers: Integers | None,
-        weighting: Callable[[str], Weighting | None],
+        importance: Callable[[str], Tensor | None],
     ) -> None:  # fmt: skip
-        self._source, self._schemes, self._integers, self._weighting = source, schemes, integers, weighting
+        self._source, self._schemes, self._integers, self._importance = source, schemes, integers, importance
         self._kept: dict[str, Made | Quantized] = {}
         self._owners = frozenset(owner for form in schemes.values() if (owner := basis_of(form)) is not None)
 
@@ -63,10 +62,8 @@ class Sharing:
         form = self._schemes[owner]
         assert isinstance(form, LowRank), "a basis is a right factor"
         names = [owner, *(name for name, other in self._schemes.items() if basis_of(other) == owner)]
-        metric = Metric(importance_K=self._counts(owner)[0])
-        members = {
-            name: Member(weight=self._weight(name), metric=metric, rows=self._counts(name)[1]) for name in names
-        }
+        metric = Metric(importance_K=self._importance(owner))
+        members = {name: Member(weight=self._weight(name), metric=metric) for name in names}
         return share(members, "right", form.rank)
 
     def _narrow(self, value: str) -> dict[str, Made | Quantized]:
@@ -86,20 +83,14 @@ class Sharing:
         if not form.rank:
             return Made(form=form, shape=shape, parts={})
         off = weight.float().sub_(self._as_it_becomes(owner, shape))
-        importance, rows = self._counts(module)
-        parts = factorize(off, LowRank(rank=form.rank), importance_K=importance, rows_N=rows).parts
+        parts = factorize(off, LowRank(rank=form.rank), importance_K=self._importance(module)).parts
         return Made(form=form, shape=shape, parts=parts)
 
     def _as_it_becomes(self, owner: str, shape: tuple[int, int]) -> Tensor:
         """An owner's weight as it will be read."""
         if self._integers is not None and owner in self._integers:
             return self._integers.weight(owner, self._schemes, shape)
-        return weight_of(make(self._weight(owner), self._schemes[owner], importance_K=self._counts(owner)[0]))
-
-    def _counts(self, module: str) -> tuple[Tensor | None, Tensor | None]:
-        """What errors of a module's inputs [K] and outputs [N] count; None: all alike."""
-        weighting = self._weighting(module)
-        return (None, None) if weighting is None else (weighting.importance(), weighting.rows())
+        return weight_of(make(self._weight(owner), self._schemes[owner], importance_K=self._importance(owner)))
 
     def _weight(self, module: str) -> Tensor:
         return self._source.read_parameter(f"{module}.weight", dtype=torch.bfloat16)

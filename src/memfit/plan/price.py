@@ -64,14 +64,24 @@ class Weighting:
 
     terms: tuple[tuple[Tensor, Tensor], ...]
     """(rows [N], columns [K]); columns [N, K]-expandable [E, K] for experts, E dividing N."""
+    table: bool = False
+    """Whether it is of a table, each of whose rows is looked up by itself."""
 
     def importance(self) -> Tensor:
         """What one row's search should minimise, [K]: the columns' weights as the mean row sees them."""
         return sum_of([rows.mean() * (c if c.dim() == 1 else c.mean(dim=0)) for rows, c in self.terms])
 
     def rows(self) -> Tensor:
-        """What errors of each row count for the mean column, [N]: what all rows have in common is made for it."""
+        """What errors of each row count for the mean column, [N]."""
         return sum_of([rows * columns.mean() for rows, columns in self.terms])
+
+    def rows_in_common(self) -> Tensor | None:
+        """The same where what all rows have in common is made for it, None where it is made for all alike.
+
+        A layer's inputs are taken as independent here, and what is made for some of its outputs then loses more, not
+        less: of the demo model's layers, factors of 80 % of the bytes 0.42 in place of 0.28 nats.
+        """
+        return self.rows() if self.table else None
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -234,7 +244,7 @@ def _right_factors(
     weight: Tensor, weighting: Weighting | None, forms: Sequence[LowRank]
 ) -> dict[LowRank, Tensor]:
     """By form, the right factor [r, K] of a weight [N, K], as `compress` makes it, but of at most `RIGHT_ROWS` rows."""
-    importance, rows = (None, None) if weighting is None else (weighting.importance(), weighting.rows())
+    importance, rows = (None, None) if weighting is None else (weighting.importance(), weighting.rows_in_common())
     if forms and weight.shape[0] > RIGHT_ROWS:
         picked, stands_for = systematic(torch.ones(weight.shape[0]) if rows is None else rows, RIGHT_ROWS)
         weight = weight.index_select(0, picked)
@@ -340,7 +350,7 @@ def weighting_of(group: Group, parameter: str, statistics: Statistics | None) ->
         else:
             found = f"H {list(h.shape)}, G {list(g.shape)}"
             raise ValueError(f"{member}: statistics {found} do not fit the weight {list(shape)}")
-    return Weighting(tuple(terms))
+    return Weighting(tuple(terms), table=group.kind == "embedding")
 
 
 def _of(statistics: Statistics, name: str, group: Group) -> tuple[Tensor, Tensor]:
