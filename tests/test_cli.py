@@ -182,6 +182,22 @@ def test_what_pruning_is_told_wrongly_is_told_with_the_next_move(memfit, model, 
     assert code == 2 and not out and told in " ".join(err.split())
 
 
+@pytest.mark.parametrize(("allow", "told"), [
+    ("quantize,lowrank", "'lowrank' is no technique for weights; known: quantize, prune, low-rank, share."),
+    ("narrow", "Narrowing goes by --blocks, --heads, --channels, --experts."),
+    ("", "'' is no technique"),
+])  # fmt: skip
+def test_a_technique_that_is_none_is_told_with_those_that_are(memfit, model, allow, told):
+    for command in ("fit", "plan"):
+        code, out, err = memfit(command, model, "--allow", allow)
+        assert code == 2 and not out and told in " ".join(err.split())
+
+
+def test_a_rank_that_nothing_has_is_told_with_the_largest(memfit, model):
+    code, out, err = memfit("fit", model, *SMALL, "--technique", "low-rank", "--rank", "9999", "--dry-run", "-q")
+    assert code == 2 and not out and "has no rank 9999, at most " in " ".join(err.split())
+
+
 def test_a_sparsity_may_be_a_share_in_percent(memfit, model):
     words = ("--technique", "prune", "--sparsity", "50%", "--dry-run", "--json", "-q")
     code, out, err = memfit("fit", model, *SMALL, *words)

@@ -11,6 +11,7 @@ from torch import nn
 
 import memfit
 from memfit import demo
+from memfit.account.account import compare
 from memfit.jobs import JOBS
 from memfit.packed.forms import LowRank, form_of, techniques_of
 from memfit.packed.scheme import Scheme
@@ -103,6 +104,9 @@ def test_what_loses_less_is_taken_whatever_was_expected(source: Source, tmp_path
     assert report.quality.kl == pytest.approx(report.tried["quantize"], rel=1e-6), "what is written is what was judged"
     assert read_plan(tmp_path / "out" / "plan.json").schemes() == expected[0]
     assert report.measured.peak_nbytes == pytest.approx(report.predicted.peak_nbytes, rel=0.005)
+    lines = [line.what for line in compare(report.predicted_fit, report.measured_fit)]
+    assert "phase compress" in lines and len(lines) == len(set(lines)), "of two plans' jobs one line a phase"
+    assert report.predicted_fit.resident_nbytes is None, "nothing is told where nothing is known"
     assert type(report).from_json(report.to_json()).tried == report.tried
 
 

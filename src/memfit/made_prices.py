@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.account.structure import stacked_blocks
-from memfit.account.watch import Watch
+from memfit.account.watch import Anew, Watch
 from memfit.calibrate.inputs import hear_inputs
 from memfit.packed.fake import is_fake, repeated
 from memfit.packed.forms import BLOCK, Form, LowRank, Shared, Sparse
@@ -88,7 +88,7 @@ def made_prices(
     by_output = {one.narrowing.output: one for one in narrow}
     lost: dict[str, Tensor] = {}
 
-    def heard(layers: Mapping[str, nn.Linear], stage: Sequence[str], hessian: Tensor) -> None:
+    def heard(layers: Mapping[str, nn.Linear], stage: Sequence[str], hessian: Tensor, anew: Anew) -> None:
         ridge = damping_for(hessian.shape[0], windows_WT.numel()) if damping is None else damping
         for name in stage:
             if (one := by_output.get(name)) is not None and one.narrowing.value in layers:
@@ -105,7 +105,7 @@ def made_prices(
                 hessian=hessian, damping=ridge, rows=rows, whole=len(members) == len(group.members),
             )  # fmt: skip
             totals = found.setdefault(group.name, {})
-            for form, price in layer.prices(candidates[group.name]).items():
+            for form, price in layer.prices(candidates[group.name], anew).items():
                 totals[form] = totals.get(form, 0.0) + price
             seen[group.name] = seen.get(group.name, 0) + len(members)
 
@@ -152,8 +152,9 @@ class _Layers:
     whole: bool
     """Whether they are all of the group."""
 
-    def prices(self, forms: Sequence[Form]) -> ByForm:
-        """Nats a token, of all of them together."""
+    def prices(self, forms: Sequence[Form], anew: Anew) -> ByForm:
+        """Nats a token, of all of them together; the phase begins anew for each kind."""
+        anew()
         usual = factor(self.hessian, damping=self.damping)
         found: ByForm = {}
         schemes = [form for form in forms if isinstance(form, Scheme)]
@@ -161,11 +162,13 @@ class _Layers:
             found |= self._sample(len(schemes)).of_schemes(schemes, usual)
         for base in dict.fromkeys(form.base for form in forms if isinstance(form, LowRank)):
             assert base is None or isinstance(base, Scheme), "a whole weight is not factored for a plan"
+            anew()
             errors = self._spectra(usual, base)
             found |= {f: _number(errors[f.rank]) for f in forms if isinstance(f, LowRank) and f.base == base}
         for owner in dict.fromkeys(form.owner for form in forms if isinstance(form, Shared)):
             if not self.whole:
                 continue
+            anew()
             errors = self._shared(usual, owner)
             found |= {f: _number(errors[f.rank]) for f in forms if isinstance(f, Shared) and f.owner == owner}
         del usual
@@ -176,7 +179,9 @@ class _Layers:
         for pattern, sparse in by_pattern.items():
             sample = self._sample(1, together=BLOCK[0] if pattern == "blocks" else 1)
             made = factor(self.hessian, damping=self.damping, order=order_of(sparse[0], self.hessian))
-            found |= {form: sample.of_sparse(form, made) for form in sparse}
+            for form in sparse:
+                anew()
+                found[form] = sample.of_sparse(form, made)
             del made, sample
         return found
 

@@ -19,7 +19,7 @@ from memfit.errors import DoesNotFit, UsageError
 from memfit.format.config import model_config
 from memfit.format.output import stored_tensors
 from memfit.models import load_model
-from memfit.packed.forms import techniques_of
+from memfit.packed.forms import LowRank, techniques_of
 from memfit.packed.scheme import BITS
 from memfit.plan.allowed import Allowed
 from memfit.plan.front import Point, front
@@ -141,8 +141,10 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
     chosen = {group.name: min(1, len(study.allowed.schemes(group))) for group in study.groups}
     if study.allowed.techniques != ("quantize",) and not any(chosen.values()):
         first = next((group for group in study.groups if not study.allowed.is_kept(group)), None)
-        shapes = "" if first is None else " and ".join(str(list(shape)) for shape in first.shapes)
-        sample = "" if first is None else f" {first.name} is {shapes}."
+        sample = "" if first is None else f" {first.name} is {' and '.join(str(list(s)) for s in first.shapes)}"
+        asked = [LowRank(rank=rank) for rank in study.allowed.ranks if isinstance(rank, int)]
+        reasons = [first.why_not(form) for form in asked] if first is not None else []
+        sample += f": {reasons[0]}." if reasons and reasons[0] else "." if sample else ""
         raise UsageError(
             f"nothing in the model can be stored as asked for.{sample} Choose another setting or technique."
         )

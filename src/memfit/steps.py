@@ -14,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from memfit import demo
-from memfit.account.account import Account
+from memfit.account.account import Account, Entry, Phase
 from memfit.account.dry_run import no_collection
 from memfit.account.follow import Follow
 from memfit.account.malloc import FAST
@@ -313,15 +313,22 @@ def judging_job(model: str | Path, chosen: Plan, job: dict[str, Any]) -> dict[st
 
 
 def joined(*accounts: Account) -> Account:
-    """One account of jobs that ran one after the other."""
-    if len(accounts) == 1:
-        return accounts[0]
+    """One account of jobs that ran one after the other: of a phase that several had, the one with the higher peak."""
+    phases: dict[str, Phase] = {}
+    entries: dict[tuple[str, str, str, str], Entry] = {}
+    for account in accounts:
+        for phase in account.phases:
+            if phase.name not in phases or phase.peak_nbytes > phases[phase.name].peak_nbytes:
+                phases[phase.name] = phase
+        for entry in account.entries:
+            key = (entry.kind, entry.module, entry.device, entry.dtype)
+            if key not in entries or entry.nbytes > entries[key].nbytes:
+                entries[key] = entry
+    told = [account.resident_nbytes for account in accounts if account.resident_nbytes is not None]
     return replace(
-        accounts[0],
-        phases=tuple(phase for account in accounts for phase in account.phases),
-        entries=tuple(entry for account in accounts for entry in account.entries),
-        resident_nbytes=max((account.resident_nbytes or 0 for account in accounts), default=0),
-    )
+        accounts[0], phases=tuple(phases.values()), entries=tuple(entries.values()),
+        resident_nbytes=max(told, default=None),
+    )  # fmt: skip
 
 
 def write_papers(output: OutputDirectory, report: Report, chosen: Plan, source: Source) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memfit.account.dry_run import dry_run
-from memfit.account.meter import Meter
+from memfit.account.meter import Meter, resident_nbytes
 
 V, D = 5000, 64
 RESULTS = {
@@ -45,3 +45,21 @@ def test_the_peak_of_adding_up_is_that_of_real_tensors(name):
     task.run(model, meter)
     measured = meter.account()
     assert abs(predicted.phase("backward").peak_nbytes - measured.phase("backward").peak_nbytes) <= 64
+
+
+def test_a_meter_keeps_no_records_of_phases_that_have_ended():
+    """They refer to themselves, and would be there until they are collected: gigabytes, where events are many."""
+    meter = Meter()
+    gc.collect()
+    gc.disable()
+    try:
+        grown = []
+        for _ in range(6):
+            with meter.phase("small"):
+                for _ in range(20_000):
+                    torch.empty(8)
+            grown.append(resident_nbytes()["anonymous"])
+    finally:
+        gc.enable()
+    assert grown[-1] - grown[0] < 16 << 20
+    assert meter.account().phase("small").peak_nbytes <= 64

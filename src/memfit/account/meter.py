@@ -103,8 +103,11 @@ class Meter(_Named):
         finally:
             torch._C._autograd._enable_record_function(True)
             session.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        events = allocations(session)
+        # The session refers to itself, and would keep its records, gigabytes in all, until it is collected.
+        session.profiler = None
         peak = self._now
-        for _, _, nbytes in allocations(session):
+        for _, _, nbytes in events:
             self._now += nbytes
             peak = max(peak, self._now)
         before = self._peaks[name][0] if name in self._peaks else 0

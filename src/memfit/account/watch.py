@@ -1,7 +1,8 @@
 """What a running task tells whoever watches it: the phase it is in, and what tensors are for."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import TracebackType
+from typing import Protocol, Self
 
 import torch
 
@@ -47,3 +48,27 @@ class Unwatched:
 
     def on_disk(self, tensor: torch.Tensor) -> None:
         return None
+
+
+class Anew:
+    """A phase that begins anew whenever it is called, without a gap between two.
+
+    An allocator's events are kept until their phase ends: where many small ones come, they take far more memory than
+    what they tell of.
+    """
+
+    def __init__(self, watch: Watch, name: str) -> None:
+        self._watch, self._name, self._open = watch, name, ExitStack()
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(self._watch.phase(self._name))
+        return self
+
+    def __call__(self) -> None:
+        self._open.close()
+        self._open.enter_context(self._watch.phase(self._name))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)

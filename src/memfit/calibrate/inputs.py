@@ -6,7 +6,7 @@ Legend of shapes: W windows, T tokens, K inputs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from memfit.account.structure import structure_of
-from memfit.account.watch import Watch
+from memfit.account.watch import Anew, Watch
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source.source import Source
 
@@ -28,9 +28,9 @@ from .stream import Streamed
 _TOKENS = 2048
 """Tokens whose inputs are in fp32 at a time."""
 
-Heard = Callable[[Mapping[str, nn.Linear], Sequence[str], Tensor], None]
-"""Told the layers of the block, the names of those that read one input, in the order of their calls, and its H [K, K],
-which is nobody else's."""
+Heard = Callable[[Mapping[str, nn.Linear], Sequence[str], Tensor, Anew], None]
+"""Told the layers of the block, the names of those that read one input, in the order of their calls, its H [K, K],
+which is nobody else's, and the phase that the watch is in."""
 
 
 @torch.no_grad()
@@ -53,8 +53,7 @@ def hear_inputs(
     known: dict[Any, list[Any]] = {}
 
     def visit(name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        stack.close()
-        stack.enter_context(watch.phase(phase))
+        anew()
         left.discard(name)
         # Nothing but what a block gives outlives its call; the model may keep what came into the first for itself.
         kind = (structure_of(block), tuple(wanted.get(f"{name}.{below}") for below, _ in block.named_modules()))
@@ -67,7 +66,7 @@ def hear_inputs(
             for below, module in block.named_modules()
             if isinstance(module, nn.Linear) and (full := f"{name}.{below}") in wanted
         }
-        out = _hear(layers, Run(Call(forward, args, kwargs, count, spill), 0, count, batch), heard)
+        out = _hear(layers, Run(Call(forward, args, kwargs, count, spill), 0, count, batch), heard, anew)
         if not left:
             raise AllDone
         if dry:
@@ -76,10 +75,8 @@ def hear_inputs(
 
     streamed.visit, streamed.empty = visit, spill.empty
     left = set(streamed.blocks)
-    with ExitStack() as stack, attention_by_products():
-        stack.enter_context(watch.phase(phase))
-        with suppress(AllDone):
-            streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
+    with Anew(watch, phase) as anew, attention_by_products(), suppress(AllDone):
+        streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
 
 
 def add_products(total_KK: Tensor, x_TK: Tensor) -> None:
@@ -90,7 +87,7 @@ def add_products(total_KK: Tensor, x_TK: Tensor) -> None:
         del x
 
 
-def _hear(layers: Mapping[str, nn.Linear], run: Run, heard: Heard) -> Any:
+def _hear(layers: Mapping[str, nn.Linear], run: Run, heard: Heard, anew: Anew) -> Any:
     """Run a block, and tell of its layers; what the block gives."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -121,5 +118,6 @@ def _hear(layers: Mapping[str, nn.Linear], run: Run, heard: Heard) -> Any:
             handle.remove()
         calls.clear()
     for name in list(sums):
-        heard(layers, [other for other, first in leader.items() if first == name], sums.pop(name).div_(counts[name]))
+        readers = [other for other, first in leader.items() if first == name]
+        heard(layers, readers, sums.pop(name).div_(counts[name]), anew)
     return out

@@ -55,6 +55,21 @@ def require_one_setting(bits: str, groups: str | None, kv_bits: str, values: str
             raise UsageError(f"--technique quantize has one setting: give one {option}, got {given or 'none'}.")
 
 
+def techniques_in(allow: str) -> tuple[str, ...]:
+    """What `--allow` names.
+
+    Raises:
+        UsageError: one of them is no technique.
+    """
+    from memfit.plan.allowed import TECHNIQUES
+
+    names = tuple(name.strip() for name in allow.split(","))
+    if unknown := [name for name in names if name not in TECHNIQUES]:
+        more = " Narrowing goes by --blocks, --heads, --channels, --experts." if "narrow" in unknown else ""
+        raise UsageError(f"--allow: {unknown[0]!r} is no technique for weights; known: {', '.join(TECHNIQUES)}.{more}")
+    return names
+
+
 def require_algorithm(name: str | None, techniques: Iterable[str]) -> None:
     """Refuse an algorithm that none of the techniques has."""
     techniques = tuple(techniques)
@@ -130,7 +145,7 @@ def allowed_by(
         every = {*widths, *(BITS_OF[kind] for kind in kinds if kind in BITS_OF)}
         sizes = {width: (None,) if width == 8 and not uniform else chosen for width in every if width != 16}
     return memfit.Allowed(
-        techniques=tuple(allow.split(",")),
+        techniques=techniques_in(allow),
         **dict(setting or {}),
         bits=tuple(width for width in widths if width != 16),
         groups=sizes,

@@ -49,6 +49,7 @@ from .choosing import (
     require_algorithm,
     require_one_setting,
     setting_of,
+    techniques_in,
 )
 from .panels import Panelled
 
@@ -212,7 +213,7 @@ def fit(
         bits, kv_bits = bits if said(context, "bits") else "8,4,2", kv_bits if said(context, "kv_bits") else "16"
     settings = (bits, groups, kv_bits, keep, asymmetric, values, activations, smooth)
     searched = allow if technique is None else "quantize" if technique is Technique.narrow else technique.value
-    known = searched.split(",") if given is None else ALGORITHMS
+    known = techniques_in(searched) if given is None else tuple(ALGORITHMS)
     require_algorithm(algorithm and algorithm.value, known)
     setting = _setting(context, technique, allow, sparsity, pattern, rank)
     allowed = None

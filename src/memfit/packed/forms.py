@@ -426,7 +426,8 @@ def _factors(shape: tuple[int, ...], rank: int) -> dict[str, Part]:
 def _why_no_factors(shape: tuple[int, ...], rank: int) -> str | None:
     if len(shape) != 2:
         return "fused experts have no factors"
-    return f"a weight of {shape[0]} x {shape[1]} has no rank {rank}" if rank > min(shape) else None
+    most = min(shape)
+    return f"a weight of {shape[0]} x {shape[1]} has no rank {rank}, at most {most}" if rank > most else None
 
 
 def _nbytes(parts: Mapping[str, Part]) -> int:
