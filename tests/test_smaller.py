@@ -1,6 +1,7 @@
 """Pruned, factored and shared weights, from a model to files and back: what is planned is built, and runs."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import nn
 
 import memfit
 from memfit.account.meter import Meter
+from memfit.account.settle import settle
 from memfit.account.watch import Unwatched
-from memfit.compensate import Thrift
+from memfit.compensate import Thrift, compensate
 from memfit.compress import calibrate, choose_integers, compress
 from memfit.errors import BrokenInput, UsageError
 from memfit.format.integers import Integers
@@ -29,7 +31,7 @@ from memfit.plan.price import prices
 from memfit.planning import fronts, make_plan, plan_files, predict_with, uniform_plan
 from memfit.source.load import load
 from memfit.source.source import Source, open_source
-from memfit.steps import predict_choosing, predict_compressing
+from memfit.steps import fake_ids, on_fakes, predict_choosing, predict_compressing
 from memfit.study import KV_PRICES, Study
 
 TASK = memfit.Infer(prompt=40, new_tokens=3)
@@ -189,6 +191,20 @@ def test_a_layer_like_that_of_the_block_before_is_stored_as_its_difference(sourc
         shape = tuple(source.parameters[f"model.layers.1.{layer}.weight"][0])
         ours, theirs = (integers.weight(f"model.layers.{n}.{layer}", schemes, shape) for n in (1, 0))
         assert torch.equal(ours, theirs)
+
+
+def test_a_dry_run_knows_a_layer_that_a_later_one_is_like_though_its_block_equals_others(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = open_source(make_llama(hidden_size=64, intermediate_size=128, num_hidden_layers=6, vocab_size=512))
+    four, last = Scheme(bits=4, group=32), "model.layers.{}.mlp.down_proj".format
+    plain = {f"model.layers.{n}.{layer}": four for n in range(6) for layer in ("self_attn.o_proj", "mlp.down_proj")}
+    schemes = plain | {last(n): Shared(owner=last(n - 1), common="weight", rank=4) for n in (3, 5)}
+    meter = Meter()
+    compensate(source, IDS % 100, schemes, Integers(tmp_path / "integers"), watch=meter)
+    with on_fakes() as follow:
+        compensate(source, fake_ids(IDS), schemes, Integers(None), watch=follow)
+    assert settle(follow.ledger).peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.03)
 
 
 def test_all_that_is_allowed_is_priced_and_searched_and_each_alone_is_a_front(source: Source) -> None:

@@ -118,6 +118,7 @@ def compensate(
     dry = is_fake(windows_WT)
     known: dict[Any, Any] = {}
 
+    owners = {owner for form in schemes.values() if (owner := like_of(form)) is not None}
     count = windows_WT.shape[0]
     twice_WT = torch.cat([windows_WT, windows_WT])
 
@@ -149,9 +150,10 @@ def compensate(
         phase.enter_context(watch.phase("compensate"))
         left.discard(name)
         # Nothing but what a block gives outlives its call, so of equal blocks two need to be run: the model may keep
-        # what came into the first for itself.
-        kind = (structure_of(block), tuple(schemes.get(f"{name}.{below}") for below, _ in block.named_modules()))
-        if dry and len(known.setdefault(kind, [])) == 2:
+        # what came into the first for itself. What a later block has a layer like is run whatever it equals.
+        full_names = [f"{name}.{below}" for below, _ in block.named_modules()]
+        kind = (structure_of(block), tuple(map(schemes.get, full_names)))
+        if dry and len(known.setdefault(kind, [])) >= 2 and owners.isdisjoint(full_names):
             if not left:
                 raise AllDone
             return tree_map(lambda leaf: another(leaf, spill), known[kind][-1])
