@@ -13,7 +13,7 @@ Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, S 
 
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from memfit.account.malloc import LEVELS
 from memfit.account.structure import structure_of
-from memfit.account.watch import Watch
+from memfit.account.watch import Anew, Watch
 from memfit.calibrate.attention import attention_by_products
 from memfit.calibrate.collect import arguments_of
 from memfit.calibrate.inputs import add_products
@@ -144,10 +144,7 @@ def compensate(
         return rows_ND
 
     def visit(name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        # A phase for each block, as an allocator's events are kept until their phase ends; without a gap between
-        # two, so that none is missed.
-        phase.close()
-        phase.enter_context(watch.phase("compensate"))
+        anew()
         left.discard(name)
         # Nothing but what a block gives outlives its call, so of equal blocks two need to be run: the model may keep
         # what came into the first for itself. What a later block has a layer like is run whatever it equals.
@@ -195,10 +192,8 @@ def compensate(
     streamed.rounded, streamed.visit, streamed.empty = rounded, visit, spill.empty
     streamed.apart = frozenset(f"{name}.weight" for name in schemes)
     left = set(streamed.blocks)
-    with ExitStack() as phase, attention_by_products():
-        phase.enter_context(watch.phase("compensate"))
-        with suppress(AllDone):
-            streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))
+    with Anew(watch, "compensate") as anew, attention_by_products(), suppress(AllDone):
+        streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))
 
 
 def _choose(

@@ -316,12 +316,10 @@ def fit(
             plan = replace(with_settings(plan, narrow), predicted_fit=predicted_fit.to_json())
             made[name] = make(source, plan, job, by, process=process, cap=cap, progress=told)
         process.end()
-        if len(made) > 1:
-            progress("judging one plan beside the other")
-        lost = judge(made, job, work)
+        lost = judge(made, job, work, progress=progress)
         taken = made[min(lost, key=lost.__getitem__, default=ALL_TOGETHER)]
         chosen, predicted = taken.plan, Account.from_json(dict(taken.plan.predicted or {}))
-        move_written(taken.compressing, output)
+        move_written(taken.directory, output)
         if cap is not None:
             done = jobs | taken.jobs
             cap.measured.update({name: answer["resident"] for name, answer in done.items() if answer})

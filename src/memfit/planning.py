@@ -3,6 +3,7 @@
 The plan that wins is traced whole, so the figure shown is no sum.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -94,6 +95,26 @@ def best_plan(
     return plan if excess <= 0 else None
 
 
+def best_alone(
+    study: Study, budget_nbytes: int, *, prices: Prices, kv_prices: Mapping[int, float], priced_by: str
+) -> tuple[str, Plan] | None:
+    """The technique that alone expects to lose least, and its plan, which alone is traced; None where none fits."""
+    costs = KV_PRICES | dict(kv_prices)
+
+    def expected(name: str) -> float:
+        items = merge(_options_of(study, prices, costs, name)[0])
+        found = solve(items, bases=study.bases, budget_nbytes=budget_nbytes)
+        return math.inf if found is None else found.price
+
+    for name in sorted(study.allowed.techniques, key=expected):
+        plan = best_plan(
+            study, budget_nbytes, prices=prices, kv_prices=costs, priced_by=priced_by, technique=name
+        )
+        if plan is not None:
+            return name, plan
+    return None
+
+
 def _options_of(
     study: Study, prices: Prices, kv_prices: Mapping[int, float], technique: str | None
 ) -> tuple[dict[str, list[Option]], dict[str, list[int]]]:
@@ -121,11 +142,11 @@ def fronts(
     """
     costs = KV_PRICES | dict(kv_prices)
     names = study.allowed.techniques if len(study.allowed.techniques) > 1 else ()
-    options = {name: _options_of(study, prices, costs, name)[0] for name in names}
-    options[ALL_TOGETHER] = study.items(prices, costs)
     return {
-        name: front(merge(items), bases=study.bases, count=count, also=(budget_nbytes,))
-        for name, items in options.items()
+        name or ALL_TOGETHER: front(
+            merge(_options_of(study, prices, costs, name)[0]), bases=study.bases, count=count, also=(budget_nbytes,)
+        )
+        for name in (*names, None)
     }
 
 
@@ -141,10 +162,12 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
     chosen = {group.name: min(1, len(study.allowed.schemes(group))) for group in study.groups}
     if study.allowed.techniques != ("quantize",) and not any(chosen.values()):
         first = next((group for group in study.groups if not study.allowed.is_kept(group)), None)
-        sample = "" if first is None else f" {first.name} is {' and '.join(str(list(s)) for s in first.shapes)}"
-        asked = [LowRank(rank=rank) for rank in study.allowed.ranks if isinstance(rank, int)]
-        reasons = [first.why_not(form) for form in asked] if first is not None else []
-        sample += f": {reasons[0]}." if reasons and reasons[0] else "." if sample else ""
+        sample = ""
+        if first is not None:
+            shapes = " and ".join(str(list(shape)) for shape in first.shapes)
+            asked = (LowRank(rank=rank) for rank in study.allowed.ranks if isinstance(rank, int))
+            reason = next((f": {reason}" for form in asked if (reason := first.why_not(form)) is not None), "")
+            sample = f" {first.name} is {shapes}{reason}."
         raise UsageError(
             f"nothing in the model can be stored as asked for.{sample} Choose another setting or technique."
         )

@@ -276,9 +276,9 @@ def compression_job(
     return told | {"do": "compress", "output": str(written), "integers": integers, "search": algorithm != "rtn"}
 
 
-def move_written(job: dict[str, Any], output: OutputDirectory) -> None:
-    """Put what `compression_job`'s job has written where the output is made; nothing is copied."""
-    for file in Path(job["output"]).iterdir():
+def move_written(directory: Path, output: OutputDirectory) -> None:
+    """Put what was made in a directory where the output is made; nothing is copied."""
+    for file in directory.iterdir():
         os.rename(file, output.path / file.name)
 
 

@@ -16,7 +16,7 @@ from memfit.cap import Cap
 from memfit.evaluate.quality import Quality
 from memfit.format.resume import WorkDirectory
 from memfit.plan.plan import Plan
-from memfit.planning import ALL_TOGETHER, best_plan
+from memfit.planning import ALL_TOGETHER, best_alone
 from memfit.source.source import Source
 from memfit.steps import (
     BY_TEXT,
@@ -42,27 +42,19 @@ def rivals(study: Study, chosen: Plan, answer: dict[str, Any]) -> dict[str, Plan
         answer: of the job of calibration, by which `chosen` was planned.
     """
     plans = {ALL_TOGETHER: chosen}
-    prices, techniques = prices_of(answer), study.allowed.techniques
-    if not prices or len(techniques) < 2:
+    prices = prices_of(answer)
+    if not prices or len(study.allowed.techniques) < 2:
         return plans
-    alone = {
-        name: plan
-        for name in techniques
-        if (
-            plan := best_plan(
-                study, chosen.budget_nbytes, prices=prices, kv_prices=kv_prices_of(answer), priced_by=chosen.priced_by,
-                technique=name,
-            )
-        )
-    }  # fmt: skip
-    if not alone:
+    found = best_alone(
+        study, chosen.budget_nbytes, prices=prices, kv_prices=kv_prices_of(answer), priced_by=chosen.priced_by
+    )
+    if found is None:
         return plans
-    best = min(alone, key=lambda name: alone[name].expected_kl or 0.0)
-    rival = replace(alone[best], smoothed=smoothed_of(answer))
+    name, rival = found
     same = (rival.schemes(), rival.kv_bits) == (chosen.schemes(), chosen.kv_bits)
     if same or (chosen.expected_kl or 0.0) < _CLEAR * (rival.expected_kl or 0.0):
         return plans
-    return plans | {best: rival}
+    return plans | {name: replace(rival, smoothed=smoothed_of(answer))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +64,8 @@ class Made:
     plan: Plan
     jobs: dict[str, dict[str, Any]]
     """By job."""
-    compressing: dict[str, Any]
-    """The last of them: it knows where the files are."""
+    directory: Path
+    """Of the files, from which the model can be loaded."""
     rounding: str | None
     """What is to be told of how weights were made."""
 
@@ -99,22 +91,25 @@ def make(
     progress("compressing")
     compressing = compression_job(chosen, job, integers=integers, algorithm=by) | told("compress")
     jobs["compress"] = run_job(compressing, process=process)
-    write_companions(source, chosen, Path(compressing["output"]))
-    return Made(plan=chosen, jobs=jobs, compressing=compressing, rounding=rounding)
+    directory = Path(compressing["output"])
+    write_companions(source, chosen, directory)
+    return Made(plan=chosen, jobs=jobs, directory=directory, rounding=rounding)
 
 
-def judge(made: Mapping[str, Made], job: dict[str, Any], work: WorkDirectory) -> dict[str, float]:
+def judge(
+    made: Mapping[str, Made], job: dict[str, Any], work: WorkDirectory, *, progress: Callable[[str], None]
+) -> dict[str, float]:
     """What each loses on the text, by name; nothing of a single one, which is judged when it is measured."""
     if len(made) < 2:
         return {}
+    progress("judging one plan beside the other")
 
-    def lost(name: str) -> float:
-        one = made[name]
-        asked = judging_job(one.compressing["output"], one.plan, job)
-        found = work.once(f"judged-{Path(one.compressing['output']).name}", lambda: run_job(asked))
+    def lost(one: Made) -> float:
+        asked = judging_job(one.directory, one.plan, job)
+        found = work.once(f"judged-{one.directory.name}", lambda: run_job(asked))
         return Quality.from_json(found["quality"]).lost
 
-    return {name: lost(name) for name in made}
+    return {name: lost(one) for name, one in made.items()}
 
 
 def account_of_all(jobs: Mapping[str, dict[str, Any]], made: Iterable[Made]) -> Account:

@@ -139,7 +139,7 @@ def test_a_tall_weight_is_factored_as_its_rows_come(kind: str) -> None:
     left = torch.cat([part for part, base in lefts if base is None])
     whole = factorize(weight.bfloat16(), form, rows_N=rows, **arguments)
     torch.testing.assert_close((left.float() @ right.float()).bfloat16(), dense(whole), rtol=0.02, atol=0.02)
-    again = right_factors(blocks, [form], rows_N=rows, **arguments)[form]
+    again = right_factors(blocks(), [form], rows_N=rows, **arguments)[form]
     parts = [factorize(block, form, right=again, **arguments).parts["weight_left"] for block in blocks()]
     assert torch.equal(again, right) and torch.equal(torch.cat(parts), left)
     told = errors_by_rank(blocks, shape=(90, 16), rows_N=rows, **arguments)
@@ -175,7 +175,7 @@ def test_integers_and_factors_of_a_tall_weight_are_made_row_by_row() -> None:
     form = LowRank(rank=8, base=Scheme(bits=2, group=32))
     right, lefts = streamed(lambda: weight.split(40), (96, 64), form, importance_K=hessian.diagonal())
     found = torch.cat([dequantize(base).float() + left.float() @ right.float() for left, base in lefts if base])
-    again = right_factors(lambda: weight.split(40), [form], importance_K=hessian.diagonal())[form]
+    again = right_factors(weight.split(40), [form], importance_K=hessian.diagonal())[form]
     some = [factorize(block, form, right=again, importance_K=hessian.diagonal()) for block in weight.split(40)]
     assert torch.equal(torch.cat([dense(one) for one in some]), found.bfloat16())
     once = factorize(weight, form, importance_K=hessian.diagonal(), rounds=1)

@@ -103,11 +103,8 @@ class Meter(_Named):
         finally:
             torch._C._autograd._enable_record_function(True)
             session.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        events = allocations(session)
-        # The session refers to itself, and would keep its records, gigabytes in all, until it is collected.
-        session.profiler = None
         peak = self._now
-        for _, _, nbytes in events:
+        for _, _, nbytes in allocations(session):
             self._now += nbytes
             peak = max(peak, self._now)
         before = self._peaks[name][0] if name in self._peaks else 0
@@ -166,7 +163,10 @@ def _with_rest(held: dict[str, int], peak: int) -> dict[str, int]:
 
 
 def allocations(session: Any) -> list[tuple[int, int, int]]:
-    """(time, address, bytes) of each allocator event a profiling session saw; bytes < 0 where freed."""
+    """(time, address, bytes) of each allocator event a profiling session saw; bytes < 0 where freed.
+
+    The session's records are let go: it refers to itself, and would keep them, gigabytes in all, until it is collected.
+    """
     events = []
     stack = list(session.profiler.kineto_results.experimental_event_tree())
     while stack:
@@ -175,6 +175,7 @@ def allocations(session: Any) -> list[tuple[int, int, int]]:
             event = node.typed[1]
             events.append((node.start_time_ns, event.ptr, event.alloc_size))
         stack.extend(node.children)
+    session.profiler = None
     return sorted(events, key=lambda event: event[0])
 
 

@@ -51,7 +51,7 @@ class Unwatched:
 
 
 class Anew:
-    """A phase that begins anew whenever it is called, without a gap between two.
+    """A phase that begins anew whenever it is called, without a gap between two, so that no event is missed.
 
     An allocator's events are kept until their phase ends: where many small ones come, they take far more memory than
     what they tell of.

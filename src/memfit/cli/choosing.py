@@ -61,12 +61,10 @@ def techniques_in(allow: str) -> tuple[str, ...]:
     Raises:
         UsageError: one of them is no technique.
     """
-    from memfit.plan.allowed import TECHNIQUES
+    from memfit.plan.allowed import require_techniques
 
     names = tuple(name.strip() for name in allow.split(","))
-    if unknown := [name for name in names if name not in TECHNIQUES]:
-        more = " Narrowing goes by --blocks, --heads, --channels, --experts." if "narrow" in unknown else ""
-        raise UsageError(f"--allow: {unknown[0]!r} is no technique for weights; known: {', '.join(TECHNIQUES)}.{more}")
+    require_techniques(names)
     return names
 
 

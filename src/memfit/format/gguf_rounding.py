@@ -8,7 +8,6 @@ Legend of shapes: W windows, T time, N tokens, K inputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from memfit.account.watch import Watch
+from memfit.account.watch import Anew, Watch
 from memfit.calibrate.collect import arguments_of
 from memfit.calibrate.stream import Streamed
 from memfit.errors import UsageError
@@ -46,9 +45,7 @@ def encode_layers(
     count = windows_WT.shape[0]
 
     def visit(name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        # A phase for each block, as an allocator's events are kept until their phase ends.
-        phase.close()
-        phase.enter_context(watch.phase("encode"))
+        anew()
         run = _Windows(forward, args, kwargs, count, batch)
         layers = {
             full: module
@@ -69,8 +66,7 @@ def encode_layers(
         return run.whole()
 
     streamed.visit = visit
-    with ExitStack() as phase:
-        phase.enter_context(watch.phase("encode"))
+    with Anew(watch, "encode") as anew:
         streamed.model(windows_WT, **arguments_of(streamed.model, windows_WT))
 
 

@@ -30,6 +30,17 @@ EMBEDDINGS: Final = "embeddings"
 """In `Allowed.keep`: every table."""
 
 
+def require_techniques(names: Iterable[str]) -> None:
+    """Nothing, if all of them are techniques.
+
+    Raises:
+        UsageError: one is none; says which there are.
+    """
+    if unknown := [name for name in names if name not in TECHNIQUES]:
+        more = " Narrowing goes by --blocks, --heads, --channels, --experts." if "narrow" in unknown else ""
+        raise UsageError(f"{unknown[0]!r} is no technique for weights; known: {', '.join(TECHNIQUES)}.{more}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allowed:
     """What the search may choose from."""
@@ -59,8 +70,7 @@ class Allowed:
     """Groups that stay in 16 bits: a part of their names is enough; `embeddings` means all tables and what is tied."""
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.techniques if name not in TECHNIQUES]:
-            raise UsageError(f"{unknown[0]!r} is no technique for weights; known: {', '.join(TECHNIQUES)}.")
+        require_techniques(self.techniques)
         if bad := [share for share in self.heads if not 0 < share < 1]:
             raise UsageError(f"heads keep a share of their dimensions between 0 and 1; got {bad[0]}.")
         if not self.techniques:

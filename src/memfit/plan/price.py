@@ -252,7 +252,7 @@ def _right_factors(
     found: dict[LowRank, Tensor] = {}
     for base in dict.fromkeys(form.base for form in forms):
         alike = [form for form in forms if form.base == base]
-        found.update(right_factors(lambda: blocks_of(weight), alike, importance_K=importance, rows_N=rows))
+        found.update(right_factors(blocks_of(weight), alike, importance_K=importance, rows_N=rows))
     return found
 
 

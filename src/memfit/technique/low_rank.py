@@ -217,15 +217,15 @@ def streamed(
 
 @torch.no_grad()
 def right_factors(
-    rows: RowBlocks, forms: Sequence[LowRank], *, importance_K: Tensor | None = None, factor: Factor | None = None,
-    rows_N: Tensor | None = None,
+    rows: Iterable[Tensor], forms: Sequence[LowRank], *, importance_K: Tensor | None = None,
+    factor: Factor | None = None, rows_N: Tensor | None = None,
 ) -> dict[LowRank, Tensor]:  # fmt: skip
     """B [r, K] by form, all of one base, from one pass over a weight's blocks of rows; with it `factorize` makes A of
     each block."""
     metric = Metric(importance_K=importance_K, factor=factor)
     wide = torch.promote_types(metric.dtype, torch.float32)
     root_N = None if rows_N is None else root_of(rows_N, wide)
-    gram = right_gram(_lost_blocks(rows(), forms[0], metric), metric, root_N, wide)
+    gram = right_gram(_lost_blocks(rows, forms[0], metric), metric, root_N, wide)
     # The largest first: of every rank the leading ones.
     v_Kr = leading(gram, max(form.rank for form in forms))
     return {form: right_from(v_Kr[:, : form.rank], metric).right for form in forms}

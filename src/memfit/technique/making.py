@@ -50,7 +50,7 @@ def shared_by_rows(
     rows_N: what errors of each row count, for factors; None: all alike.
     """
     if isinstance(form, LowRank):
-        return right_factors(lambda: rows, [form], importance_K=importance_K, rows_N=rows_N)[form]
+        return right_factors(rows, [form], importance_K=importance_K, rows_N=rows_N)[form]
     return learned(form, rows, importance_K) if isinstance(form, Scheme) else None
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memfit.account.ledger import Shape
 from memfit.account.structure import structure_of
-from memfit.account.watch import Unwatched, Watch
+from memfit.account.watch import Anew, Unwatched, Watch
 from memfit.calibrate.collect import arguments_of, collect
 from memfit.calibrate.importance import BlockLosses
 from memfit.calibrate.passes import input_of
@@ -220,8 +220,7 @@ def correct(
     twice_WT = torch.cat([windows_WT, windows_WT])
 
     def visit(name: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        phase.close()
-        phase.enter_context(watch.phase("correct"))
+        anew()
         left.discard(name)
         layers: dict[str, Any] = {
             full: module for below, module in block.named_modules() if (full := f"{name}.{below}") in stay
@@ -253,10 +252,8 @@ def correct(
     streamed.visit, streamed.empty = visit, spill.empty
     streamed.apart = frozenset(f"{name}.weight" for name in stay)
     left = {name for name in streamed.blocks if any(layer.startswith(f"{name}.") for layer in stay)}
-    with ExitStack() as phase:
-        phase.enter_context(watch.phase("correct"))
-        with suppress(AllDone):
-            streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))
+    with Anew(watch, "correct") as anew, suppress(AllDone):
+        streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))
 
 
 def _correct(
