@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from memfit.account.ask import ask
 from memfit.account.dry_run import dry_run
 from memfit.account.meter import Meter, resident_nbytes
 
@@ -45,6 +46,40 @@ def test_the_peak_of_adding_up_is_that_of_real_tensors(name):
     task.run(model, meter)
     measured = meter.account()
     assert abs(predicted.phase("backward").peak_nbytes - measured.phase("backward").peak_nbytes) <= 64
+
+
+def _seen_by_another() -> list[torch.Tensor]:
+    """4 MiB whose size the profiler knows, as of what another meter looked on at."""
+    with Meter().phase("before"):
+        return [torch.empty(1 << 20)]
+
+
+def test_a_meter_counts_neither_what_was_there_before_nor_its_end():
+    before = _seen_by_another()
+    meter = Meter()
+    with meter.phase("one"):
+        before.clear()
+        own = [torch.empty(1 << 18)]
+    assert meter.account().phase("one").peak_nbytes == meter.account().phase("one").end_nbytes == 1 << 20
+    own.clear()
+    with meter.phase("two"):
+        # malloc gives the block that was let go between the phases out again.
+        own = [torch.empty(1 << 18)]
+    assert meter.account().phase("two").end_nbytes <= 2 << 20
+    with meter.phase("three"):
+        own.clear()
+    assert meter.account().phase("three").end_nbytes == meter.account().phase("two").end_nbytes - (1 << 20)
+
+
+def test_scratch_is_found_where_others_are_freed_meanwhile():
+    before = _seen_by_another()
+
+    def run() -> torch.Tensor:
+        before.clear()
+        scratch = torch.ones(1 << 18)
+        return scratch.sum()
+
+    assert ask(run) == 1 << 20
 
 
 def test_a_meter_keeps_no_records_of_phases_that_have_ended():

@@ -139,6 +139,9 @@ def test_what_no_kernel_writes_to_is_no_page() -> None:
 
 def test_a_recurrent_layer_leaves_some_of_what_it_keeps_unwritten() -> None:
     layer = torch.nn.LSTM(64, 64)
+    # Whatever lies in the memory that the layer will be given.
+    others = [torch.full((nbytes,), 7, dtype=torch.uint8) for nbytes in (1 << 20, 1 << 19, 1 << 18) * 8]
+    del others
 
     class Step:
         def run(self, model: torch.nn.Module, watch: Watch) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.packed.qlinear import prepack, qlinear
 
-from .meter import allocations
+from .meter import Born
 
 _MOST_PRODUCTS: Final = 1 << 32
 """Multiplications a question may cost: 10 ms on two cores with AMX, 50 ms on two without."""
@@ -30,12 +30,10 @@ def ask(run: Callable[[], Any], *, learning: bool = False) -> int:
     with _disable_current_modes(), torch.set_grad_enabled(learning):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as session:
             out = run()
-        now = peak = 0
-        for _, _, nbytes in allocations(session):
-            now += nbytes
-            peak = max(peak, now)
+        born = Born()
+        peak = born.follow(session)
         del out
-    return peak - now
+    return peak - born.nbytes
 
 
 def ask_call(func: Any, args: tuple[Any, ...]) -> int:
@@ -98,17 +96,23 @@ def _ask_workspace(func: Any, described: tuple[Any, ...], threads: int) -> int:
 @cache
 def _ask_unwritten(func: Any, described: tuple[Any, ...], threads: int) -> int:
     kept = _ask_workspace(func, described, threads)
+    found = 0
     with _disable_current_modes(), torch.enable_grad():
-        # A block from the system is of zeros; one that was used before is most likely this one.
-        torch.full((kept,), _POISON, dtype=torch.uint8)
-        out = func(*(arg.empty() if isinstance(arg, _Like) else arg for arg in described))
-        pages = out[3][: kept // _PAGE * _PAGE].view(-1, _PAGE)
-        plain = (pages == 0).all(1) | (pages == _POISON).all(1)
-        return int(plain.sum()) * _PAGE
+        for _ in range(_TIMES):
+            out = func(*(arg.empty() if isinstance(arg, _Like) else arg for arg in described))
+            pages = out[3][: kept // _PAGE * _PAGE].view(-1, _PAGE)
+            plain = (pages == 0).all(1) | (pages == _POISON).all(1)
+            # A block from the system is of zeros. One that was used before hides what is not written to, unless it
+            # was used here: the next layer most likely gets the block of this one.
+            found = max(found, int(plain.sum()) * _PAGE)
+            out[3].fill_(_POISON)
+            del out, pages
+    return found
 
 
 _PAGE: Final = 4096
 _POISON: Final = 0xA5
+_TIMES: Final = 3
 
 
 def _describe(value: Any) -> Any:

@@ -89,7 +89,7 @@ class Meter(_Named):
 
     def __init__(self) -> None:
         super().__init__()
-        self._now = 0
+        self._born = Born()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -103,12 +103,9 @@ class Meter(_Named):
         finally:
             torch._C._autograd._enable_record_function(True)
             session.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        peak = self._now
-        for _, _, nbytes in allocations(session):
-            self._now += nbytes
-            peak = max(peak, self._now)
+        peak = self._born.follow(session)
         before = self._peaks[name][0] if name in self._peaks else 0
-        self._peaks[name] = (max(before, peak), self._now, None)
+        self._peaks[name] = (max(before, peak), self._born.nbytes, None)
         self._note(name)
 
 
@@ -162,20 +159,44 @@ def _with_rest(held: dict[str, int], peak: int) -> dict[str, int]:
     return held | {"activation": max(0, peak - sum(held.values()))}
 
 
-def allocations(session: Any) -> list[tuple[int, int, int]]:
-    """(time, address, bytes) of each allocator event a profiling session saw; bytes < 0 where freed.
+class Born:
+    """What was allocated while profiling sessions looked on, and is alive.
 
-    The session's records are let go: it refers to itself, and would keep them, gigabytes in all, until it is collected.
+    What was there before them is not counted, nor is its end: Python frees at any time what others left in cycles.
     """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._sizes: dict[int, int] = {}
+
+    def follow(self, session: Any) -> int:
+        """Count what a session saw; returns the most bytes that were alive at once.
+
+        The session's records are let go: it refers to itself, and would keep them, gigabytes in all, until it is
+        collected.
+        """
+        peak = self.nbytes
+        for _, address, nbytes in _allocations(session):
+            # What is born where something else lies tells that this was freed between two sessions.
+            self.nbytes -= self._sizes.pop(address, 0)
+            if nbytes > 0:
+                self._sizes[address] = nbytes
+                self.nbytes += nbytes
+                peak = max(peak, self.nbytes)
+        session.profiler = None
+        return peak
+
+
+def _allocations(session: Any) -> list[tuple[int, int, int]]:
+    """(time, address, bytes) of each allocator event a profiling session saw; bytes < 0 where freed."""
     events = []
-    stack = list(session.profiler.kineto_results.experimental_event_tree())
+    stack = session.profiler.kineto_results.experimental_event_tree()[::-1]
     while stack:
         node = stack.pop()
         if node.tag == torch._C._profiler._EventType.Allocation:
             event = node.typed[1]
             events.append((node.start_time_ns, event.ptr, event.alloc_size))
-        stack.extend(node.children)
-    session.profiler = None
+        stack.extend(node.children[::-1])
     return sorted(events, key=lambda event: event[0])
 
 
