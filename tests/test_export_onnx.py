@@ -173,8 +173,10 @@ def test_what_is_there_is_kept_unless_it_may_go(model: Path, tmp_path: Path) -> 
         (("--bits", "8,3"), "weights of 3 bits cannot be in an ONNX file"),
         (("--technique", "quantize", "--bits", "6", "--dry-run"), "weights of 6 bits cannot be in an ONNX file"),
         (("--kv-bits", "8"), "KV cache of 8 bits cannot be in an ONNX file"),
+        (("--allow", "quantize,low-rank", "--dry-run"), "what low-rank makes of a weight cannot be in an ONNX file"),
+        (("--technique", "prune", "--sparsity", "0.5"), "what prune makes of a weight cannot be in an ONNX file"),
     ],
 )
-def test_a_width_that_a_file_cannot_hold_is_refused(model: Path, words: tuple[str, ...], match: str) -> None:
+def test_what_a_file_cannot_hold_is_refused(model: Path, words: tuple[str, ...], match: str) -> None:
     done = CliRunner().invoke(app, ["fit", str(model), "--format", "onnx", *words])
     assert isinstance(done.exception, memfit.UsageError) and match in str(done.exception)

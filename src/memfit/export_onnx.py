@@ -184,15 +184,20 @@ def _written(
 def require_widths(allowed: Allowed | None, given: Plan | None) -> None:
     """Raise UsageError where something may be chosen, or was, that a file cannot hold."""
     allowed = allowed or Allowed(bits=ONNX_BITS, kv_bits=(16,))
+    if others := [technique for technique in allowed.techniques if technique != "quantize"]:
+        raise UsageError(
+            f"what {others[0]} makes of a weight cannot be in an ONNX file: ONNX Runtime multiplies integers. Leave "
+            f"{others[0]} out, or --format {ONNX}."
+        )
     if wide := [bits for bits in allowed.bits if bits < 16 and bits not in ONNX_BITS]:
         known = ",".join(map(str, ONNX_BITS))
         raise UsageError(
             f"weights of {wide[0]} bits cannot be in an ONNX file: ONNX Runtime multiplies integers of {known} bits. "
             f"Choose among these (--bits {known})."
         )
-    if others := [kind for kind in allowed.values if kind != "int"]:
+    if values := [kind for kind in allowed.values if kind != "int"]:
         raise UsageError(
-            f"values of {others[0]} cannot be in an ONNX file: ONNX Runtime multiplies integers. Leave --values out."
+            f"values of {values[0]} cannot be in an ONNX file: ONNX Runtime multiplies integers. Leave --values out."
         )
     if allowed.activations != 16:
         raise UsageError(
