@@ -136,8 +136,8 @@ def test_rows_looked_up_are_those_of_the_whole_table(tmp_path: Path, monkeypatch
         looked_up.append(dequantize(quantized))
         return looked_up[-1]
 
-    monkeypatch.setattr("memfit.compensate.weight_of", heard)
-    monkeypatch.setattr("memfit.compensate._TOKENS", 50)
+    monkeypatch.setattr("memfit.looked_up.weight_of", heard)
+    monkeypatch.setattr("memfit.looked_up._TOKENS", 50)
     schemes = layers_of(source) | {"model.embed_tokens": scheme}
     chosen(source, schemes, tmp_path / "integers")
     table = source.read_parameter("model.embed_tokens.weight", dtype=torch.bfloat16)

@@ -37,20 +37,19 @@ from memfit.calibrate.stream import Streamed
 from memfit.calibrate.versions import Versions
 from memfit.errors import UsageError
 from memfit.format.integers import Integers
-from memfit.packed.fake import blocks_to_run, is_fake, repeated
+from memfit.looked_up import LookedUp
+from memfit.packed.fake import is_fake, repeated
 from memfit.packed.forms import Form, LowRank, Narrow, Shared, basis_of, like_of, output_of
 from memfit.plan.price import Weighting
 from memfit.source.source import Source
 from memfit.technique.gptq import Factor, agreement, corrected, damping_for, factor
 from memfit.technique.heads import fitted_output, narrow_heads
 from memfit.technique.made import Made
-from memfit.technique.making import make, make_for, of_tensors, order_of, shared_by_rows, tensors_of, weight_of
+from memfit.technique.making import make_for, of_tensors, order_of, tensors_of
 from memfit.technique.quantize import Quantized, dequantize
 from memfit.technique.share import Member, share
 from memfit.technique.tune import Learner, Tuning, is_tunable, relative_error, tune
 
-_TOKENS: Final = 2048
-"""Tokens whose inputs are in fp32 at a time."""
 _ROWS: Final = 1024
 """Rows of a weight that are in fp32 at a time."""
 
@@ -115,6 +114,7 @@ def compensate(
     if thrift.spill and scratch is None:
         raise ValueError("what is spilled needs a directory: give `scratch`")
     streamed, spill = Streamed(source), Spill(scratch if thrift.spill else None, watch)
+    tables = LookedUp(streamed, schemes, weighting)
     dry = is_fake(windows_WT)
     known: dict[Any, Any] = {}
 
@@ -131,15 +131,8 @@ def compensate(
 
     def rounded(name: str, rows_ND: Tensor) -> Tensor:
         # A table of positions is looked up once for all windows, and stays as it was.
-        if name in schemes and rows_ND.shape[0] == twice_WT.numel():
-            scheme, counts, now = schemes[name], weighting(name), rows_ND[rows_ND.shape[0] // 2 :]
-            wanted = None if counts is None else counts.importance()
-            # A codebook is the whole table's, whatever the text looks up of it.
-            everything = (rows for _, rows in streamed.rows(f"{name}.weight"))
-            levels = shared_by_rows(scheme, everything, wanted, None if counts is None else counts.rows_in_common())
-            for start in blocks_to_run(range(0, now.shape[0], _TOKENS)):
-                part = now[start : start + _TOKENS]
-                part.copy_(weight_of(make(part, scheme, importance_K=wanted, shared=levels)))
+        if rows_ND.shape[0] == twice_WT.numel():
+            tables.round(name, rows_ND[rows_ND.shape[0] // 2 :])
         spill.let_go(rows_ND)
         return rows_ND
 
@@ -151,9 +144,11 @@ def compensate(
         full_names = [f"{name}.{below}" for below, _ in block.named_modules()]
         kind = (structure_of(block), tuple(map(schemes.get, full_names)))
         if dry and len(known.setdefault(kind, [])) >= 2 and owners.isdisjoint(full_names):
+            like, gave = known[kind][-1]
+            integers.announce(name, like)
             if not left:
                 raise AllDone
-            return tree_map(lambda leaf: another(leaf, spill), known[kind][-1])
+            return tree_map(lambda leaf: another(leaf, spill), gave)
         call = Call(forward, args, kwargs, 2 * count, spill)
         random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         layers: dict[str, nn.Linear] = {
@@ -186,7 +181,7 @@ def compensate(
                 out = was.whole()
             out = now.whole(out)
         if dry:
-            known[kind].append(tree_map(shape_alone, out))
+            known[kind].append((name, tree_map(shape_alone, out)))
         return out
 
     streamed.rounded, streamed.visit, streamed.empty = rounded, visit, spill.empty

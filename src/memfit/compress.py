@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from memfit.account.watch import Watch
+from memfit.attune import attune
 from memfit.calibrate.cache_loss import cache_losses, without_floor
 from memfit.calibrate.collect import collect
+from memfit.calibrate.spill import Spill
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import row_shape, rows_of
 from memfit.compensate import Thrift, compensate
@@ -21,6 +23,7 @@ from memfit.format.integers import Integers
 from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import OWN, stored_as, stored_scale, stored_values
 from memfit.format.safetensors import Writer
+from memfit.looked_up import LookedUp
 from memfit.made_prices import made_prices
 from memfit.packed.fake import is_fake
 from memfit.packed.forms import FORM_PARTS, Own
@@ -30,7 +33,9 @@ from memfit.plan.groups import Group, find_groups
 from memfit.plan.plan import Plan, PricedBy
 from memfit.plan.price import Prices, Weighting, prices, weighting_of
 from memfit.sharing import Sharing
+from memfit.source.smoothed import smoothed
 from memfit.source.source import Source
+from memfit.technique.attune import Attuning
 from memfit.technique.made import Made, joined
 from memfit.technique.making import make, shared_by_rows
 from memfit.technique.prune import empty_parts, put_rows
@@ -143,8 +148,10 @@ def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
 def choose_integers(
     source: Source, plan: Plan, statistics: Statistics | None, windows_WT: Tensor, integers: Integers, *, watch: Watch,
     thrift: Thrift | None = None, scratch: Path | None = None, tuning: Tuning | None = None,
+    attuning: Attuning | None = None,
 ) -> None:  # fmt: skip
-    """Choose the integers of the plan's linear layers by GPTQ, block after block; see `compensate`.
+    """Choose the integers of the plan's linear layers by GPTQ, block after block; see `compensate`. Then, if that is
+    asked for, scales and vectors of the whole model learn; see `attune`.
 
     What is no linear layer of a block (tables, heads, fused experts) is left to `compress`.
     """
@@ -161,6 +168,13 @@ def choose_integers(
         source, windows_WT, plan.schemes(), integers, watch=watch, thrift=thrift, scratch=scratch,
         weighting=weighting, tuning=tuning,
     )  # fmt: skip
+    if attuning is not None:
+        schemes = plan.schemes()
+        attune(
+            source, windows_WT, schemes, integers, watch=watch, attuning=attuning,
+            rounded=lambda streamed: LookedUp(streamed, schemes, weighting).round,
+            spill=Spill(scratch if thrift is not None and thrift.spill else None, watch),
+        )  # fmt: skip
 
 
 def compress(
@@ -182,6 +196,8 @@ def compress(
 
     Returns: file name to the sha256 of what was written.
     """
+    if integers is not None:
+        source = smoothed(source, vectors=integers.vectors, columns={})
     model = source.build(dtype=torch.bfloat16)
     schemes = plan.schemes()
     stored = stored_tensors(model, schemes)

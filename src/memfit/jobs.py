@@ -240,6 +240,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     from memfit.compress import choose_integers
     from memfit.format.integers import Integers
     from memfit.plan.plan import read_plan
+    from memfit.technique.attune import Attuning
     from memfit.technique.smoothing import smoothed_in
     from memfit.technique.tune import Tuning
 
@@ -248,7 +249,8 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     source, plan = _source(job), read_plan(work / "plan.json")
     integers, watch, file = Integers(Path(job["integers"])), _watch(job), work / "statistics.safetensors"
     thrift = Thrift(**job["thrift"]) if job.get("thrift") else None
-    tuning = Tuning(**job["tuning"]) if job.get("tuning") else None
+    learn: dict[str, Any] = {"tuning": Tuning, "attuning": Attuning}
+    learning = {how: learn[how](**settings) for how, settings in job["learning"].items()}
     with within(job):
         reset_resident_peak()
         with watch.phase("compensate"):
@@ -256,9 +258,9 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
             statistics = Statistics.read(file) if file.exists() else None
             windows = _windows(job)["calibration"]
         choose_integers(
-            source, plan, statistics, windows, integers, watch=watch, thrift=thrift, scratch=work, tuning=tuning
+            source, plan, statistics, windows, integers, watch=watch, thrift=thrift, scratch=work, **learning
         )
-        return _seen(watch) | {"damping": integers.damping}
+        return _seen(watch) | {"damping": integers.damping, "attuned": integers.attuned}
 
 
 def _gguf(job: dict[str, Any]) -> dict[str, Any]:
@@ -280,9 +282,8 @@ def _gguf(job: dict[str, Any]) -> dict[str, Any]:
         open_source(job["model"]), Path(job["target"]), mixture=job["mixture"], importance=importance,
         windows_WT=None if text is None else text["calibration"], watch=meter, overwrite=job["overwrite"],
     )  # fmt: skip
-    seen = _seen(meter)
     kinds = Counter(tensor.kind for tensor in tensors)
-    return {"account": seen["account"], "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
+    return {"account": _seen(meter)["account"], "kinds": kinds, "nbytes": sum(tensor.nbytes for tensor in tensors)}
 
 
 def _onnx(job: dict[str, Any]) -> dict[str, Any]:
@@ -347,8 +348,6 @@ def _compress(job: dict[str, Any]) -> dict[str, Any]:
 
 def _prove(job: dict[str, Any]) -> dict[str, Any]:
     """Measure a fitted model, then compare it with what the original answered, and time it."""
-    from collections import Counter
-
     from memfit.evaluate.speed import measure_speed
     from memfit.packed.modules import packed_modules
 

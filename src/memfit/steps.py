@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from memfit.report.page import render_page
 from memfit.report.report import Report
 from memfit.source.source import Source
 from memfit.study import Study
+from memfit.technique.attune import Attuning
 from memfit.technique.tune import Tuning
 from memfit.text import Text, write_windows
 
@@ -129,8 +130,8 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
         source = found.smoothing.of_source(source)
         integers = None
         if algorithm in BY_TEXT and ids is not None:
-            integers, tuning = Integers(None), tuning_of(algorithm)
-            choose_integers(source, chosen, found.statistics, ids, integers, watch=follow, tuning=tuning)
+            integers = Integers(None)
+            choose_integers(source, chosen, found.statistics, ids, integers, watch=follow, **learning_of(algorithm))
         compress(
             source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers,
             search=algorithm != "rtn",
@@ -154,7 +155,7 @@ def predict_choosing(
         ids = torch.zeros(windows, dtype=torch.int64)
         choose_integers(
             source, chosen, None, ids, Integers(None), watch=follow, thrift=thrift, scratch=Path("dry"),
-            tuning=tuning_of(algorithm),
+            **learning_of(algorithm),
         )  # fmt: skip
     return settle(follow.ledger, waiting_nbytes=thrift.waiting_nbytes)
 
@@ -233,9 +234,9 @@ def reads_statistics(source: Source, chosen: Plan, algorithm: Algorithm) -> bool
     )
 
 
-def tuning_of(algorithm: Algorithm) -> Tuning | None:
-    """How blocks learn by this algorithm, if they do."""
-    return Tuning() if algorithm == "tuned" else None
+def learning_of(algorithm: Algorithm) -> dict[str, Any]:
+    """What learns by this algorithm, and how: blocks, one by one (`tuning`), then the whole (`attuning`)."""
+    return {"tuning": Tuning(), "attuning": Attuning()} if algorithm == "tuned" else {}
 
 
 def asked_plainly(
@@ -254,13 +255,12 @@ def choosing_job(chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> 
     """The job that chooses integers by GPTQ; the plan goes to `work`, and integers to a directory of the plan's own."""
     work = Path(job["work"])
     (work / "plan.json").write_text(dumps(chosen), encoding="utf-8")
-    tuning = tuning_of(algorithm)
-    learned = None if tuning is None else asdict(tuning)
+    learned = {how: asdict(settings) for how, settings in learning_of(algorithm).items()}
     kinds = ([name, scheme.to_json()] for name, scheme in chosen.schemes().items())
     schemes = json.dumps(["corrected and weighed", learned, *kinds])
     integers = work / f"integers-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
     told = {key: job[key] for key in ("model", "work", "threads")}
-    return told | {"do": "choose", "integers": str(integers), "tuning": learned, "waiting_nbytes": FAST}
+    return told | {"do": "choose", "integers": str(integers), "learning": learned, "waiting_nbytes": FAST}
 
 
 def compression_job(
@@ -282,16 +282,28 @@ def move_written(directory: Path, output: OutputDirectory) -> None:
         os.rename(file, output.path / file.name)
 
 
-def rounding_line(chosen: Plan, damping: dict[str, float], algorithm: Algorithm) -> str:
-    """What is to be told of the algorithm: how many layers went by GPTQ, how H was damped, what learned."""
+def rounding_line(chosen: Plan, found: Mapping[str, Any], algorithm: Algorithm) -> str:
+    """What is to be told of the algorithm: how many layers went by GPTQ, how H was damped, what learned.
+
+    found: what the job that chose integers answered.
+    """
+    damping: dict[str, float] = found["damping"]
     least, most = (find(damping.values(), default=0.0) for find in (min, max))
     names = {"quantize": "GPTQ", "prune": "SparseGPT", "low-rank": "whitened factors", "share": "shared factors"}
     used = dict.fromkeys(names[kind] for form in chosen.schemes().values() for kind in sorted(techniques_of(form)))
     what = "quantized modules" if list(used) == ["GPTQ"] else "modules"
     told = f"{', '.join(used) or 'GPTQ'}: {len(damping)} of {len(chosen.schemes())} {what}, damping {least:.2g}"
-    tuning = tuning_of(algorithm)
-    after = "" if tuning is None else f"; then {tuning.steps} steps of learning for each block"
-    return told + (f" to {most:.2g}" if most > least else "") + after
+    told += f" to {most:.2g}" if most > least else ""
+    learning = learning_of(algorithm)
+    if "tuning" in learning:
+        told += f"; then {learning['tuning'].steps} steps of learning for each block"
+    if (lost := found.get("attuned")) is not None:
+        kept = "" if lost["after"] <= lost["before"] else ", which was not kept"
+        told += (
+            f", and {learning['attuning'].steps} for the whole: on the text it learned from, {lost['before']:.4g} lost "
+            f"before and {lost['after']:.4g} after{kept}"
+        )
+    return told
 
 
 def write_companions(source: Source, chosen: Plan, directory: Path) -> None:

@@ -87,7 +87,7 @@ def make(
         progress("choosing what is stored, block by block")
         choosing = choosing_job(chosen, job, algorithm=by) | told("choose")
         jobs["choose"] = found = run_job(choosing, process=process)
-        integers, rounding = choosing["integers"], rounding_line(chosen, found["damping"], by)
+        integers, rounding = choosing["integers"], rounding_line(chosen, found, by)
     progress("compressing")
     compressing = compression_job(chosen, job, integers=integers, algorithm=by) | told("compress")
     jobs["compress"] = run_job(compressing, process=process)

@@ -5,7 +5,7 @@ reads its weights again and recomputes it (gradient checkpointing; Chen et al. 2
 rows up, and heads multiply, in blocks of rows read from the file, so that no table is ever whole.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, TypeGuard
 
@@ -56,6 +56,9 @@ class Streamed:
         """Of a table's name and rows [N, D] that were looked up: what a rounded table would have given."""
         self.apart: frozenset[str] = frozenset()
         """Parameters of blocks that are not read with their block: the visitor brings them."""
+        self.given: Mapping[str, Callable[[], Tensor]] = {}
+        """Parameters outside of tables that are not read from the source: they come from here, each time anew, perhaps
+        with a gradient."""
         self.empty: Empty = lambda shape, dtype: torch.empty(shape, dtype=dtype)
         """Room for rows that were looked up."""
         self.head = _head_name(self.model)
@@ -150,11 +153,14 @@ class Streamed:
             if own is None and f"{name}.{full}" in self.apart:
                 continue
             owner_name, _, leaf = full.rpartition(".")
-            owner = module.get_submodule(owner_name)
-            value = self.source.read_parameter(f"{name}.{full}" if name else full, dtype=parameter.dtype)
-            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            owner, whole_name = module.get_submodule(owner_name), f"{name}.{full}" if name else full
+            if whole_name in self.given:
+                owner._parameters[leaf] = self.given[whole_name]()  # type: ignore[assignment]
+            else:
+                value = self.source.read_parameter(whole_name, dtype=parameter.dtype)
+                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                del value
             put_back.append((owner, leaf, parameter))
-            del value
         try:
             yield
         finally:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run
@@ -28,6 +30,7 @@ from .safetensors import TensorSpec, Writer
 _ROWS_NBYTES: Final = 8 << 20
 _DAMPING: Final = "damping.json"
 _UNFINISHED: Final = ".part"
+_ATTUNED: Final = "attuned.safetensors"
 
 
 class Integers:
@@ -42,14 +45,21 @@ class Integers:
         self.directory = directory
         self.damping: dict[str, float] = {}
         """Module to the damping that its H was given."""
+        self.attuned: dict[str, float] | None = None
+        """What the whole model lost `before` and `after` scales and vectors learned; None: they have not."""
+        self.vectors: dict[str, Tensor] = {}
+        """Norms' weights and biases that have learned, by parameter, bf16."""
+        self._scales: dict[str, Tensor] = {}
         self._files: dict[str, Checkpoint] = {}
         self._blocks: set[str] = set()
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(directory.iterdir()):
-            if path.suffix == _UNFINISHED:
-                shutil.rmtree(path)
+            if path.name == _ATTUNED:
+                self._open_attuned(path)
+            elif path.suffix == _UNFINISHED:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             else:
                 self._open_block(path)
 
@@ -110,9 +120,30 @@ class Integers:
     def _read(self, module: str, scheme: Scheme, start: int, stop: int) -> Quantized:
         file = self._files[module]
         zero = None if scheme.symmetric else file.read_rows(f"{module}.zero", start, stop)
-        q, scale = (file.read_rows(f"{module}.{part}", start, stop) for part in ("q", "scale"))
+        q = file.read_rows(f"{module}.q", start, stop)
+        learned = self._scales.get(module)
+        scale = file.read_rows(f"{module}.scale", start, stop) if learned is None else learned[start:stop]
         table = file.read(f"{module}.table") if scheme.values == "codebook" else None
         return Quantized(scheme=scheme, q=q, scale=scale, zero=zero, table=table)
+
+    def scale(self, module: str) -> Tensor:
+        """The scales of a module [N, G], bf16."""
+        learned = self._scales.get(module)
+        return self._files[module].read(f"{module}.scale") if learned is None else learned
+
+    def attune(
+        self, scales: Mapping[str, Tensor], vectors: Mapping[str, Tensor], lost: Mapping[str, float]
+    ) -> None:
+        """Keep what the whole model has learned: scales by module, in place of those that were chosen, and vectors."""
+        self.attuned = dict(lost)
+        if self.directory is None:
+            return
+        parts = {"scale": scales, "vector": vectors}
+        tensors = {f"{part}:{name}": t.contiguous() for part, found in parts.items() for name, t in found.items()}
+        part = self.directory / f"{_ATTUNED}{_UNFINISHED}"
+        save_file(tensors, str(part), metadata={"lost": json.dumps(self.attuned)})
+        os.rename(part, self.directory / _ATTUNED)
+        self._open_attuned(self.directory / _ATTUNED)
 
     def add(self, block: str, module: str, quantized: Quantized | Made) -> None:
         """Keep what was chosen for a module of a block that is not done yet, in place of what was chosen before."""
@@ -129,6 +160,13 @@ class Integers:
                 writer.write(name, tensor)
         self._open(place)
 
+    def announce(self, block: str, like: str) -> None:
+        """In a dry run: of a block's modules there will be what there is of an equal one's."""
+        for name, file in [found for found in self._files.items() if found[0].startswith(f"{like}.")]:
+            module = block + name.removeprefix(like)
+            parts = [(module + part.removeprefix(name), info) for part, info in file.tensors.items()]
+            self._files[module] = planned_checkpoint((part, info.dtype, info.shape) for part, info in parts)
+
     def finish(self, block: str, damping: Mapping[str, float]) -> None:
         """All modules of a block are there."""
         if self.directory is None:
@@ -138,6 +176,14 @@ class Integers:
         (part / _DAMPING).write_text(json.dumps(dict(damping)), encoding="utf-8")
         os.rename(part, self.directory / block)
         self._open_block(self.directory / block)
+
+    def _open_attuned(self, path: Path) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"scale": self._scales, "vector": self.vectors}
+        with safe_open(str(path), framework="pt") as file:
+            self.attuned = json.loads(file.metadata()["lost"])
+            for key in sorted(file.keys()):
+                part, _, name = key.partition(":")
+                parts[part][name] = file.get_tensor(key)
 
     def _open_block(self, path: Path) -> None:
         self.damping |= json.loads((path / _DAMPING).read_text(encoding="utf-8"))
