@@ -250,7 +250,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     integers, watch, file = Integers(Path(job["integers"])), _watch(job), work / "statistics.safetensors"
     thrift = Thrift(**job["thrift"]) if job.get("thrift") else None
     learn: dict[str, Any] = {"tuning": Tuning, "attuning": Attuning}
-    learning = {how: learn[how](**settings) for how, settings in job["learning"].items()}
+    learning = {how: learn[how](**settings) for how, settings in job.get("learning", {}).items()}
     with within(job):
         reset_resident_peak()
         with watch.phase("compensate"):
