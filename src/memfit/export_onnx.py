@@ -186,8 +186,8 @@ def require_widths(allowed: Allowed | None, given: Plan | None) -> None:
     allowed = allowed or Allowed(bits=ONNX_BITS, kv_bits=(16,))
     if others := [technique for technique in allowed.techniques if technique != "quantize"]:
         raise UsageError(
-            f"what {others[0]} makes of a weight cannot be in an ONNX file: ONNX Runtime multiplies integers. Leave "
-            f"{others[0]} out, or --format {ONNX}."
+            f"what {others[0]} makes of a weight cannot be in an ONNX file: ONNX Runtime multiplies integers. Allow "
+            f"quantize alone (--allow quantize), or leave --format {ONNX} out."
         )
     if wide := [bits for bits in allowed.bits if bits < 16 and bits not in ONNX_BITS]:
         known = ",".join(map(str, ONNX_BITS))

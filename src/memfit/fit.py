@@ -220,7 +220,7 @@ def fit(
         learned: how it was made, for the report.
         algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
             loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text;
-            `tuned`: and each block, then the whole, learns on it, in some fifteen times the time.
+            `tuned`: and each block, then the whole, learns on it, in ten to twenty times the time.
             Pruning calls them `magnitude`, `wanda`, `sparsegpt`, factors `svd`, `scaled`, `whitened`.
             Default: `gptq` where there is a text, else `search`.
         enforce: measure under a hard limit of the budget; more memory is refused by the system.

@@ -286,10 +286,18 @@ def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes:
         f"{both_sizes(budget_nbytes, smallest)} needed at the least, in "
         f"{least.moment} (packed weights {format_size(weights)}, KV cache {format_size(kv)}, "
         f"parts that stay in 16 bits {format_size(study.fixed)}, temporary {format_size(max(rest, 0))}). "
-        f"The smallest budget that works is {smallest} bytes.{helps}",
+        f"The smallest budget that works is {smallest} bytes (--budget {smallest}).{helps}{_beyond(study)}",
         smallest_nbytes=smallest,
         levers=levers,
     )
+
+
+def _beyond(study: Study) -> str:
+    """What else makes a model smaller, where it is not in the search."""
+    narrower = "a narrower model (--blocks, --channels), for which a text is needed"
+    if len(study.allowed.techniques) > 1:
+        return f" Less is possible by {narrower}."
+    return f" Less is possible by other techniques (--allow quantize,prune,low-rank,share) and {narrower}."
 
 
 def _traced_smallest(study: Study, chosen: Mapping[str, int]) -> int:

@@ -93,7 +93,7 @@ def fit_and_distil(
         before, after = (_divergence(place, model, texts, how.get("threads")) for place in (student, taught))
         chosen = taught if after < before else student
         kept = "" if after < before else " That was worse, and is not kept: take more steps, or another --lr."
-        learned = f"{learned} KL from the whole model {before:.4g} before, {after:.4g} after.{kept}"
+        learned = f"{learned} On other text, KL from the whole model: {before:.4g} before, {after:.4g} after.{kept}"
     progress("fitting it")
     report = fit(
         chosen, budget, target, beside=model, learned=learned, overwrite=overwrite, progress=progress, **how

@@ -300,8 +300,8 @@ def rounding_line(chosen: Plan, found: Mapping[str, Any], algorithm: Algorithm) 
     if (lost := found.get("attuned")) is not None:
         kept = "" if lost["after"] <= lost["before"] else ", which was not kept"
         told += (
-            f", and {learning['attuning'].steps} for the whole: on the text it learned from, {lost['before']:.4g} lost "
-            f"before and {lost['after']:.4g} after{kept}"
+            f", and {learning['attuning'].steps} for the whole: {lost['before']:.4g} lost before and "
+            f"{lost['after']:.4g} after{kept}, on the text that it learned from (any other gains less)"
         )
     return told
 

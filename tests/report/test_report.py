@@ -262,5 +262,5 @@ def test_a_divergence_far_above_the_expected_one_is_told() -> None:
         return text_of(render_report(report(plan=PLAN | {"expected_kl": expected} | more)))
 
     assert "Expected was 0.001: what each choice costs alone, added up." in said(0.001)
-    assert "beside the narrower model" in said(0.001, narrowed={"channels": 0.7, "kept": {}, "kl": None})
+    assert "0.001 above the narrower model's own" in said(0.001, narrowed={"channels": 0.7, "kept": {}, "kl": None})
     assert "Expected was" not in said(0.009)

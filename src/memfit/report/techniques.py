@@ -5,7 +5,7 @@ from typing import Any, Final
 from memfit.report.report import Report
 from memfit.units import format_size
 
-HEAD: Final = ("technique", "smallest", "expected KL", "within the budget", "expected KL", "alone dominated by")
+HEAD: Final = ("technique", "smallest, about", "expected KL", "within the budget", "expected KL", "alone dominated by")
 
 
 def technique_rows(report: Report) -> list[tuple[str, ...]]:

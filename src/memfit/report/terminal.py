@@ -236,8 +236,9 @@ def _expected_line(report: Report) -> str | None:
     expected, quality = (report.plan or {}).get("expected_kl"), report.quality
     if not expected or quality is None or quality.kl is None or quality.kl < 2 * expected:
         return None
-    beside = ", beside the narrower model" if (report.plan or {}).get("narrowed") else ""
-    return f"Expected was {expected:.2g}: what each choice costs alone{beside}, added up."
+    if (report.plan or {}).get("narrowed"):
+        return f"Expected was {expected:.2g} above the narrower model's own: what each choice costs alone, added up."
+    return f"Expected was {expected:.2g}: what each choice costs alone, added up."
 
 
 def _render_ram(ram: Mapping[str, Any]) -> RenderableType:
