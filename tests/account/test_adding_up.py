@@ -79,7 +79,8 @@ def test_scratch_is_found_where_others_are_freed_meanwhile():
         scratch = torch.ones(1 << 18)
         return scratch.sum()
 
-    assert ask(run) == 1 << 20
+    # The sum takes some bytes of its own where there are several threads.
+    assert 1 << 20 <= ask(run) <= (1 << 20) + 64
 
 
 def test_a_meter_keeps_no_records_of_phases_that_have_ended():
