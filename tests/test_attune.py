@@ -42,6 +42,12 @@ MODELS = {
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(vocab_size=128, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=32, decoder_start_token_id=0)
     ),
+    "mixtral": lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(
+            vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, **SIZES,
+        )
+    ),
     "mamba": lambda: hf.MambaForCausalLM(
         hf.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8, **SIZES)
     ),
@@ -165,6 +171,14 @@ def test_what_learning_made_worse_is_not_kept(tmp_path: Path) -> None:
     assert integers.attuned is not None and integers.attuned["after"] > integers.attuned["before"]
     assert not integers.vectors and torch.equal(integers.read(name, schemes[name]).scale, found.scale)
     assert not load_file(tmp_path / "integers" / "attuned.safetensors")
+
+
+def test_where_nothing_can_learn_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = made("llama", tmp_path / "model")
+    monkeypatch.setattr("memfit.attune._vectors", lambda name, module: iter(()))
+    integers = Integers(tmp_path / "integers")
+    learn(source, {}, integers)
+    assert integers.attuned is None and not list((tmp_path / "integers").iterdir())
 
 
 def test_a_dry_run_tells_what_learning_takes(tmp_path: Path) -> None:

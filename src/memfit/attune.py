@@ -34,8 +34,6 @@ _JUDGED: Final = 8
 """Windows on which it is seen whether learning helped."""
 _CLASSIFIED: Final = 16
 """Windows of a step where each has but one answer."""
-_BATCH: Final = 4
-"""Windows that the model as it was runs on at once."""
 
 Rounded = Callable[[str, Tensor], Tensor]
 """Of a table's name and the rows that were looked up: what the table gives as it is stored."""
@@ -44,35 +42,40 @@ Rounded = Callable[[str, Tensor], Tensor]
 @torch.no_grad()
 def attune(
     source: Source, windows_WT: Tensor, schemes: Mapping[str, Form], integers: Integers, *, watch: Watch,
-    rounded: Callable[[Streamed], Rounded], spill: Spill, attuning: Attuning,
+    rounded: Callable[[Streamed], Rounded], spill: Spill, attuning: Attuning, batch: int = 4,
 ) -> None:  # fmt: skip
     """Let what is stored beside the integers of a model's blocks learn; what is learned is kept in `integers`.
 
-    Nothing, if something is kept there already. Integers whose scales have no free values (`mxfp4`) keep theirs.
+    Nothing, if something is kept there already, or there is nothing that could learn. Integers whose scales have no free
+    values (`mxfp4`) keep theirs.
 
     Args:
         windows_WT: token ids, those that the integers were chosen on.
         schemes: module name to form.
         rounded: for a model from the disk, what its tables give as they are stored.
         spill: where the hidden states of the model as it was wait.
+        batch: windows that it runs on at once.
     """
     if integers.attuned is not None:
         return
     with Anew(watch, "attune") as anew, attention_by_products(), one_text_a_row(dry=is_fake(windows_WT)):
-        wanted = _answers(Streamed(source), windows_WT, spill, anew)
         streamed = Streamed(source)
+        grown, moved = _learners(streamed, schemes, integers)
+        parameters = [one.parameter for one in grown.values()] + [one.parameter for one in moved.values()]
+        if not parameters:
+            return
+        wanted = _answers(streamed, windows_WT, spill, anew, batch=batch)
         streamed.listener = _not_heard  # what is looked up begins the gradients' way
         streamed.rounded = rounded(streamed)
-        grown, moved = _learners(streamed, schemes, integers)
         streamed.given = _given(streamed, schemes, integers) | {
             **{f"{name}.weight": one.weight for name, one in grown.items()},
             **{name: one.value for name, one in moved.items()},
         }
         learns = _Learns(streamed, windows_WT, wanted, spill, attuning.positions)
         before = learns.mean(anew)
-        parameters = [one.parameter for one in grown.values()] + [one.parameter for one in moved.values()]
         _learn(parameters, learns, attuning, anew)
         after = learns.mean(anew)
+        streamed.given = {}  # else what learned would live on in a ring with the model until it is collected
         helped = after <= before  # not, if it is NaN
         integers.attune(
             {name: one.learned() for name, one in grown.items()} if helped else {},
@@ -153,17 +156,19 @@ class _Learns:
         return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
 
-def _answers(streamed: Streamed, windows_WT: Tensor, spill: Spill, anew: Callable[[], None]) -> Tensor:
+def _answers(
+    streamed: Streamed, windows_WT: Tensor, spill: Spill, anew: Callable[[], None], *, batch: int
+) -> Tensor:
     """What the head of the model as it was read of each window [W, T, D]; of a classifier its scores [W, 1, C]."""
     found: Tensor | None = None
-    for start in blocks_to_run(range(0, windows_WT.shape[0], _BATCH)):
+    for start in blocks_to_run(range(0, windows_WT.shape[0], batch)):
         anew()
-        ids = windows_WT[start : start + _BATCH]
+        ids = windows_WT[start : start + batch]
         out = hidden_of(streamed.model(ids, **arguments_of(streamed.model, ids)))[0]
         out = out.unsqueeze(1) if out.dim() == 2 else out
         if found is None:
             found = spill.empty((windows_WT.shape[0], *out.shape[1:]), out.dtype)
-        found[start : start + _BATCH] = out
+        found[start : start + batch] = out
         spill.let_go(found)
         del out
     assert found is not None

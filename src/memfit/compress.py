@@ -169,11 +169,11 @@ def choose_integers(
         weighting=weighting, tuning=tuning,
     )  # fmt: skip
     if attuning is not None:
-        schemes = plan.schemes()
+        schemes, thrift = plan.schemes(), thrift or Thrift()
         attune(
             source, windows_WT, schemes, integers, watch=watch, attuning=attuning,
             rounded=lambda streamed: LookedUp(streamed, schemes, weighting).round,
-            spill=Spill(scratch if thrift is not None and thrift.spill else None, watch),
+            spill=Spill(scratch if thrift.spill else None, watch), batch=thrift.batch,
         )  # fmt: skip
 
 
