@@ -46,8 +46,8 @@ def attune(
 ) -> None:  # fmt: skip
     """Let what is stored beside the integers of a model's blocks learn; what is learned is kept in `integers`.
 
-    Nothing, if something is kept there already, or there is nothing that could learn. Integers whose scales have no free
-    values (`mxfp4`) keep theirs.
+    Nothing, if something is kept there already, or there is nothing that could learn. Integers whose scales have no
+    free values (`mxfp4`) keep theirs.
 
     Args:
         windows_WT: token ids, those that the integers were chosen on.
