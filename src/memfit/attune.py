@@ -10,6 +10,7 @@ Legend of shapes: W windows, T time, D width, P positions of a window.
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -21,10 +22,13 @@ from memfit.calibrate.attention import attention_by_products
 from memfit.calibrate.collect import arguments_of, hidden_of, one_text_a_row
 from memfit.calibrate.spill import Spill
 from memfit.calibrate.stream import Streamed
+from memfit.compensate import Thrift
 from memfit.format.integers import Integers
+from memfit.looked_up import LookedUp
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.packed.forms import Form
 from memfit.packed.scheme import Scheme
+from memfit.plan.price import Weighting
 from memfit.source.smoothed import stored_alone
 from memfit.source.source import Source
 from memfit.technique.attune import Attuning, Grown, Moved, divergence
@@ -35,14 +39,12 @@ _JUDGED: Final = 8
 _CLASSIFIED: Final = 16
 """Windows of a step where each has but one answer."""
 
-Rounded = Callable[[str, Tensor], Tensor]
-"""Of a table's name and the rows that were looked up: what the table gives as it is stored."""
-
 
 @torch.no_grad()
 def attune(
     source: Source, windows_WT: Tensor, schemes: Mapping[str, Form], integers: Integers, *, watch: Watch,
-    rounded: Callable[[Streamed], Rounded], spill: Spill, attuning: Attuning, batch: int = 4,
+    attuning: Attuning, thrift: Thrift | None = None, scratch: Path | None = None,
+    weighting: Callable[[str], Weighting | None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Let what is stored beside the integers of a model's blocks learn; what is learned is kept in `integers`.
 
@@ -52,22 +54,25 @@ def attune(
     Args:
         windows_WT: token ids, those that the integers were chosen on.
         schemes: module name to form.
-        rounded: for a model from the disk, what its tables give as they are stored.
-        spill: where the hidden states of the model as it was wait.
-        batch: windows that it runs on at once.
+        thrift: windows that the model as it was runs on at once, and whether its hidden states wait in a file.
+        scratch: where that goes.
+        weighting: what errors of a table's weight count, as it will be made with.
     """
     if integers.attuned is not None:
         return
+    thrift = thrift or Thrift()
+    spill = Spill(scratch if thrift.spill else None, watch)
     with Anew(watch, "attune") as anew, attention_by_products(), one_text_a_row(dry=is_fake(windows_WT)):
         streamed = Streamed(source)
         grown, moved = _learners(streamed, schemes, integers)
         parameters = [one.parameter for one in grown.values()] + [one.parameter for one in moved.values()]
         if not parameters:
             return
-        wanted = _answers(streamed, windows_WT, spill, anew, batch=batch)
-        streamed.listener = _not_heard  # what is looked up begins the gradients' way
-        streamed.rounded = rounded(streamed)
-        streamed.given = _given(streamed, schemes, integers) | {
+        wanted = _answers(streamed, windows_WT, spill, anew, batch=thrift.batch)
+        streamed.rounded = LookedUp(streamed, schemes, weighting).round
+        fixed = [name for name in schemes if name in integers and name not in grown]
+        streamed.given = {
+            **{f"{name}.weight": partial(integers.weight, name, schemes, _shape(streamed, name)) for name in fixed},
             **{f"{name}.weight": one.weight for name, one in grown.items()},
             **{name: one.value for name, one in moved.items()},
         }
@@ -112,14 +117,7 @@ class _Learns:
         """Add the gradients of one part, at positions that are drawn."""
         places = sorted(chance.sample(range(self._wanted.shape[1]), self._positions))
         with torch.enable_grad():
-            out, wanted = self._answer(part, places)
-            if self._streamed.head is None:
-                self._apart(out, wanted).backward()  # type: ignore[no-untyped-call]
-                return
-        # Some models make their logits in float32 (Mamba); the head's rows come in the model's own type.
-        _, slope = divergence(self._streamed, out.detach().to(self._streamed.dtype), wanted, learns=True)
-        assert slope is not None
-        out.backward(slope.to(out.dtype))  # type: ignore[no-untyped-call]
+            self._apart(part, places).backward()  # type: ignore[no-untyped-call]
 
     def mean(self, anew: Callable[[], None]) -> float:
         """Over the first windows, at the same positions of each."""
@@ -128,11 +126,7 @@ class _Learns:
         total, parts = 0.0, range(min(_JUDGED, self.parts))
         for part in blocks_to_run(parts):
             anew()
-            out, wanted = self._answer(part, places)
-            if self._streamed.head is None:
-                found = self._apart(out, wanted)
-            else:
-                found, _ = divergence(self._streamed, out.to(self._streamed.dtype), wanted, learns=False)
+            found = self._apart(part, places)
             total += 0.0 if is_fake(found) else float(found)
         return total / len(parts)
 
@@ -148,8 +142,13 @@ class _Learns:
         picked = torch.tensor(places)
         return out[0, picked], wanted[0, picked].to(self._streamed.dtype)
 
-    def _apart(self, out: Tensor, wanted: Tensor) -> Tensor:
-        """KL of a classifier's scores [W, C]; of hidden states [P, D] their squared error beside their size."""
+    def _apart(self, part: int, places: list[int]) -> Tensor:
+        """KL at some positions of a window, or of a classifier's scores; of hidden states that no head reads their
+        squared error beside their size."""
+        out, wanted = self._answer(part, places)
+        if self._streamed.head is not None:
+            # Some models make their logits in float32 (Mamba); the head's rows come in the model's own type.
+            return divergence(self._streamed, out.to(self._streamed.dtype), wanted)
         if self._wanted.shape[1] > 1:
             return relative_error(out, wanted)
         ours, theirs = (F.log_softmax(scores.to(torch.float32), -1) for scores in (out, wanted))
@@ -200,20 +199,10 @@ def _vectors(name: str, module: nn.Module) -> Iterator[str]:
             yield f"{name}.{leaf}"
 
 
-def _given(
-    streamed: Streamed, schemes: Mapping[str, Form], integers: Integers
-) -> dict[str, Callable[[], Tensor]]:
-    """Every weight that was chosen, as it is stored."""
-    found: dict[str, Callable[[], Tensor]] = {}
-    for name, module in streamed.model.named_modules():
-        if name in schemes and name in integers and isinstance(module, nn.Linear):
-            shape = (module.out_features, module.in_features)
-            found[f"{name}.weight"] = partial(integers.weight, name, schemes, shape)
-    return found
-
-
-def _not_heard(name: str, inputs: Tensor, out: Tensor) -> None:
-    """No layer is listened to."""
+def _shape(streamed: Streamed, layer: str) -> tuple[int, int]:
+    """[N, K]"""
+    rows, inputs = streamed.model.get_submodule(layer).get_parameter("weight").shape
+    return rows, inputs
 
 
 __all__ = ["attune"]

@@ -15,7 +15,6 @@ from memfit.account.watch import Watch
 from memfit.attune import attune
 from memfit.calibrate.cache_loss import cache_losses, without_floor
 from memfit.calibrate.collect import collect
-from memfit.calibrate.spill import Spill
 from memfit.calibrate.statistics import Statistics
 from memfit.calibrate.stream import row_shape, rows_of
 from memfit.compensate import Thrift, compensate
@@ -23,7 +22,6 @@ from memfit.format.integers import Integers
 from memfit.format.output import Stored, stored_tensors, weights_of
 from memfit.format.packed import OWN, stored_as, stored_scale, stored_values
 from memfit.format.safetensors import Writer
-from memfit.looked_up import LookedUp
 from memfit.made_prices import made_prices
 from memfit.packed.fake import is_fake
 from memfit.packed.forms import FORM_PARTS, Own
@@ -164,17 +162,11 @@ def choose_integers(
         parameter = next((p for p in group.parameters if p == f"{module}.weight"), group.parameters[0])
         return weighting_of(group, parameter, pairs)
 
-    compensate(
-        source, windows_WT, plan.schemes(), integers, watch=watch, thrift=thrift, scratch=scratch,
-        weighting=weighting, tuning=tuning,
-    )  # fmt: skip
+    schemes = plan.schemes()
+    how: dict[str, Any] = {"watch": watch, "thrift": thrift, "scratch": scratch, "weighting": weighting}
+    compensate(source, windows_WT, schemes, integers, tuning=tuning, **how)
     if attuning is not None:
-        schemes, thrift = plan.schemes(), thrift or Thrift()
-        attune(
-            source, windows_WT, schemes, integers, watch=watch, attuning=attuning,
-            rounded=lambda streamed: LookedUp(streamed, schemes, weighting).round,
-            spill=Spill(scratch if thrift.spill else None, watch), batch=thrift.batch,
-        )  # fmt: skip
+        attune(source, windows_WT, schemes, integers, attuning=attuning, **how)
 
 
 def compress(

@@ -190,6 +190,7 @@ class Born:
 def _allocations(session: Any) -> list[tuple[int, int, int]]:
     """(time, address, bytes) of each allocator event a profiling session saw; bytes < 0 where freed."""
     events = []
+    # In their order, which sorting keeps where two have one time.
     stack = session.profiler.kineto_results.experimental_event_tree()[::-1]
     while stack:
         node = stack.pop()

@@ -201,7 +201,7 @@ def _block_gradient(
     square_R = torch.zeros(rows_RD.shape[0])
     for at, logits in head.logits(states_ND):
         part = slice(at, at + logits.shape[0])
-        slope = None if head.cap is None else (logits / head.cap).square_().neg_().add_(1)
+        slope = head.bend(logits)
         chance = logits.sub_(log_total_N[part].unsqueeze(1)).exp_()
         local = token_N[part] - head.start
         inside = (local >= 0) & (local < rows_RD.shape[0])
@@ -238,6 +238,10 @@ class HeadRows:
         if self.cap is not None:
             logits.div_(self.cap).tanh_().mul_(self.cap)
         return logits
+
+    def bend(self, logits: Tensor) -> Tensor | None:
+        """The slope of capped logits over what the head's product gave; None where nothing caps them."""
+        return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1)
 
 
 def heads_of(streamed: Streamed) -> Iterator[HeadRows]:

@@ -280,10 +280,10 @@ class _Table(nn.Module):
         look_up(streamed.rows(f"{self.name}.weight"), ids, out)
         if streamed.rounded is not None:
             out = streamed.rounded(self.name, out.view(-1, self.width)).view(out.shape)
-        if streamed.listener is not None and torch.is_grad_enabled():
-            # Before it is scaled: an error of the table's is scaled too.
+        if torch.is_grad_enabled():
+            # Gradients begin here, before it is scaled: an error of the table's is scaled too.
             out.requires_grad_()
-            if self.name in streamed.watched:
+            if streamed.listener is not None and self.name in streamed.watched:
                 streamed.listener(self.name, ids, out)
         if self.scale is not None:
             out = out * (self.scale.to(out.dtype) if isinstance(self.scale, Tensor) else self.scale)

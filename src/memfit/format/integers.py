@@ -120,16 +120,16 @@ class Integers:
     def _read(self, module: str, scheme: Scheme, start: int, stop: int) -> Quantized:
         file = self._files[module]
         zero = None if scheme.symmetric else file.read_rows(f"{module}.zero", start, stop)
-        q = file.read_rows(f"{module}.q", start, stop)
-        learned = self._scales.get(module)
-        scale = file.read_rows(f"{module}.scale", start, stop) if learned is None else learned[start:stop]
+        q, scale = file.read_rows(f"{module}.q", start, stop), self.scale(module, start, stop)
         table = file.read(f"{module}.table") if scheme.values == "codebook" else None
         return Quantized(scheme=scheme, q=q, scale=scale, zero=zero, table=table)
 
-    def scale(self, module: str) -> Tensor:
-        """The scales of a module [N, G], bf16."""
-        learned = self._scales.get(module)
-        return self._files[module].read(f"{module}.scale") if learned is None else learned
+    def scale(self, module: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """The scales of a module's rows start to stop, by default of all [N, G], bf16."""
+        if module in self._scales:
+            return self._scales[module][start:stop]
+        file, name = self._files[module], f"{module}.scale"
+        return file.read_rows(name, start, file.tensors[name].shape[0] if stop is None else stop)
 
     def attune(
         self, scales: Mapping[str, Tensor], vectors: Mapping[str, Tensor], lost: Mapping[str, float]

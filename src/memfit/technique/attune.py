@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from memfit.calibrate.collect import LOGITS_NBYTES, heads_of
+from memfit.calibrate.collect import heads_of
 from memfit.calibrate.stream import Streamed
 from memfit.packed.fake import blocks_to_run
 
@@ -117,49 +117,54 @@ class Moved:
         return self.value().detach().to(torch.bfloat16)
 
 
-def divergence(
-    streamed: Streamed, ours_PD: Tensor, theirs_PD: Tensor, *, learns: bool
-) -> tuple[Tensor, Tensor | None]:
-    """KL(theirs ‖ ours) of what the head answers to two hidden states, nats a position, and its gradient to ours.
+def divergence(streamed: Streamed, ours_PD: Tensor, theirs_PD: Tensor) -> Tensor:
+    """KL(theirs ‖ ours) of what the head answers to two hidden states, nats a position, with a gradient to ours.
 
     The head passes by twice, some rows at a time, so that there are never all logits: first for the totals.
 
     Args:
         ours_PD, theirs_PD: in the type that the head's rows are read in.
-        learns: whether the gradient is wanted.
     """
-    count = ours_PD.shape[0]
-    totals_P = [torch.full((count,), -torch.inf) for _ in (ours_PD, theirs_PD)]
-    for head in heads_of(streamed):
-        for part in _positions(count, head.rows_RD.shape[0]):
-            for total_P, states_PD in zip(totals_P, (ours_PD, theirs_PD), strict=True):
-                logits = head.logits_at(states_PD[part])
-                total_P[part] = torch.logaddexp(total_P[part], logits.logsumexp(1))
-                del logits
-    apart_P, slope_PD = torch.zeros(count), torch.zeros(ours_PD.shape) if learns else None
-    for head in heads_of(streamed):
-        for part in _positions(count, head.rows_RD.shape[0]):
-            ours = head.logits_at(ours_PD[part])
-            bend = None if head.cap is None or not learns else (ours / head.cap).square_().neg_().add_(1)
-            ours.sub_(totals_P[0][part].unsqueeze(1))
-            theirs = head.logits_at(theirs_PD[part]).sub_(totals_P[1][part].unsqueeze(1))
-            share = theirs.exp()
-            apart_P[part] += theirs.sub_(ours).mul_(share).sum(1)
-            del theirs
-            if slope_PD is not None:
-                chance = ours.exp_().sub_(share)
-                if bend is not None:
-                    chance.mul_(bend)  # from the capped logit back to what the head gave
-                slope_PD[part] += (chance.to(head.rows_RD.dtype) @ head.rows_RD).to(torch.float32)
-                del chance
-            del ours, share, bend
-    return apart_P.mean(), None if slope_PD is None else slope_PD.div_(count)
+    made: Tensor = _Divergence.apply(ours_PD, theirs_PD, streamed)  # type: ignore[no-untyped-call]
+    return made
 
 
-def _positions(count: int, rows: int) -> list[slice]:
-    """Cut positions so that their logits of so many rows of the head are of at most `LOGITS_NBYTES`."""
-    step = max(1, LOGITS_NBYTES // (4 * rows))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+class _Divergence(torch.autograd.Function):
+    """The gradient is made beside the divergence, while the head's rows are there."""
+
+    @staticmethod
+    def forward(ctx: Any, ours_PD: Tensor, theirs_PD: Tensor, streamed: Streamed) -> Tensor:
+        learns, count = ctx.needs_input_grad[0], ours_PD.shape[0]
+        total_P, wanted_P = (torch.full((count,), -torch.inf) for _ in range(2))
+        for head in heads_of(streamed):
+            for states_PD, sums_P in ((ours_PD, total_P), (theirs_PD, wanted_P)):
+                for at, logits in head.logits(states_PD):
+                    part = slice(at, at + logits.shape[0])
+                    sums_P[part] = torch.logaddexp(sums_P[part], logits.logsumexp(1))
+                    del logits
+        apart_P, slope_PD = torch.zeros(count), torch.zeros(ours_PD.shape) if learns else None
+        for head in heads_of(streamed):
+            for at, ours in head.logits(ours_PD):
+                part = slice(at, at + ours.shape[0])
+                bend = head.bend(ours) if learns else None
+                ours.sub_(total_P[part].unsqueeze(1))
+                theirs = head.logits_at(theirs_PD[part]).sub_(wanted_P[part].unsqueeze(1))
+                share = theirs.exp()
+                apart_P[part] += theirs.sub_(ours).mul_(share).sum(1)
+                del theirs
+                if slope_PD is not None:
+                    chance = ours.exp_().sub_(share)
+                    if bend is not None:
+                        chance.mul_(bend)  # from the capped logit back to what the head gave
+                    slope_PD[part] += (chance.to(head.rows_RD.dtype) @ head.rows_RD).to(torch.float32)
+                    del chance
+                del ours, share, bend
+        ctx.slope, ctx.dtype = None if slope_PD is None else slope_PD.div_(count), ours_PD.dtype
+        return apart_P.mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.slope.mul_(gradient).to(ctx.dtype), None, None
 
 
 __all__ = ["Attuning", "Grown", "Moved", "divergence"]
