@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,13 +32,14 @@ from memfit.format.integers import Integers
 from memfit.format.resume import WorkDirectory
 from memfit.format.safetensors import TensorSpec, Writer
 from memfit.models import load_model
+from memfit.packed.forms import LowRank
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import dumps
 from memfit.planning import uniform_plan
 from memfit.report.terminal import render_report
 from memfit.source.source import open_source
-from memfit.steps import predict_choosing
+from memfit.steps import asked_plainly, predict_choosing
 from memfit.study import Study
 from memfit.technique.quantize import dequantize, quantize
 from memfit.technique.tune import Tuning
@@ -168,6 +170,26 @@ def test_what_smoothing_asks_for_is_gathered_within_a_cap_too(smooth: bool, mode
         cap, told = cap_of_jobs(work, 1 << 40, study, None, job, account(0), "rtn", uniform=True)
     assert told["wanted"] == smooth and (told["allowed"] is not None) == smooth
     assert ("calibrate" in cap.predicted) == smooth
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scheme", "weighs"),
+    [
+        ("gptq", Scheme(bits=4, group=64), True),
+        ("search", Scheme(bits=4, group=64), False),
+        ("gptq", LowRank(rank=8), False),
+    ],
+    ids=["by GPTQ", "scales by statistics", "factors"],
+)
+def test_a_part_of_the_text_is_read_where_tables_alone_are_weighed(
+    algorithm: Any, scheme: Any, weighs: bool, model, tmp_path, monkeypatch
+) -> None:
+    study = Study(open_source(model), TASK, Allowed(bits=(4,), kv_bits=(16,)))
+    given = uniform_plan(study, 1 << 40)
+    given = replace(given, choices=tuple(replace(choice, scheme=scheme) for choice in given.choices))
+    job = job_of(model, tmp_path / "work") | {"reference": False}
+    assert asked_plainly(job, study, given, algorithm, uniform=True)["weighing"] == weighs
+    assert "weighing" not in asked_plainly(job, study, given, algorithm, uniform=False), "prices read it all"
 
 
 def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:

@@ -141,6 +141,21 @@ def test_statistics_shape_what_is_written(source, written, tmp_path):
     assert files.keys() == written[1].keys() and files != written[1]
 
 
+def test_statistics_that_only_weigh_tables_are_of_a_part_of_the_text():
+    source = source_from_config(hf.LlamaConfig(**DECODER))
+    ids = torch.randint(3, 512, (50, 100), generator=torch.Generator().manual_seed(0))
+    found, whole = (
+        calibrate(source, ids, None, batch=25, watch=Unwatched(), weighing=weighing).statistics
+        for weighing in (True, False)
+    )
+    assert found is not None and whole is not None
+    assert (found.tokens, whole.tokens) == (4100, 5000), "as many windows as hold 4096 tokens"
+    for name, (counts_V, gradients_D) in found.pairs().items():
+        if name == "model.embed_tokens":
+            torch.testing.assert_close(gradients_D, whole.pairs()[name][1], rtol=0.2, atol=0)
+            assert counts_V.sum().item() == pytest.approx(1, rel=1e-5), "shares of the tokens that were seen"
+
+
 def test_prices_come_from_the_text_where_it_says_something_of_every_group():
     llama = source_from_config(hf.LlamaConfig(**DECODER))
     mixtral = source_from_config(hf.MixtralConfig(**DECODER, num_local_experts=4))

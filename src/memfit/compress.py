@@ -44,6 +44,10 @@ from memfit.technique.tune import Tuning
 KV_WINDOWS: Final = 2
 """Windows that a KV cache is priced on: every position of them is compared, none is sampled."""
 
+WEIGHING_TOKENS: Final = 4096
+"""Tokens of statistics that do no more than weigh the errors of tables and heads against each other: diagonals alone,
+known well from so few. The gradients of a head of many words take most of calibrating."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
@@ -61,7 +65,7 @@ class Calibrated:
 
 def calibrate(
     source: Source, windows_WT: Tensor | None, allowed: Allowed | None, *, batch: int, watch: Watch,
-    by_text: bool = False, scratch: Path | None = None,
+    by_text: bool = False, weighing: bool = False, scratch: Path | None = None,
 ) -> Calibrated:  # fmt: skip
     """Statistics of the text's windows, and the price of every choice.
 
@@ -70,9 +74,12 @@ def calibrate(
 
     Args:
         by_text: whether `choose_integers` will make the linear layers of blocks: they are priced by what it errs by.
+        weighing: whether statistics do no more than weigh errors of tables and heads: then a part of the text will do.
         scratch: where what blocks give each other waits in files, while that is found out; None: in memory.
     """
     groups = find_groups(source.build(dtype=torch.bfloat16))
+    if weighing and windows_WT is not None:
+        windows_WT = windows_WT[: -(-WEIGHING_TOKENS // windows_WT.shape[1])]
     statistics, kv_prices, everything_WT = None, {}, windows_WT
     dry = windows_WT is not None and is_fake(windows_WT)
     if windows_WT is not None:
@@ -115,7 +122,8 @@ def calibrate(
 def asked_of(job: dict[str, Any]) -> dict[str, Any]:
     """The options of `calibrate` as its job is told them."""
     scratch = Path(job["work"]) if job.get("spill") else None
-    return {"batch": job["batch"], "by_text": job.get("by_text", False), "scratch": scratch}
+    told = {name: job.get(name, False) for name in ("by_text", "weighing")}
+    return {"batch": job["batch"], "scratch": scratch, **told}
 
 
 def priced_by(source: Source, statistics: Statistics | None) -> PricedBy:

@@ -32,6 +32,7 @@ from memfit.format.gguf import write_gguf
 from memfit.format.integers import Integers
 from memfit.format.onnx import onnx_parts, read_all
 from memfit.packed.forms import LowRank, Narrow, Shared, techniques_of
+from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
 from memfit.planning import plan_files
@@ -234,6 +235,11 @@ def reads_statistics(source: Source, chosen: Plan, algorithm: Algorithm) -> bool
     )
 
 
+def weighs_alone(chosen: Plan, algorithm: Algorithm) -> bool:
+    """Whether statistics, if they are read, do no more than weigh the errors of tables and heads."""
+    return algorithm in BY_TEXT and all(isinstance(form, Scheme) for form in chosen.schemes().values())
+
+
 def learning_of(algorithm: Algorithm) -> dict[str, Any]:
     """What learns by this algorithm, and how: blocks, one by one (`tuning`), then the whole (`attuning`)."""
     return {"tuning": Tuning(), "attuning": Attuning()} if algorithm == "tuned" else {}
@@ -243,11 +249,11 @@ def asked_plainly(
     job: dict[str, Any], study: Study, given: Plan | None, algorithm: Algorithm, *, uniform: bool
 ) -> dict[str, Any]:
     """The job of calibration without what a plan in one setting has no use for: prices, which would decide nothing, and
-    statistics, unless rounding reads them."""
+    statistics, unless rounding reads them; of a part of the text, if it reads them for tables and heads alone."""
     if not uniform or given is None or study.allowed.activations == 8:
         return job
     if reads_statistics(study.source, given, algorithm):
-        return job | {"allowed": None}
+        return job | {"allowed": None, "weighing": weighs_alone(given, algorithm)}
     return job | {"do": "reference", "wanted": job["reference"]}
 
 
