@@ -175,11 +175,19 @@ def test_what_values_cannot_hold_is_told_with_the_next_move(memfit, model, words
     (("--sparsity", "half"), "--sparsity 'half': write the share that goes, as 0.5 or 50%"),
     (("--sparsity", "100%"), "sparsity must be 0 or more and less than 1, got 1.0"),
     (("--algorithm", "svd"), "--algorithm svd: prune has magnitude, wanda, sparsegpt"),
+    (("--sparsity", "6%"), "takes 6.25% of the bytes, so a smaller share that goes makes the model no smaller"),
+    (("--sparsity", "0", "--pattern", "blocks"), "takes 0.39% of the bytes"),
     ((), "give --sparsity, as 0.5, or --pattern"),
 ])  # fmt: skip
 def test_what_pruning_is_told_wrongly_is_told_with_the_next_move(memfit, model, words, told):
     code, out, err = memfit("fit", model, "--technique", "prune", *words)
     assert code == 2 and not out and told in " ".join(err.split())
+
+
+def test_a_model_of_which_all_would_stay_is_refused(memfit, model):
+    for words in (("--channels", "100%"), ("--heads", "99%")):
+        code, out, err = memfit("fit", model, *SMALL, *words, "--dry-run", "-q")
+        assert code == 2 and not out and f"{' '.join(words)}: to the nearest" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(("allow", "told"), [

@@ -10,7 +10,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memfit.errors import DoesNotFit
+from memfit.errors import DoesNotFit, UsageError
 from memfit.packed.scheme import BITS
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps, loads
@@ -148,6 +148,11 @@ def test_a_refusal_names_levers_and_what_each_would_free(refusal):
     told = {lever: nbytes for lever, nbytes in refusal.levers.items() if lever in str(refusal)}
     assert told and all(nbytes > 0 for nbytes in told.values())
     assert str(refusal.smallest_nbytes) in str(refusal)
+
+
+def test_what_is_allowed_has_a_type_of_its_own(source):
+    with pytest.raises(UsageError, match=r"a memfit.Allowed, as memfit.Allowed.*got \('prune',\)"):
+        Study(source, TASK, ("prune",))
 
 
 def test_experts_are_packed_and_what_is_kept_is_kept():

@@ -16,6 +16,7 @@ from memfit.cap import Cap, first_that_keeps
 from memfit.errors import BrokenInput, UsageError
 from memfit.format.resume import WorkDirectory
 from memfit.plan.plan import Plan
+from memfit.source.cuts import counts_of
 from memfit.source.narrowed import narrowed
 from memfit.source.source import Source
 from memfit.steps import fake_ids, on_fakes, windows_of
@@ -49,9 +50,15 @@ def announced(source: Source, narrow: Narrow | None) -> Source:
     """The narrower model, of the size that it will have; which of its parts stay is still to be found.
 
     Raises:
-        UsageError: the model cannot be narrowed so.
+        UsageError: the model cannot be narrowed so, or all of it would stay.
     """
-    return source if narrow is None else narrowed(source, first_kept(source, narrow))
+    if narrow is None:
+        return source
+    if narrow.counts(source.config) == counts_of(source.config):
+        sizes = {what: size for what, size in narrow.to_json().items() if isinstance(size, int | str)}
+        asked = ", ".join(f"--{what} {size}" for what, size in sizes.items() if not isinstance(size, bool))
+        raise UsageError(f"{asked}: to the nearest number that works, all that there is stays. Ask for fewer.")
+    return narrowed(source, first_kept(source, narrow))
 
 
 def require_text(narrow: Narrow | None, source: Source, texts: Text | None) -> None:

@@ -47,6 +47,8 @@ class Study:
     """What the search needs to know of one model under one task."""
 
     def __init__(self, source: Source, task: Infer, allowed: Allowed, *, device: str = "cpu") -> None:
+        if not isinstance(allowed, Allowed):
+            raise UsageError(f"allowed is a memfit.Allowed, as memfit.Allowed(techniques=('prune',)); got {allowed!r}.")
         self.source, self.task, self.allowed, self.device = source, task, allowed, device
         self.products: Products = {}
         self.skeleton = source.build(dtype=torch.bfloat16)

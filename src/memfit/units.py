@@ -37,6 +37,12 @@ def parse_size(text: str | int, *, whole_nbytes: int | None = None) -> int:
     return int(number * _UNITS[unit])
 
 
+def share_of(text: object) -> float | None:
+    """The share meant by a text as `70%`: 0.7; None if it is none."""
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    return float(match[1]) / 100 if match is not None and match[2] == "%" else None
+
+
 def format_size(nbytes: int) -> str:
     """`nbytes` in the largest binary unit that keeps a digit before the point: `11.50 GiB`."""
     size, sign = float(abs(nbytes)), "-" if nbytes < 0 else ""

@@ -167,6 +167,14 @@ def test_the_terminal_shows_plan_phases_and_errors() -> None:
     assert re.search(r"parameter +80\.00 MiB +90\.9 %", accounted)
 
 
+def test_a_plan_that_nothing_priced_has_no_column_of_prices() -> None:
+    """The table's column, that is; the line above says `not priced`."""
+    free = PLAN | {"choices": [choice | {"price": 0.0} for choice in PLAN["choices"]]}
+    with_prices, without = (text_of(render_report(report(plan=plan))).splitlines() for plan in (PLAN, free))
+    assert any(line.split()[-2:] == ["bytes", "price"] for line in with_prices)
+    assert not any("price" in line.split() for line in without)
+
+
 class Page(HTMLParser):
     """Collects what a browser would fetch, and the tags that stay open."""
 

@@ -7,6 +7,7 @@ import typer
 
 from memfit.errors import UsageError
 from memfit.steps import ALGORITHMS
+from memfit.units import share_of
 
 from .app import Technique, said
 
@@ -89,6 +90,11 @@ def setting_of(technique: str, sparsity: str | None, pattern: str | None, rank: 
             form = Sparse(pattern=pattern or "any", sparsity=0.5 if sparsity is None else _share(sparsity))  # type: ignore[arg-type]
         except ValueError as error:
             raise UsageError(f"--technique prune: {error}.") from error
+        if form.sparsity <= form.places:
+            raise UsageError(
+                f"--sparsity {sparsity}: saying where what is left lies takes {form.places:.2%} of the bytes, so a "
+                "smaller share that goes makes the model no smaller. Let more go, as 0.5."
+            )
         return {"sparse": (form,)}
     if rank is None:
         how = "give --rank, a number, or a share of the bytes as 80%"
@@ -98,7 +104,7 @@ def setting_of(technique: str, sparsity: str | None, pattern: str | None, rank: 
 
 def _share(text: str) -> float:
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        return float(text) if (share := share_of(text)) is None else share
     except ValueError as error:
         raise ValueError(f"--sparsity {text!r}: write the share that goes, as 0.5 or 50%") from error
 
@@ -106,7 +112,7 @@ def _share(text: str) -> float:
 def _rank(text: str) -> int | float:
     how = f"--rank {text!r}: write a number from 1, as 64, or a share of the bytes between 0% and 100%, as 80%."
     try:
-        found = float(text[:-1]) / 100 if text.endswith("%") else int(text)
+        found = int(text) if (share := share_of(text)) is None else share
     except ValueError as error:
         raise UsageError(how) from error
     if not (0 < found < 1 if isinstance(found, float) else found >= 1):

@@ -61,6 +61,12 @@ class Sparse:
         """Of one value that is kept."""
         return 16
 
+    @property
+    def places(self) -> float:
+        """What saying where the values lie takes, at the most, as a share of the weight's bytes in 16 bits: a bit for
+        each weight, or an index for each block."""
+        return 1 / (BLOCK[0] * BLOCK[1]) if self.pattern == "blocks" else 1 / 16
+
     def kept(self, in_features: int) -> int:
         """Values (of blocks: blocks) that stay in a row with `in_features` inputs."""
         count = in_features // BLOCK[1] if self.pattern == "blocks" else in_features

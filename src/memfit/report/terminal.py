@@ -47,11 +47,14 @@ def render_plan(plan: Mapping[str, Any]) -> RenderableType:
     for name in ("layers", "tensors", "stored as"):
         table.add_column(name)
     table.add_column("bytes", justify="right")
-    table.add_column("price", justify="right")
-    for row in rows(plan["choices"]):
+    found = rows(plan["choices"])
+    priced = any(row.price for row in found)
+    if priced:
+        table.add_column("price", justify="right")
+    for row in found:
         style = "dim" if row.bits == 16 else ""
-        price = f"{row.price:.2g}" if row.price else ""
-        table.add_row(row.where, row.what, row.scheme, format_size(row.nbytes), price, style=style)
+        price = [f"{row.price:.2g}" if row.price else ""] if priced else []
+        table.add_row(row.where, row.what, row.scheme, format_size(row.nbytes), *price, style=style)
     parts: list[RenderableType] = [title, table]
     if smoothed := plan.get("smoothed"):
         parts.append(Text(f"Activations of 8 bits. {smoothed_line(smoothed)}"))

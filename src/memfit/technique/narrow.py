@@ -24,6 +24,7 @@ from memfit.errors import UsageError
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.source.cuts import Counts, counts_of, narrower_config
 from memfit.source.narrowed import Kept
+from memfit.units import share_of
 
 _EVEN: Final = (128, 64, 32, 16)
 """A share of the channels is brought to a multiple of the first of these, as groups and kernels ask for, of which the
@@ -190,13 +191,8 @@ def choose_blocks(
 
 def _share_of(size: Size) -> float | None:
     """The share that a text as `70%` means; None if it means none above 0 and up to 1."""
-    if not isinstance(size, str) or not size.endswith("%"):
-        return None
-    try:
-        share = float(size[:-1]) / 100
-    except ValueError:
-        return None
-    return share if 0 < share <= 1 else None
+    share = share_of(size)
+    return share if share is not None and 0 < share <= 1 else None
 
 
 def _chosen(what: str, size: int | str, works: Sequence[int], whole: int | None) -> int:
