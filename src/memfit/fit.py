@@ -25,7 +25,7 @@ from memfit.evaluate.speed import Speed
 from memfit.format.directory import OutputDirectory
 from memfit.format.resume import WorkDirectory
 from memfit.models import load_model, load_to_train, loader_for, require_device
-from memfit.narrower import announced, narrow_as_asked, narrow_first, require_text, with_narrowing, with_settings
+from memfit.narrower import announced, narrow_as_asked, narrow_first, require_text, with_settings
 from memfit.outside import known_outside, outside_of_machine
 from memfit.packed.fake import aiming_at
 from memfit.plan.allowed import Allowed
@@ -308,7 +308,7 @@ def fit(
             predicted_fit = keep_as_planned(work, cap, source, chosen, job, by)
         else:
             each = [predict_fit(source, plan, job, algorithm=by) for plan in plans.values()]
-            predicted_fit = with_narrowing(joined(*each), narrowing)
+            predicted_fit = joined(*([] if narrowing is None else [narrowing]), *each)
         jobs |= {"calibrate": calibrated} if "account" in calibrated else {}
         made: dict[str, Made] = {}
         for name, plan in plans.items():

@@ -119,14 +119,3 @@ def predict_narrowing(source: Source, narrow: Narrow, job: dict[str, Any], *, ba
 def with_settings(plan: Plan, narrow: Narrow | None) -> Plan:
     """The plan that says how much of the model stays."""
     return plan if narrow is None else replace(plan, narrowed=narrow.to_json())
-
-
-def with_narrowing(predicted: Account, before: Account | None) -> Account:
-    """One account of narrowing and of what comes after it."""
-    if before is None:
-        return predicted
-    return replace(
-        predicted,
-        phases=(*before.phases, *predicted.phases),
-        entries=(*(entry for entry in before.entries if entry.kind != "outside"), *predicted.entries),
-    )
