@@ -206,6 +206,29 @@ def test_a_rank_that_nothing_has_is_told_with_the_largest(memfit, model):
     assert code == 2 and not out and "has no rank 9999, at most " in " ".join(err.split())
 
 
+def test_factors_larger_than_their_weights_are_not_taken(memfit, model):
+    """Of 128 x 256 those of rank 100 would be; of the head's 512 x 128 they are a little smaller."""
+    words = ("--technique", "low-rank", "--rank", "100", "--keep", "embeddings", "--dry-run", "-q", "--json")
+    code, out, err = memfit("fit", model, *SMALL, *words)
+    stored = {choice["name"] for choice in json.loads(out)["choices"] if choice["scheme"]}
+    assert code == 0 and stored == {"lm_head"}, err
+    code, out, err = memfit("fit", model, *SMALL, *words, "--keep", "lm_head", "--keep", "self_attn")
+    assert code == 2 and "would be 150.00 KiB in place of 128.00 KiB" in json.loads(out)["message"], out
+
+
+def test_a_sparsity_that_keeps_nothing_is_told_with_the_reason(memfit, model):
+    words = ("--technique", "prune", "--sparsity", "0.9999", "--keep", "embeddings", "--dry-run", "-q")
+    code, out, err = memfit("fit", model, *SMALL, *words)
+    assert code == 2 and not out and "keeps none" in " ".join(err.split())
+
+
+def test_a_student_is_not_made_for_data_that_cannot_be_read(memfit, model, tmp_path):
+    words = ("--channels", "50%", "--distil", tmp_path / "none.txt", "--steps", "2", "--out", tmp_path / "out", "-q")
+    code, out, err = memfit("fit", model, *SMALL, *words)
+    assert code == 2 and not out and "none.txt" in err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_sparsity_may_be_a_share_in_percent(memfit, model):
     words = ("--technique", "prune", "--sparsity", "50%", "--dry-run", "--json", "-q")
     code, out, err = memfit("fit", model, *SMALL, *words)

@@ -20,7 +20,7 @@ from memfit.errors import DoesNotFit, UsageError
 from memfit.format.config import model_config
 from memfit.format.output import stored_tensors
 from memfit.models import load_model
-from memfit.packed.forms import LowRank, techniques_of
+from memfit.packed.forms import Form, LowRank, techniques_of
 from memfit.packed.scheme import BITS
 from memfit.plan.allowed import Allowed
 from memfit.plan.front import Point, front
@@ -158,19 +158,16 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
         DoesNotFit: that is more than the budget.
     """
     nothing: Prices = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
-    # What a group may have by itself comes first: likeness to another block is never taken unasked.
-    chosen = {group.name: min(1, len(study.allowed.schemes(group))) for group in study.groups}
+    # What a group may have by itself comes first: likeness to another block is never taken unasked. What would be
+    # larger so than in 16 bits, as factors of a high rank are, stays.
+    first_of = {group.name: next(iter(study.allowed.schemes(group)), None) for group in study.groups}
+    chosen = {
+        group.name: int((form := first_of[group.name]) is not None and group.nbytes(form) <= group.nbytes(None))
+        for group in study.groups
+    }
     if study.allowed.techniques != ("quantize",) and not any(chosen.values()):
-        first = next((group for group in study.groups if not study.allowed.is_kept(group)), None)
-        sample = ""
-        if first is not None:
-            shapes = " and ".join(str(list(shape)) for shape in first.shapes)
-            asked = (LowRank(rank=rank) for rank in study.allowed.ranks if isinstance(rank, int))
-            reason = next((f": {reason}" for form in asked if (reason := first.why_not(form)) is not None), "")
-            sample = f" {first.name} is {shapes}{reason}."
-        raise UsageError(
-            f"nothing in the model can be stored as asked for.{sample} Choose another setting or technique."
-        )
+        why = _why_nothing(study)
+        raise UsageError(f"nothing in the model can be stored as asked for.{why} Choose another setting or technique.")
     if study.kv_nbytes:
         chosen["kv_cache"] = len(study.kv_choices()) - 1
     plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")
@@ -182,6 +179,22 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
             smallest_nbytes=predicted.peak_nbytes,
         )
     return replace(plan, predicted=predicted.to_json())
+
+
+def _why_nothing(study: Study) -> str:
+    """Why the first group that may change cannot have what one technique was asked for; starts with a space."""
+    first = next((group for group in study.groups if not study.allowed.is_kept(group)), None)
+    if first is None:
+        return ""
+    shapes = " and ".join(str(list(shape)) for shape in first.shapes)
+    larger = next(iter(study.allowed.schemes(first)), None)
+    if larger is not None:
+        sizes = [format_size(first.nbytes(form)) for form in (larger, None)]
+        return f" {first.name}, {shapes}, would be {sizes[0]} in place of {sizes[1]}."
+    asked: list[Form] = [LowRank(rank=rank) for rank in study.allowed.ranks if isinstance(rank, int)]
+    asked = [*study.allowed.sparse] if "prune" in study.allowed.techniques else asked
+    reason = next((f": {reason}" for form in asked if (reason := first.why_not(form)) is not None), "")
+    return f" {first.name} is {shapes}{reason}."
 
 
 def require_fit(study: Study, budget_nbytes: int) -> None:

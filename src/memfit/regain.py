@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from memfit.data.read import read_data
 from memfit.errors import UsageError
 from memfit.fit import fit
 from memfit.format.directory import OutputDirectory
@@ -62,6 +63,7 @@ def fit_and_distil(
             "what learns from the whole model is a narrower one, and nothing says how much is to stay. Add "
             "--blocks, --heads, --channels or --experts. (Quantized, pruned and factored weights are not trained.)"
         )
+    read_data(distil)  # refuses what cannot be read, before anything is made
     target = Path(out) if out is not None else default_output(open_source(model))
     OutputDirectory(target, overwrite=overwrite)  # refuses what may not be written, before hours of learning
     asked = json.dumps(

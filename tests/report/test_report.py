@@ -240,6 +240,13 @@ def test_the_card_of_what_memfit_alone_reads_says_so() -> None:
     assert "nf4 g64" in card and "With memfit alone" in card and "from_pretrained" not in card
 
 
+def test_the_card_of_a_narrower_model_in_16_bits_speaks_of_nothing_packed() -> None:
+    whole = PLAN | {"choices": [choice | {"scheme": None} for choice in PLAN["choices"]], "narrowed": {"channels": 448}}
+    card = model_card(report(plan=whole))
+    assert "compressed-tensors" not in card and "packed" not in card and "In each block 448 channels stay." in card
+    assert "expected KL" not in text_of(render_plan(whole)), "narrowing is measured, never expected"
+
+
 def test_the_machine_and_versions_are_json() -> None:
     machine, versions = describe_machine(), describe_versions()
     json.dumps([machine, versions], allow_nan=False)
@@ -259,6 +266,7 @@ def test_each_technique_alone_stands_beside_those_allowed_together() -> None:
     ]
     assert technique_rows(report(fronts={"quantize": lines["quantize"]})) == []
     said = text_of(render_report(report(fronts=lines)))
+    assert "dominated by another that is expected to lose no more at any peak" in " ".join(said.split())
     assert "alone dominated by" in said and "does not fit" in said
     assert "Taken" not in said
     said = text_of(render_report(report(fronts=lines, tried={"all together": 0.25, "quantize": 0.125})))

@@ -29,10 +29,10 @@ def model_card(
     """
     name = base_model or report.model
     parts = [
-        _front_matter(base_model, license, pipeline_tag, own=_own(report), narrowed=bool(_narrowed(report))),
+        _front_matter(report, base_model, license, pipeline_tag),
         f"# {name}, made to fit by memfit",
         _summary(report, name),
-        _OWN_USE if _own(report) else _how_to_load(auto_class, packed=any(c.get("scheme") for c in report.choices)),
+        _OWN_USE if _own(report) else _how_to_load(auto_class, packed=_packed(report)),
         _plan(report),
         _comparison(report),
         _figures(report),
@@ -52,9 +52,13 @@ def _own(report: Report) -> bool:
     return any("form" in scheme or scheme.get("values") in OWN_VALUES for scheme in schemes)
 
 
-def _front_matter(
-    base_model: str | None, license: str | None, pipeline_tag: str | None, *, own: bool, narrowed: bool
-) -> str:
+def _packed(report: Report) -> bool:
+    """Whether anything is stored other than in 16 bits."""
+    return any(choice.get("scheme") for choice in report.choices)
+
+
+def _front_matter(report: Report, base_model: str | None, license: str | None, pipeline_tag: str | None) -> str:
+    own, packed, narrowed = _own(report), _packed(report), bool(_narrowed(report))
     # A JSON string is a YAML string, whatever it contains.
     fields: list[tuple[str, Any]] = []
     if base_model is not None and is_hub_id(base_model):
@@ -65,7 +69,7 @@ def _front_matter(
     if pipeline_tag is not None:
         fields.append(("pipeline_tag", pipeline_tag))
     lines = [f"{key}: {_yaml(value)}" for key, value in fields]
-    tags = ["- memfit"] if own else ["- memfit", "- compressed-tensors"]
+    tags = ["- memfit", "- compressed-tensors"] if packed and not own else ["- memfit"]
     return "\n".join(["---", *lines, "tags:", *tags, "---"])
 
 
@@ -120,6 +124,7 @@ def _summary(report: Report, name: str) -> str:
 
 def _how_to_load(auto_class: str, *, packed: bool) -> str:
     needed = "transformers and compressed-tensors" if packed else "transformers"
+    how = ", which runs it from its packed weights, within the bytes given here" if packed else ""
     return f"""## Use
 
 With {needed} (`pip install {needed.replace(" and", "")}`):
@@ -131,7 +136,7 @@ model = {auto_class}.from_pretrained("DIRECTORY", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 
-With memfit, which runs it from its packed weights, within the bytes given here:
+With memfit{how}:
 
 ```python
 import memfit

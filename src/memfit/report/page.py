@@ -9,7 +9,7 @@ from memfit.account.account import Account
 from memfit.report.choices import rows
 from memfit.report.drawing import bars_at_peak, fronts, strip_of_bits
 from memfit.report.report import Report
-from memfit.report.techniques import HEAD, technique_rows, tried_line
+from memfit.report.techniques import HEAD, LEGEND, technique_rows, tried_line
 from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
 from memfit.units import format_size
 
@@ -48,6 +48,7 @@ def render_page(report: Report) -> str:
         front=Markup(_fronts(report)) if report.fronts else "",
         techniques=technique_rows(report),
         techniques_head=HEAD,
+        techniques_legend=LEGEND,
         tried=tried_line(report),
     )
 

@@ -7,6 +7,11 @@ from memfit.units import format_size
 
 HEAD: Final = ("technique", "smallest, about", "expected KL", "within the budget", "expected KL", "alone dominated by")
 
+LEGEND: Final = (
+    "The smallest peak that each can reach and what is expected there; then its best plan within the budget. A "
+    "technique is dominated by another that is expected to lose no more at any peak."
+)
+
 
 def technique_rows(report: Report) -> list[tuple[str, ...]]:
     """A row for each: its smallest peak and the divergence expected there, and the same of its best plan within the

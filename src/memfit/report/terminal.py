@@ -12,7 +12,7 @@ from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.report.choices import narrowed_line, rows, smoothed_line
 from memfit.report.report import Report
-from memfit.report.techniques import HEAD, technique_rows, tried_line
+from memfit.report.techniques import HEAD, LEGEND, technique_rows, tried_line
 from memfit.units import format_size
 
 _BAR: Final = 24
@@ -220,7 +220,7 @@ def render_report(report: Report) -> RenderableType:
             table.add_column(name, justify="left" if name in (HEAD[0], HEAD[-1]) else "right")
         for row in found:
             table.add_row(*row)
-        parts += [Text(), table]
+        parts += [Text(), table, Text(LEGEND, style="dim")]
     if (tried := tried_line(report)) is not None:
         parts.append(Text(tried, style="dim"))
     if report.speed is not None:
@@ -306,6 +306,8 @@ def _plan_title(plan: Mapping[str, Any]) -> str:
     choices = [choice for choice in plan.get("choices", ()) if choice.get("scheme")]
     if choices and not any(choice.get("price") for choice in choices):
         parts.append("not priced")
+    elif not choices and plan.get("narrowed"):
+        pass  # what narrowing costs is measured, never expected
     elif (kl := plan.get("expected_kl")) is not None:
         parts.append(f"expected KL {kl:.2g}" if 0 < kl < 1e-3 else f"expected KL {kl:.4f}")
         if plan.get("priced_by") == "weights":
