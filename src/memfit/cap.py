@@ -141,7 +141,7 @@ def cap_of_jobs(
         # Prices of a plan in one setting would decide nothing.
         changes: dict[str, Any] = {"reference": asks, "wanted": wanted}
         if uniform and not smoothed:
-            changes |= {"allowed": None, "weighing": weighs_alone(plan, algorithm)}
+            changes |= {"allowed": None, "weighing": weighs_alone(source, plan, algorithm)}
         read = smoothing_of_all(source, smoothed).of_source(source) if smoothed else source
         keep(cap, source, plan, job | changes, algorithm, calibrates=wanted, read=read)
         return {"cap": cap.kept(), "changes": changes | (cap.told("calibrate") if wanted else {})}

@@ -31,7 +31,7 @@ from memfit.format.directory import OutputDirectory, write_json
 from memfit.format.gguf import write_gguf
 from memfit.format.integers import Integers
 from memfit.format.onnx import onnx_parts, read_all
-from memfit.packed.forms import LowRank, Narrow, Shared, techniques_of
+from memfit.packed.forms import Form, LowRank, Narrow, Shared, techniques_of
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
@@ -235,9 +235,21 @@ def reads_statistics(source: Source, chosen: Plan, algorithm: Algorithm) -> bool
     )
 
 
-def weighs_alone(chosen: Plan, algorithm: Algorithm) -> bool:
-    """Whether statistics, if they are read, do no more than weigh the errors of tables and heads."""
-    return algorithm in BY_TEXT and all(isinstance(form, Scheme) for form in chosen.schemes().values())
+def weighs_alone(source: Source, chosen: Plan, algorithm: Algorithm) -> bool:
+    """Whether statistics, if they are read, do no more than weigh the errors of tables and of the head, which see every
+    token; an expert and a pooler see few of them."""
+    if algorithm not in BY_TEXT:
+        return False
+    model = source.build(dtype=torch.bfloat16)
+    blocks = tuple(f"{name}." for name, _ in stacked_blocks(model))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def weighed(name: str, form: Form) -> bool:
+        module = model.get_submodule(name)
+        made = isinstance(module, torch.nn.Linear) and name.startswith(blocks)
+        return isinstance(form, Scheme) and (made or isinstance(module, torch.nn.Embedding) or module is head)
+
+    return all(weighed(name, form) for name, form in chosen.schemes().items())
 
 
 def learning_of(algorithm: Algorithm) -> dict[str, Any]:
@@ -253,7 +265,7 @@ def asked_plainly(
     if not uniform or given is None or study.allowed.activations == 8:
         return job
     if reads_statistics(study.source, given, algorithm):
-        return job | {"allowed": None, "weighing": weighs_alone(given, algorithm)}
+        return job | {"allowed": None, "weighing": weighs_alone(study.source, given, algorithm)}
     return job | {"do": "reference", "wanted": job["reference"]}
 
 
