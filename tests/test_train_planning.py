@@ -13,7 +13,7 @@ from memfit.models import load_model
 from memfit.source.source import open_source
 from memfit.train.plan import TrainPlan
 
-TASK = memfit.Train(batch=2, sequence=64, hyper=memfit.Hyper(clip=None))
+TASK = memfit.Train(batch=2, sequence=64, hyper=memfit.Hyper(lr=1e-3, clip=None))
 
 
 @pytest.fixture(scope="module")
