@@ -79,4 +79,5 @@ def test_scratch_of_large_products_is_told_by_smaller_ones(monkeypatch: Any) -> 
     monkeypatch.setattr(ask, "_remainder_kept", lambda size, period: size)
     exact = ask_integer_product(left, out)
     monkeypatch.undo()
-    assert ask_integer_product(left, out) == exact > 0
+    # With AMX it is 11 to 13 KiB, as the tiles of the last columns fall.
+    assert ask_integer_product(left, out) == pytest.approx(exact, abs=1024) and exact > 0

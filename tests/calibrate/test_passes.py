@@ -65,7 +65,7 @@ def test_calls_that_were_closed_begin_anew(made) -> None:
     passed = Pass(run, waits=True)
     list(passed.inputs(0, block.third))
     passed.close()
-    assert torch.equal(passed.whole(), block(run.call.args[0]))
+    torch.testing.assert_close(passed.whole(), block(run.call.args[0]))  # sums of two windows and of seven may differ
 
 
 def test_what_a_call_raises_is_raised_to_who_asked(made) -> None:
