@@ -147,11 +147,11 @@ def main() -> None:
         jobs = found["ram"]["jobs"].values()
         told = max(job["predicted_nbytes"] for job in jobs)
         seen = max(job["measured_nbytes"] for job in jobs)
+        held = max(found["maxrss_nbytes"], seen)
         copying = found["read_seconds"] + found["write_seconds"]
         verdicts += [
             verdict(
-                f"{algorithm}: resident within {given.ram}", max(found["maxrss_nbytes"], seen) <= cap,
-                f"{format_size(max(found['maxrss_nbytes'], seen))} of any process",
+                f"{algorithm}: resident within {given.ram}", held <= cap, f"{format_size(held)} of any process",
             ),
             verdict(
                 f"{algorithm}: predicted within 5 %", abs(told / seen - 1) <= 0.05,

@@ -40,7 +40,7 @@ from memfit.plan.plan import dumps
 from memfit.planning import uniform_plan
 from memfit.report.terminal import render_report
 from memfit.source.source import open_source, source_from_config
-from memfit.steps import asked_plainly, predict_choosing, weighs_alone
+from memfit.steps import asked_plainly, predict_choosing, statistics_read
 from memfit.study import Study
 from memfit.technique.quantize import dequantize, quantize
 from memfit.technique.tune import Tuning
@@ -201,7 +201,7 @@ def test_all_of_the_text_is_read_for_experts_which_see_little_of_it() -> None:
     source, four = source_from_config(config), Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,))
     for allowed, weighs in ((four, False), (replace(four, keep=("experts",)), True)):
         given = uniform_plan(Study(source, TASK, allowed), 1 << 40)
-        assert weighs_alone(source, given, "gptq") == weighs
+        assert (statistics_read(source, given, "gptq") == "weighing") == weighs
 
 
 def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:

@@ -24,8 +24,7 @@ from memfit.steps import (
     predict_calibrating,
     predict_choosing,
     predict_compressing,
-    reads_statistics,
-    weighs_alone,
+    statistics_read,
     windows_of,
 )
 from memfit.study import Study
@@ -137,11 +136,12 @@ def cap_of_jobs(
         # The original answers with all its weights in memory, or not at all.
         asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
         smoothed = study.allowed.smoothed(study.groups) if windows_of(job) is not None else frozenset()
-        wanted = not uniform or reads_statistics(source, plan, algorithm) or bool(smoothed) or asks
+        reads = statistics_read(source, plan, algorithm)
+        wanted = not uniform or reads != "none" or bool(smoothed) or asks
         # Prices of a plan in one setting would decide nothing.
         changes: dict[str, Any] = {"reference": asks, "wanted": wanted}
         if uniform and not smoothed:
-            changes |= {"allowed": None, "weighing": weighs_alone(source, plan, algorithm)}
+            changes |= {"allowed": None, "weighing": reads != "all"}
         read = smoothing_of_all(source, smoothed).of_source(source) if smoothed else source
         keep(cap, source, plan, job | changes, algorithm, calibrates=wanted, read=read)
         return {"cap": cap.kept(), "changes": changes | (cap.told("calibrate") if wanted else {})}

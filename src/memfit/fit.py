@@ -56,7 +56,7 @@ from memfit.train.plan import TrainPlan
 from memfit.train.task import Train
 from memfit.train_planning import plan_to_train
 from memfit.trials import Made, account_of_all, judge, make, rivals
-from memfit.units import format_size, parse_size, share_of
+from memfit.units import format_size, parse_size
 from memfit.worker import Process, run_job
 
 Progress = Callable[[str], None]
@@ -159,10 +159,8 @@ def plan_to_run(
     if given is not None:
         study = Study(announced(source, narrow), task_of(given), allowed or allowed_by(given), device=device)
         return adopted(study, given)
-    share = share_of(budget) is not None
-    whole = account_of(source, task, device=device).peak_nbytes if share else None
-    nbytes = parse_size(budget, whole_nbytes=whole)
     original, texts = source, text_of(text, source)
+    nbytes = parse_size(budget, whole_nbytes=lambda: account_of(original, task, device=device).peak_nbytes)
     source = announced(source, narrow)
     require_text(narrow, source, texts)
     with no_collection():

@@ -55,8 +55,7 @@ def announced(source: Source, narrow: Narrow | None) -> Source:
     if narrow is None:
         return source
     if narrow.counts(source.config) == counts_of(source.config):
-        sizes = {what: getattr(narrow, what) for what in ("blocks", "heads", "channels", "experts")}
-        asked = ", ".join(f"--{what} {size}" for what, size in sizes.items() if size is not None)
+        asked = ", ".join(f"--{what} {size}" for what, size in narrow.sizes.items())
         raise UsageError(f"{asked}: to the nearest number that works, all that there is stays. Ask for fewer.")
     return narrowed(source, first_kept(source, narrow))
 

@@ -63,7 +63,6 @@ def fit_and_distil(
             "what learns from the whole model is a narrower one, and nothing says how much is to stay. Add "
             "--blocks, --heads, --channels or --experts. (Quantized, pruned and factored weights are not trained.)"
         )
-    read_data(distil)  # refuses what cannot be read, before anything is made
     target = Path(out) if out is not None else default_output(open_source(model))
     OutputDirectory(target, overwrite=overwrite)  # refuses what may not be written, before hours of learning
     asked = json.dumps(
@@ -71,9 +70,10 @@ def fit_and_distil(
     )
     place = target.parent / f".{target.name}.memfit-student-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     student, taught = place / "student", place / "taught"
-    place.mkdir(parents=True, exist_ok=True)
     text = how.get("text")
     if not student.exists():
+        read_data(distil)  # refuses what cannot be read, before anything is made
+        place.mkdir(parents=True, exist_ok=True)
         progress("making the model narrower")
         fit(
             model, "1000%", student, narrow=narrow, text=text, allowed=Allowed(bits=(), kv_bits=(16,)), uniform=True,
@@ -87,8 +87,7 @@ def fit_and_distil(
             options=replace(Options(), steps=steps), resume=True, adapters=False, progress=progress,
         )  # fmt: skip
     progress("judging what was learned")
-    sizes = {what: getattr(narrow, what) for what in ("blocks", "heads", "channels", "experts")}
-    stays = ", ".join(f"{what} {size}" for what, size in sizes.items() if size is not None)
+    stays = ", ".join(f"{what} {size}" for what, size in narrow.sizes.items())
     chosen, learned = taught, f"Narrower: {stays} stay. Learned: {steps} steps from {model} on {distil}."
     texts = text_of(text, open_source(model))
     if texts is not None:

@@ -31,7 +31,7 @@ from memfit.format.directory import OutputDirectory, write_json
 from memfit.format.gguf import write_gguf
 from memfit.format.integers import Integers
 from memfit.format.onnx import onnx_parts, read_all
-from memfit.packed.forms import Form, LowRank, Narrow, Shared, techniques_of
+from memfit.packed.forms import LowRank, Narrow, Shared, techniques_of
 from memfit.packed.scheme import Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan, dumps
@@ -217,39 +217,29 @@ def windows_of(job: dict[str, Any]) -> torch.Tensor | None:
     return found
 
 
-def reads_statistics(source: Source, chosen: Plan, algorithm: Algorithm) -> bool:
-    """Whether making what is planned asks for calibration's statistics: of scales that are searched, but for those that
-    GPTQ finds by itself, of the linear layers in blocks; and of factors, which are made for what reads their outputs.
+Statistic = Literal["none", "weighing", "all"]
+"""What making a plan reads of calibration: nothing; how errors of tables and of the head weigh, which see every token,
+so that a part of the text tells it; or more, as of an expert or a pooler, which see few tokens."""
+
+
+def statistics_read(source: Source, chosen: Plan, algorithm: Algorithm) -> Statistic:
+    """What making what is planned reads of calibration's statistics: scales that are searched do, but for those that
+    GPTQ finds by itself, of the linear layers in blocks; and factors, which are made for what reads their outputs.
     """
-    if algorithm == "rtn":
-        return False
-    if algorithm == "search":
-        return bool(chosen.schemes())
-    model = source.build(dtype=torch.bfloat16)
-    blocks = tuple(f"{name}." for name, _ in stacked_blocks(model))
-    return any(
-        isinstance(form, LowRank | Shared | Narrow)
-        or not isinstance(model.get_submodule(name), torch.nn.Linear)
-        or not name.startswith(blocks)
-        for name, form in chosen.schemes().items()
-    )
-
-
-def weighs_alone(source: Source, chosen: Plan, algorithm: Algorithm) -> bool:
-    """Whether statistics, if they are read, do no more than weigh the errors of tables and of the head, which see every
-    token; an expert and a pooler see few of them."""
     if algorithm not in BY_TEXT:
-        return False
+        return "all" if algorithm == "search" and chosen.schemes() else "none"
     model = source.build(dtype=torch.bfloat16)
     blocks = tuple(f"{name}." for name, _ in stacked_blocks(model))
     head = getattr(model, "get_output_embeddings", lambda: None)()
-
-    def weighed(name: str, form: Form) -> bool:
-        module = model.get_submodule(name)
-        made = isinstance(module, torch.nn.Linear) and name.startswith(blocks)
-        return isinstance(form, Scheme) and (made or isinstance(module, torch.nn.Embedding) or module is head)
-
-    return all(weighed(name, form) for name, form in chosen.schemes().items())
+    found: Statistic = "none"
+    for name, form in chosen.schemes().items():
+        module, factored = model.get_submodule(name), isinstance(form, LowRank | Shared | Narrow)
+        if isinstance(module, torch.nn.Linear) and name.startswith(blocks) and not factored:
+            continue
+        if not isinstance(form, Scheme) or not (isinstance(module, torch.nn.Embedding) or module is head):
+            return "all"
+        found = "weighing"
+    return found
 
 
 def learning_of(algorithm: Algorithm) -> dict[str, Any]:
@@ -264,9 +254,10 @@ def asked_plainly(
     statistics, unless rounding reads them; of a part of the text, if it reads them for tables and heads alone."""
     if not uniform or given is None or study.allowed.activations == 8:
         return job
-    if reads_statistics(study.source, given, algorithm):
-        return job | {"allowed": None, "weighing": weighs_alone(study.source, given, algorithm)}
-    return job | {"do": "reference", "wanted": job["reference"]}
+    reads = statistics_read(study.source, given, algorithm)
+    if reads == "none":
+        return job | {"do": "reference", "wanted": job["reference"]}
+    return job | {"allowed": None, "weighing": reads == "weighing"}
 
 
 def choosing_job(chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from memfit.train.plan import TrainPlan
 from memfit.train.recipe import Recipe, describe
 from memfit.train.task import SteadyStep, Train, packing
 from memfit.train.work import Make, Shape, products_per_second, seconds_of, shape_of, static_nbytes
-from memfit.units import both_sizes, format_size, parse_size, share_of
+from memfit.units import both_sizes, format_size, parse_size
 
 _DEEP: Final = 4
 """Blocks of a stack from which on ways are tried on fewer."""
@@ -96,13 +96,13 @@ def plan_to_train(
     stored = stored_dtype(source)
 
     make: Make = lambda recipe: load_to_train(source, recipe)  # noqa: E731
-    whole = None
-    if share_of(budget) is not None:
-        plain = task.with_recipe(plain_recipe(stored, task))
-        whole = account_of(source, plain, device=device, dtype=plain.dtype).peak_nbytes
+    plain = task.with_recipe(plain_recipe(stored, task))
+    nbytes = parse_size(
+        budget, whole_nbytes=lambda: account_of(source, plain, device=device, dtype=plain.dtype).peak_nbytes
+    )
     return plan_with_teacher(
         lambda task: plan_training(
-            make, source.name, task, parse_size(budget, whole_nbytes=whole), stored=stored, full=full,
+            make, source.name, task, nbytes, stored=stored, full=full,
             adapters=adapters, slowdown=slowdown, device=device, progress=progress,
         ), task, kind_of(source), device=device,
     )  # fmt: skip

@@ -48,7 +48,7 @@ from memfit.train.task import Train, make_trainable, packing
 from memfit.train.watching import LogFile
 from memfit.train.work import Make
 from memfit.train_planning import plain_recipe, plan_training, stored_dtype
-from memfit.units import parse_size, share_of
+from memfit.units import parse_size
 
 ASKED: Final = "asked.json"
 """In a run's directory: what was asked for in the beginning, that its plan does not say."""
@@ -185,11 +185,11 @@ def train(
     if plan is None:
         progress("planning")
         stored = subject.stored
-        whole = None
-        if share_of(budget) is not None:
-            plain = task.with_recipe(plain_recipe(stored, task))
-            whole = dry_run(lambda: subject.make(plain.recipe), plain, device=device).peak_nbytes
-        allowed_nbytes = parse_size(budget, whole_nbytes=whole)
+        plain = task.with_recipe(plain_recipe(stored, task))
+        allowed_nbytes = parse_size(
+            budget,
+            whole_nbytes=lambda: dry_run(lambda: subject.make(plain.recipe), plain, device=device).peak_nbytes,
+        )
         plan = plan_with_teacher(
             lambda task: plan_training(
                 subject.make, subject.name, task, allowed_nbytes, stored=stored, full=full, adapters=adapters,

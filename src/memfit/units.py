@@ -1,6 +1,7 @@
 """Sizes as people write them, bytes as integers inside."""
 
 import re
+from collections.abc import Callable
 from typing import Final
 
 _UNITS: Final = {
@@ -12,8 +13,9 @@ _UNITS: Final = {
 _SIZE: Final = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z%]*)\s*")
 
 
-def parse_size(text: str | int, *, whole_nbytes: int | None = None) -> int:
-    """Bytes meant by `text`: `400MiB`, `0.5GB`, `1073741824`, or `50%` of `whole_nbytes`.
+def parse_size(text: str | int, *, whole_nbytes: int | Callable[[], int] | None = None) -> int:
+    """Bytes meant by `text`: `400MiB`, `0.5GB`, `1073741824`, or `50%` of `whole_nbytes`; a function is asked only
+    where there is a share.
 
     Raises:
         ValueError: the text is no size, or a share was given with nothing to take it of.
@@ -29,7 +31,7 @@ def parse_size(text: str | int, *, whole_nbytes: int | None = None) -> int:
             raise ValueError(
                 f"{text!r} is a share, and there is nothing here to take it of. Write a size, as 400MiB."
             )
-        return int(whole_nbytes * number / 100)
+        return int((whole_nbytes if isinstance(whole_nbytes, int) else whole_nbytes()) * number / 100)
     if unit not in _UNITS:
         raise ValueError(
             f"{text!r}: unknown unit {match[2]!r}. Known: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, %."

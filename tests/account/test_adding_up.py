@@ -77,10 +77,9 @@ def test_scratch_is_found_where_others_are_freed_meanwhile():
     def run() -> torch.Tensor:
         before.clear()
         scratch = torch.ones(1 << 18)
-        return scratch.sum()
+        return scratch[:1].clone()
 
-    # The sum takes some bytes of its own where there are several threads.
-    assert 1 << 20 <= ask(run) <= (1 << 20) + 64
+    assert ask(run) == 1 << 20
 
 
 def test_a_meter_keeps_no_records_of_phases_that_have_ended():

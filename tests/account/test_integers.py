@@ -79,5 +79,6 @@ def test_scratch_of_large_products_is_told_by_smaller_ones(monkeypatch: Any) -> 
     monkeypatch.setattr(ask, "_remainder_kept", lambda size, period: size)
     exact = ask_integer_product(left, out)
     monkeypatch.undo()
-    # With AMX it is 11 to 13 KiB, as the tiles of the last columns fall.
-    assert ask_integer_product(left, out) == pytest.approx(exact, abs=1024) and exact > 0
+    # With AMX it is 11 to 13 KiB, as the tiles of the last columns fall; without, the same.
+    slack = 1024 if torch.cpu._is_amx_tile_supported() else 0
+    assert abs(ask_integer_product(left, out) - exact) <= slack and exact > 0

@@ -306,9 +306,8 @@ def _plan_title(plan: Mapping[str, Any]) -> str:
     choices = [choice for choice in plan.get("choices", ()) if choice.get("scheme")]
     if choices and not any(choice.get("price") for choice in choices):
         parts.append("not priced")
-    elif not choices and plan.get("narrowed"):
-        pass  # what narrowing costs is measured, never expected
-    elif (kl := plan.get("expected_kl")) is not None:
+    # What narrowing costs is measured, never expected.
+    elif (kl := plan.get("expected_kl")) is not None and (choices or not plan.get("narrowed")):
         parts.append(f"expected KL {kl:.2g}" if 0 < kl < 1e-3 else f"expected KL {kl:.4f}")
         if plan.get("priced_by") == "weights":
             parts.append("priced by the weights, without a text")

@@ -56,9 +56,8 @@ class Narrow:
     """Whether the layers that read what is gone make up for it."""
 
     def __post_init__(self) -> None:
-        for what in _SIZES:
-            size = getattr(self, what)
-            if size is not None and _share_of(size) is None and (not isinstance(size, int) or size < 1):
+        for what, size in self.sizes.items():
+            if _share_of(size) is None and (not isinstance(size, int) or size < 1):
                 raise UsageError(f"{what} that stay are a number from 1 or a share as 70%, got {size!r}.")
         if self.dropped and self.blocks is not None:
             raise UsageError("say how many blocks stay or which are dropped, not both.")
@@ -66,9 +65,14 @@ class Narrow:
             raise UsageError("nothing is to be dropped: give --blocks, --heads, --channels or --experts that stay.")
 
     @property
+    def sizes(self) -> dict[str, int | str]:
+        """How much is to stay, of what it was said of."""
+        return {what: size for what in _SIZES if (size := getattr(self, what)) is not None}
+
+    @property
     def changes(self) -> bool:
         """Whether anything is asked for."""
-        return bool(self.dropped) or any(getattr(self, what) is not None for what in _SIZES)
+        return bool(self.dropped) or bool(self.sizes)
 
     def counts(self, config: PretrainedConfig) -> Counts:
         """How many stay of a model of this config; shares are brought to the nearest number that works.
@@ -118,7 +122,7 @@ class Narrow:
         """The same as it was carried out on a model of this config: numbers for shares, and the blocks that went."""
         whole, counts = counts_of(config), self.counts(config)
         gone = () if kept.blocks is None else tuple(n for n in range(whole.blocks) if n not in kept.blocks)
-        sizes = {what: getattr(counts, what) for what in _SIZES if getattr(self, what) is not None}
+        sizes = {what: getattr(counts, what) for what in self.sizes}
         return replace(self, **sizes | {"blocks": None if gone else sizes.get("blocks"), "dropped": gone})
 
 
