@@ -50,7 +50,7 @@ def encode_compensated(weight: Tensor, kind: str, made: Factor, *, meant: Tensor
     step = min(max(_PIECE // columns, _ROWS[0]), _ROWS[1])
     for start in blocks_to_run(range(0, rows, step)):
         part = slice(start, min(start + step, rows))
-        found = searched(weight[part], one, made.importance)
+        found = searched(weight[part], one, made.own_weights())
         values = _compensate(weight[part], found, one, made)
         if meant is not None:
             meant[part].copy_(values)
