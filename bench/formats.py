@@ -35,8 +35,11 @@ SCHEMES = (
     Scheme(bits=4, group=32), Scheme(bits=4, group=64), Scheme(bits=4, group=128),
     Scheme(bits=4, group=64, values="nf4"), Scheme(bits=4, group=32, values="mxfp4"),
     Scheme(bits=4, group=None, values="codebook"), Scheme(bits=4, group=64, values="codebook"),
+    Scheme(bits=4, group=None, values="codebook", vector=2), Scheme(bits=4, group=64, values="codebook", vector=2),
     Scheme(bits=3, group=128), Scheme(bits=3, group=None, values="codebook"),
+    Scheme(bits=3, group=None, values="codebook", vector=2), Scheme(bits=3, group=128, values="codebook", vector=2),
     Scheme(bits=2, group=64), Scheme(bits=2, group=None, values="codebook"),
+    Scheme(bits=2, group=None, values="codebook", vector=4), Scheme(bits=2, group=128, values="codebook", vector=4),
 )  # fmt: skip
 
 WAYS = ("nearest", "search", "gptq")

@@ -145,6 +145,10 @@ def test_progress_goes_to_stderr(memfit, model, monkeypatch):
         ("fit", "{model}", "--technique", "quantize", "--values", "nf4,fp8"),
         ("fit", "{model}", "--technique", "quantize", "--values", "codebook"),
         ("plan", "{model}", "--values", "nf5"),
+        ("plan", "{model}", "--vector", "2"),
+        ("plan", "{model}", "--values", "codebook", "--vector", "3"),
+        ("fit", "{model}", "--technique", "quantize", "--values", "codebook", "--bits", "3", "--vector", "4"),
+        ("fit", "{model}", "--technique", "prune", "--sparsity", "0.5", "--vector", "4"),
         ("plan", "{model}", "--values", "nf4", "--asymmetric"),
         ("report", "{model}"),
         ("report", "no-such-directory"),
@@ -242,7 +246,7 @@ def test_one_kind_of_values_for_everything(memfit, model):
     assert code == 0, err
     schemes = [choice["scheme"] for choice in json.loads(out)["choices"] if choice["scheme"]]
     assert schemes and all(
-        scheme == {"bits": 3, "group": None, "symmetric": True, "values": "codebook"} for scheme in schemes
+        scheme == {"bits": 3, "group": None, "symmetric": True, "values": "codebook", "vector": 2} for scheme in schemes
     )
 
 

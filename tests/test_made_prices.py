@@ -73,7 +73,7 @@ def test_a_price_is_what_making_it_errs_by(source: Source) -> None:
         total = 0.0
         for member in group.members:
             weight = model.get_submodule(member).weight.detach()
-            made = factor(hessian, damping=ridge, order=order_of(form, hessian))
+            made = factor(hessian, damping=ridge, order=order_of([form], hessian))
             off = weight.float() - weight_of(make_for(weight, form, made)).float()
             total += 0.5 * float(((off @ damped) * off).sum())
         assert found[group.name, form] == pytest.approx(total, rel=0.05), form.name

@@ -107,7 +107,7 @@ def test_the_search_chooses_among_kinds_of_values(source, whole_nbytes):
     plan = make_plan(study, whole_nbytes * 85 // 100)
     assert predict(source, plan, TASK).peak_nbytes == plan.predicted["peak_nbytes"] <= plan.budget_nbytes
     integers = {f"int{bits} g{group} asym" for bits in (4, 3) for group in (128, 64)}
-    known = integers | {"nf4 g64", "fp8 row", "codebook4 row", "codebook3 row"}
+    known = integers | {"nf4 g64", "fp8 row", "codebook4x2 row", "codebook3x2 row"}
     assert {scheme.name for found in study.schemes.values() for scheme in found} == known
     assert {scheme.values for scheme in plan.schemes().values()} - {"int"}
     assert loads(dumps(plan)).schemes() == plan.schemes()

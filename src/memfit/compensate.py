@@ -233,7 +233,7 @@ def _choose(
             del fitted
         if not stage:
             continue
-        order = order_of(schemes[stage[0]], hessian)
+        order = order_of([schemes[name] for name in stage], hessian)
         try:
             made = factor(hessian, damping=ridge(hessian.shape[0]), overwrite=True, order=order)
         except ValueError as error:

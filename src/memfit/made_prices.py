@@ -155,9 +155,9 @@ class _Layers:
     def prices(self, forms: Sequence[Form], anew: Anew) -> ByForm:
         """Nats a token, of all of them together; the phase begins anew for each kind."""
         anew()
-        usual = factor(self.hessian, damping=self.damping)
         found: ByForm = {}
         schemes = [form for form in forms if isinstance(form, Scheme)]
+        usual = factor(self.hessian, damping=self.damping, order=order_of(schemes or forms[:1], self.hessian))
         if schemes:
             found |= self._sample(len(schemes)).of_schemes(schemes, usual)
         for base in dict.fromkeys(form.base for form in forms if isinstance(form, LowRank)):
@@ -178,7 +178,7 @@ class _Layers:
                 by_pattern.setdefault(form.pattern, []).append(form)
         for pattern, sparse in by_pattern.items():
             sample = self._sample(1, together=BLOCK[0] if pattern == "blocks" else 1)
-            made = factor(self.hessian, damping=self.damping, order=order_of(sparse[0], self.hessian))
+            made = factor(self.hessian, damping=self.damping, order=order_of(sparse[:1], self.hessian))
             for form in sparse:
                 anew()
                 found[form] = sample.of_sparse(form, made)

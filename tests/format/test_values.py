@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from memfit.planning import plan_files, predict
 from memfit.source import check, load, open_source, source_from_config
 from memfit.source.source import Source
 from memfit.task.infer import Infer
+from memfit.technique.gptq import factor as factor_of
 from memfit.technique.gptq import gptq
 from memfit.technique.quantize import dequantize, quantize
 
 FP8, FP8_64 = Scheme(bits=8, group=None, values="fp8"), Scheme(bits=8, group=64, values="fp8")
 MX, NF = Scheme(bits=4, group=32, values="mxfp4"), Scheme(bits=4, group=64, values="nf4")
 CODEBOOK = Scheme(bits=3, group=None, values="codebook")
+VECTORS = Scheme(bits=2, group=32, values="codebook", vector=4)
 STOCK = textwrap.dedent("""
     import sys, torch
     from transformers import AutoModelForCausalLM
@@ -84,7 +87,7 @@ def test_stock_transformers_loads_fp8_and_mxfp4_and_fails_on_memfits_own(tmp_pat
     int4 = Scheme(bits=4, group=32)
     made = {
         "tied": (tied, [FP8_64, MX, int4, MX]), "untied": (untied, [MX, FP8, FP8_64]),
-        "own": (untied, [NF, int4, CODEBOOK]),
+        "own": (untied, [NF, int4, CODEBOOK, VECTORS]),
     }  # fmt: skip
     for name, (source, schemes) in made.items():
         write(source, schemes, tmp_path / name)
@@ -101,10 +104,10 @@ def test_stock_transformers_loads_fp8_and_mxfp4_and_fails_on_memfits_own(tmp_pat
         assert float((mine - theirs).norm() / theirs.norm()) < 1e-2
 
 
-@pytest.mark.parametrize("table", [MX, CODEBOOK], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("table", [MX, CODEBOOK, VECTORS], ids=lambda scheme: scheme.name)
 def test_what_is_written_is_read_back_and_predicted(table: Scheme, tmp_path: Path) -> None:
     source = source_from_config(hf.LlamaConfig(**SIZES, tie_word_embeddings=True), seed=3)
-    plan = write(source, [NF, FP8_64, MX, CODEBOOK, table], tmp_path / "out")
+    plan = write(source, [NF, FP8_64, MX, CODEBOOK, VECTORS, table], tmp_path / "out")
     opened = open_source(tmp_path / "out")
     check(opened)
     assert dict(opened.schemes) == plan.schemes()
@@ -122,7 +125,7 @@ def test_what_is_written_is_read_back_and_predicted(table: Scheme, tmp_path: Pat
 
 def test_stored_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
     source = source_from_config(hf.LlamaConfig(**SIZES, tie_word_embeddings=False), seed=3)
-    plan = write(source, [NF, FP8_64, MX, CODEBOOK], tmp_path / "out")
+    plan = write(source, [NF, FP8_64, VECTORS, CODEBOOK], tmp_path / "out")
     stored = open_source(tmp_path / "out").tensors
     for choice in plan.choices:
         if choice.name.startswith("model.layers"):
@@ -131,7 +134,7 @@ def test_stored_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
 
 
 def test_a_plan_keeps_its_values_and_one_of_integers_reads_as_ever() -> None:
-    schemes = [NF, FP8, MX, CODEBOOK, Scheme(bits=4)]
+    schemes = [NF, FP8, MX, CODEBOOK, VECTORS, Scheme(bits=4)]
     choices = tuple(
         GroupChoice(name=str(n), members=(str(n),), scheme=scheme, weights=1, nbytes=1, price=0.0)
         for n, scheme in enumerate(schemes)
@@ -141,6 +144,8 @@ def test_a_plan_keeps_its_values_and_one_of_integers_reads_as_ever() -> None:
     assert Scheme(bits=4).to_json() == {"bits": 4, "group": 128, "symmetric": True}
     with pytest.raises(BrokenInput, match=r"choices\[0\].scheme.values is 'nf5'"):
         loads(dumps(plan).replace('"nf4"', '"nf5"'))
+    with pytest.raises(BrokenInput, match=r"choices\[4\].scheme.*only a codebook's levels can be vectors"):
+        loads(dumps(replace(plan, choices=choices[:5])).replace('"codebook"', '"int"'))
 
 
 @pytest.mark.parametrize(("part", "value", "reason"), [
@@ -172,12 +177,14 @@ def test_chosen_values_are_kept_with_their_codebook(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("memfit.format.integers._ROWS_NBYTES", 64 * 20)
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
     factor, integers = torch.cov(weight.t()) + torch.eye(64), Integers(tmp_path)
-    found = {scheme.name: gptq(weight, factor, scheme, rows=7).quantized for scheme in (NF, FP8, MX, CODEBOOK)}
+    every = (NF, FP8, MX, CODEBOOK, VECTORS)
+    found = {scheme.name: gptq(weight, factor, scheme, rows=7).quantized for scheme in every}
     for name, made in found.items():
         integers.add("block", name, made)
     integers.finish("block", dict.fromkeys(found, 0.01))
     kept = Integers(tmp_path)
-    assert torch.equal(found[CODEBOOK.name].table, quantize(weight, CODEBOOK, importance=factor.diagonal()).table)
+    alone = factor_of(factor).own_weights()
+    assert torch.equal(found[CODEBOOK.name].table, quantize(weight, CODEBOOK, importance=alone).table)
     for name, made in found.items():
         right = dequantize(made)
         assert torch.equal(right, dequantize(gptq(weight, factor, made.scheme).quantized))

@@ -19,6 +19,10 @@ SCHEMES = [
     Scheme(bits=4, group=64, values="nf4"), Scheme(bits=4, group=None, values="nf4"),
     Scheme(bits=8, group=None, values="fp8"), Scheme(bits=8, group=32, values="fp8"),
     Scheme(bits=4, group=32, values="mxfp4"),
+    *(
+        Scheme(bits=bits, group=group, values="codebook", vector=vector)
+        for bits, group, vector in ((2, 64, 4), (2, None, 2), (3, 128, 2), (4, None, 2))
+    ),
     *(Scheme(bits=bits, group=group, values="codebook") for bits, group in ((2, 64), (3, None), (4, None), (8, 128))),
 ]  # fmt: skip
 MX = SCHEMES[4]
@@ -41,7 +45,8 @@ def draw(scheme: Scheme, shape: tuple[int, int]) -> tuple[PackedWeight, dict[str
         u[(u & 0x7F) == 0x7F] = 3  # NaN
     groups = scheme.groups(shape[1])
     scale = (torch.rand(shape[0], groups, generator=generator) + 0.5).bfloat16()
-    table = torch.randn(1 << scheme.bits, generator=generator).bfloat16().sort().values
+    table = torch.randn(scheme.codebook, generator=generator).bfloat16()
+    table = table.sort().values if scheme.vector == 1 else table
     levels = {
         "nf4": torch.tensor(NF4).bfloat16(), "mxfp4": torch.tensor([*E2M1, *(-x for x in E2M1)]),
         "fp8": torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn), "codebook": table,
@@ -49,7 +54,12 @@ def draw(scheme: Scheme, shape: tuple[int, int]) -> tuple[PackedWeight, dict[str
     if scheme is MX:
         scale = torch.randint(120, 130, scale.shape, generator=generator).to(torch.uint8)
     numbers = 2.0 ** (scale.double() - 127) if scheme is MX else scale.double()
-    dense = (levels[u].view(shape[0], groups, -1) * numbers[..., None]).view(shape)
+    if scheme.vector != 1:  # the codes of a vector are the digits of its level's place, the first the lowest
+        worth = (1 << scheme.bits) ** torch.arange(scheme.vector)
+        u_first = (u.view(shape[0], -1, scheme.vector) * worth).sum(-1)
+    else:
+        u_first = u
+    dense = (levels[u_first].view(shape[0], groups, -1) * numbers[..., None]).view(shape)
     q = (u - (1 << (scheme.bits - 1))).to(torch.int8)
     own = table if scheme.values == "codebook" else None
     parts = {"w.weight_packed": pack_values(q, scheme.bits), "w.weight_scale": scale, "w.weight_codebook": table}

@@ -78,9 +78,10 @@ def test_values_have_widths_and_groups_of_their_own() -> None:
     names = lambda **more: [scheme.name for scheme in candidates(group, **more)]  # noqa: E731
     assert names(bits=(8, 3), values=("nf4", "fp8", "mxfp4")) == ["nf4 g64", "fp8 row", "mxfp4 g32"]
     assert names(bits=(4, 2), values=("int", "codebook")) == [
-        "int4 g128", "int4 g64", "int2 g64", "int2 g32", "codebook4 row", "codebook2 row",
+        "int4 g128", "int4 g64", "int2 g64", "int2 g32", "codebook4x2 row", "codebook2x4 row",
     ]  # fmt: skip
-    assert names(bits=(4,), values=("nf4", "codebook"), groups={4: (32,)}) == ["nf4 g32", "codebook4 g32"]
+    assert names(bits=(4,), values=("nf4", "codebook"), groups={4: (32,)}) == ["nf4 g32", "codebook4x2 g32"]
+    assert names(bits=(8, 3), values=("codebook",), vector=1) == ["codebook8 row", "codebook3 row"]
 
 
 def test_what_runs_fused_is_one_group() -> None:

@@ -18,6 +18,8 @@ from memfit.technique.float_values import Grid
 from memfit.technique.gptq import gptq
 from memfit.technique.quantize import dequantize, quantize, quantize_error
 
+from .test_gptq import in_turn, own_weights
+
 NF = Scheme(bits=4, group=32, values="nf4")
 FP8 = Scheme(bits=8, group=None, values="fp8")
 MX = Scheme(bits=4, group=32, values="mxfp4")
@@ -160,17 +162,14 @@ def test_schemes_that_are_none_are_refused(wrong: dict, told: str) -> None:
 
 def as_in_the_paper(w: Tensor, hessian: Tensor, scheme: Scheme, *, damping: float) -> Tensor:
     """ŵ by Frantar et al. 2023, algorithm 1 as first derived, to the nearest level; float64."""
-    diagonal = hessian.diagonal()
-    made = quantize(w, scheme, importance=diagonal.float())
+    made = quantize(w, scheme, importance=own_weights(hessian, damping))
     levels, scale = levels_of(scheme, made.table), scale_values(made.scale).double()
-    inverse = torch.linalg.inv(hessian + damping * diagonal.mean() * torch.eye(len(diagonal), dtype=torch.float64))
     rest, read = w.clone(), torch.zeros_like(w)
     group = w.shape[1] // scale.shape[1]
-    for j in diagonal.argsort(descending=True, stable=True).tolist():
+    for (j,), inverse in in_turn(hessian, damping):
         s = scale[:, j // group]
         read[:, j] = nearest(rest[:, j : j + 1], levels, s[:, None])[:, 0].bfloat16()
         rest -= torch.outer((rest[:, j] - read[:, j]) / inverse[j, j], inverse[j])
-        inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return read
 
 

@@ -11,7 +11,9 @@ from memfit.errors import UsageError
 from memfit.technique import gguf_gptq
 from memfit.technique.gguf_blocks import KINDS, encode, searched
 from memfit.technique.gguf_gptq import encode_compensated
-from memfit.technique.gptq import Factor, factor
+from memfit.technique.gptq import DAMPING, Factor, factor
+
+from .test_gptq import own_weights
 
 
 def decoded(packed: torch.Tensor, kind: str) -> torch.Tensor:
@@ -32,10 +34,10 @@ def lost(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor) -> f
     return float((off @ hessian * off).sum())
 
 
-def plainly(weight: torch.Tensor, kind: str, made: Factor) -> torch.Tensor:
-    """Column by column in float64, from the definition."""
+def plainly(weight: torch.Tensor, kind: str, made: Factor, alone: torch.Tensor) -> torch.Tensor:
+    """Column by column in float64, from the definition; `alone`: what scales are searched with."""
     one = KINDS[kind]
-    found = searched(weight, one, made.importance)
+    found = searched(weight, one, alone)
     step, shift = (part.view(weight.shape[0], -1).double() for part in found.grid())
     off, values = torch.zeros(weight.shape, dtype=torch.float64), torch.zeros(weight.shape, dtype=torch.float64)
     for at, column in enumerate(made.order.tolist()):
@@ -57,7 +59,7 @@ def test_integers_are_those_of_the_plain_way(kind: str) -> None:
     assert packed.shape == (3, KINDS[kind].row_nbytes(512))
     assert torch.equal(decoded(packed, kind), meant)
     # Where a target lies midway between two integers the last bit decides; there is none of these here.
-    assert torch.allclose(meant.double(), plainly(weight, kind, made), atol=1e-6)
+    assert torch.allclose(meant.double(), plainly(weight, kind, made, own_weights(hessian, DAMPING)), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_0"])
@@ -74,7 +76,7 @@ def test_outputs_are_nearer_than_with_each_weight_by_itself(kind: str, seed: int
 def test_inputs_that_have_nothing_to_do_with_each_other_change_nothing() -> None:
     weight, _ = drawn(5)
     importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) + 0.1
-    alone = searched(weight, KINDS["Q4_K"], importance)
+    alone = searched(weight, KINDS["Q4_K"], own_weights(torch.diag(importance).double(), DAMPING))
     packed = encode_compensated(weight, "Q4_K", factor(torch.diag(importance)))
     step, shift = (part.view(5, -1).repeat_interleave(32, dim=1) for part in alone.grid())
     nearest = ((weight + shift) / step).round().clamp(0, 15) * step - shift

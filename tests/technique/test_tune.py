@@ -86,6 +86,43 @@ def test_of_levels_a_step_is_worth_what_lies_between_them(values: str, bits: int
         assert learner.levels.grad.double() == pytest.approx(of_level, rel=1e-5)
 
 
+@pytest.mark.parametrize(("bits", "vector"), [(2, 4), (3, 2)])
+def test_of_vectors_levels_and_scales_learn_and_codes_stay(bits: int, vector: int) -> None:
+    weight, found = chosen(6, 64, bits=bits, values="codebook", vector=vector)
+    learner = Learner(found, weight)
+    assert learner.offset is None and torch.equal(learner.weight(), dequantize(found))
+    with torch.no_grad():
+        learner.growth.add_(torch.randn_like(learner.growth) * 0.05)
+        learner.levels.add_(torch.randn_like(learner.levels) * 0.1)
+    wanted = torch.randn(6, 64).bfloat16()
+    learner.weight().backward(wanted)
+    growth, levels = (p.detach().double().requires_grad_() for p in (learner.growth, learner.levels))
+    worth = (2**bits) ** torch.arange(vector)
+    place = ((found.q.long() + 2 ** (bits - 1)).view(6, -1, vector) * worth).sum(-1)
+    rounded = (levels.float().bfloat16().double() - levels).detach() + levels
+    step = found.scale.double() * (1 + growth)
+    step = (step.float().bfloat16().double() - step).detach() + step
+    dense = rounded[place].view(6, 64) * step.repeat_interleave(32, 1)
+    dense.backward(wanted.double())
+    assert learner.growth.grad.double() == pytest.approx(growth.grad, rel=1e-5, abs=1e-5)
+    assert learner.levels.grad.double() == pytest.approx(levels.grad, rel=1e-5, abs=1e-5)
+    result = learner.result()
+    assert torch.equal(result.q, found.q) and torch.equal(learner.weight(), dequantize(result))
+
+
+def test_levels_of_vectors_learn_what_is_wanted() -> None:
+    weight, found = chosen(32, 64, bits=2, values="codebook", vector=4)
+    inputs = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    learners = {"only": Learner(found, weight)}
+
+    def loss(turn: int) -> torch.Tensor:
+        x = inputs[turn : turn + 32]
+        return relative_error(x @ learners["only"].weight().float().t(), x @ weight.t())
+
+    before, after = tune(learners, loss, [0, 32], tuning=Tuning(steps=40, scale_rate=0.01))
+    assert after < 0.9 * before
+
+
 def test_values_whose_codes_are_in_no_order_are_refused() -> None:
     weight, found = chosen(4, 32, bits=4, values="mxfp4")
     with pytest.raises(ValueError, match="mxfp4 g32: its codes are not in the order"):

@@ -118,6 +118,13 @@ ValuesOption = Annotated[
         "codebook (levels learned for each tensor, at --bits). nf4 and codebooks are written for memfit alone.",
     ),
 ]
+Vector = Annotated[
+    int,
+    typer.Option(
+        help="Weights beside each other that one level of a codebook stands for: at most 1, 2 or 4, and as many as fit "
+        "into a code of 8 bits. More lose less."
+    ),
+]
 Allow = Annotated[
     str,
     typer.Option(

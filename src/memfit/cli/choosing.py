@@ -39,7 +39,7 @@ def narrows_alone(context: typer.Context, technique: Technique | None, narrow: A
         raise UsageError("--technique narrow: say how much stays, with --blocks, --heads, --channels or --experts.")
     if said(context, "budget"):
         return False
-    for name in ("bits", "groups", "values", "asymmetric", "activations"):
+    for name in ("bits", "groups", "values", "vector", "asymmetric", "activations"):
         if said(context, name):
             raise UsageError(
                 f"--{name} beside --technique narrow: what stays is kept in 16 bits. Leave one out, or give a --budget."
@@ -122,13 +122,13 @@ def _rank(text: str) -> int | float:
 
 def allowed_by(
     context: typer.Context, bits: str, groups: str | None, kv_bits: str, keep: list[str] | None, asymmetric: bool,
-    values: str, activations: int, smooth: bool, *, allow: str = "quantize", uniform: bool = False,
+    values: str, vector: int, activations: int, smooth: bool, *, allow: str = "quantize", uniform: bool = False,
     setting: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """What the options let the search choose from."""
 
     import memfit
-    from memfit.packed.scheme import BITS_OF, MX_GROUP, Values
+    from memfit.packed.scheme import BITS_OF, MX_GROUP, VECTORS, Values, vector_for
 
     if said(context, "smooth") and activations == 16:
         raise UsageError("--smooth and --no-smooth say something of activations of 8 bits: add --activations 8.")
@@ -141,6 +141,16 @@ def allowed_by(
         raise UsageError(f"--values: {unknown[0]!r} is none of {', '.join(get_args(Values))}.")
     if asymmetric and kinds != ("int",):
         raise UsageError(f"--asymmetric beside --values {values}: only integers have zero points. Leave one out.")
+    if said(context, "vector"):
+        if vector not in VECTORS:
+            raise UsageError(f"--vector: {vector} is none of {', '.join(map(str, VECTORS))}.")
+        if "codebook" not in kinds:
+            raise UsageError(f"--vector {vector} says something of codebooks, and this is --values {values}.")
+        if uniform and (most := vector_for("codebook", widths[0], vector)) < vector:
+            raise UsageError(
+                f"--vector {vector}: {vector} weights of {widths[0]} bits are a code of {vector * widths[0]} bits, and "
+                f"8 is the most. Take --vector {most}."
+            )
     sizes = None
     if groups is not None:
         chosen = _numbers(groups, "--groups", (128, 64, 32))
@@ -155,6 +165,7 @@ def allowed_by(
         groups=sizes,
         symmetric=not asymmetric,
         values=kinds,
+        vector=vector,
         kv_bits=_numbers(kv_bits, "--kv-bits", (16, 8, 4, 2)),
         activations=activations,
         smooth=smooth,

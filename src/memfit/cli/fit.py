@@ -32,6 +32,7 @@ from .app import (
     TextFile,
     Threads,
     ValuesOption,
+    Vector,
     app,
     plan_json,
     print_json,
@@ -75,6 +76,7 @@ def fit(
     bits: Bits = "8,6,5,4,3,2",
     groups: GroupSizes = None,
     values: ValuesOption = "int",
+    vector: Vector = 4,
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
@@ -211,7 +213,7 @@ def fit(
     if form == ONNX:
         # What ONNX Runtime has; another width that is asked for is refused by name.
         bits, kv_bits = bits if said(context, "bits") else "8,4,2", kv_bits if said(context, "kv_bits") else "16"
-    settings = (bits, groups, kv_bits, keep, asymmetric, values, activations, smooth)
+    settings = (bits, groups, kv_bits, keep, asymmetric, values, vector, activations, smooth)
     searched = allow if technique is None else "quantize" if technique is Technique.narrow else technique.value
     known = techniques_in(searched) if given is None else tuple(ALGORITHMS)
     require_algorithm(algorithm and algorithm.value, known)
@@ -285,7 +287,7 @@ def _setting(
     if technique in (None, Technique.quantize, Technique.narrow):
         return None
     assert technique is not None
-    for name in ("bits", "groups", "values", "asymmetric", "activations", "smooth"):
+    for name in ("bits", "groups", "values", "vector", "asymmetric", "activations", "smooth"):
         if said(context, name):
             raise UsageError(f"--{name} says something of integers, and this is --technique {technique.value}.")
     return setting_of(technique.value, sparsity, pattern, rank)
@@ -313,8 +315,8 @@ def _export(
 
 _OF_NARROWING = ("blocks", "heads", "channels", "experts")
 _IN_THE_PLAN = (
-    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "technique",
-    "activations", "smooth", "allow", "sparsity", "pattern", "rank", *_OF_NARROWING,
+    "budget", "batch", "prompt", "new_tokens", "bits", "groups", "values", "vector", "kv_bits", "keep", "asymmetric",
+    "technique", "activations", "smooth", "allow", "sparsity", "pattern", "rank", *_OF_NARROWING,
 )  # fmt: skip
 """What a plan says itself."""
 _OF_A_PLAN = (

@@ -7,7 +7,7 @@ from typer.core import TyperCommand
 _PANELS: Final = {
     "The task": ("task", "batch", "prompt", "new_tokens", "sequence", "device", "routing"),
     "What may be chosen": (
-        "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "activations", "smooth", "allow", "full",
+        "bits", "groups", "values", "vector", "kv_bits", "keep", "asymmetric", "activations", "smooth", "allow", "full",
         "adapters", "slowdown",
     ),
     "One setting for everything": ("technique", "sparsity", "pattern", "rank", "algorithm"),

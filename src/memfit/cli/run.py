@@ -40,6 +40,7 @@ from .app import (
     TextFile,
     Threads,
     ValuesOption,
+    Vector,
     app,
     plan_json,
     print_json,
@@ -125,6 +126,7 @@ def plan(
     bits: Bits = "8,6,5,4,3,2",
     groups: GroupSizes = None,
     values: ValuesOption = "int",
+    vector: Vector = 4,
     kv_bits: KvBits = "16,8,4",
     keep: Keep = None,
     asymmetric: Asymmetric = False,
@@ -165,7 +167,9 @@ def plan(
         budget,
         task=memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens),
         text=text,
-        allowed=allowed_by(context, bits, groups, kv_bits, keep, asymmetric, values, activations, smooth, allow=allow),
+        allowed=allowed_by(
+            context, bits, groups, kv_bits, keep, asymmetric, values, vector, activations, smooth, allow=allow
+        ),
         narrow=narrow_by(blocks, heads, channels, experts),
         device=device.value,
         progress=progress_to(quiet),
@@ -246,7 +250,7 @@ def report(
 
 
 _OF_RUNNING = (
-    "prompt", "new_tokens", "text", "bits", "groups", "values", "kv_bits", "keep", "asymmetric", "routing",
+    "prompt", "new_tokens", "text", "bits", "groups", "values", "vector", "kv_bits", "keep", "asymmetric", "routing",
     "activations", "smooth", "allow", "blocks", "heads", "channels", "experts",
 )  # fmt: skip
 _OF_TRAINING = ("sequence", "optimizer", "full", "adapters", "slowdown")

@@ -71,6 +71,8 @@ def _weights(scheme: Form, form: str) -> dict[str, Any]:
         "group_size": scheme.group,
         "dynamic": False,
     }
+    if scheme.vector != 1:
+        told["vector"] = scheme.vector
     return told | ({"scale_dtype": "torch.uint8"} if form == MXFP4 else {})
 
 

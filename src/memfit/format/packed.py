@@ -45,15 +45,15 @@ def packed_specs(
 ) -> tuple[TensorSpec, ...]:
     """The tensors that a quantized weight [N, K] has in a file, in file order; `embedding`: it is a table.
 
-    `pack-quantized`: `weight_shape` int64 [2], `weight_packed` int32 [N, ⌈K·b/32⌉], `weight_scale` bf16 [N,
-    G]. `int-quantized`: `weight` int8 [N, K], `weight_scale` bf16 [N, G] and, if asymmetric,
-    `weight_zero_point` int8 [N, G]. `float-quantized`: `weight` float8_e4m3fn [N, K], `weight_scale` bf16 [N, G].
-    `mxfp4-pack-quantized`: `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32], exponents. memfit's own:
-    `weight_packed` int32, the codes u packed as integers are, `weight_scale` bf16 [N, G], of a codebook
-    `weight_codebook` bf16 [2^b]; nothing for tied modules. Else the modules of `tied` share an embedding's table, and
-    have scales and zero points of their own, equal to its. Of a form that is no scheme, its `parts`; integers that
-    factors go beside are in memfit's own form, too, with zero points `weight_zero_point` int8 [N, G]. What another
-    module has of it is that one's alone, and may be all.
+    `pack-quantized`: `weight_shape` int64 [2], `weight_packed` int32 [N, ⌈K·b/32⌉], `weight_scale` bf16 [N, G].
+    `int-quantized`: `weight` int8 [N, K], `weight_scale` bf16 [N, G] and, if asymmetric, `weight_zero_point` int8 [N,
+    G]. `float-quantized`: `weight` float8_e4m3fn [N, K], `weight_scale` bf16 [N, G]. `mxfp4-pack-quantized`:
+    `weight_packed` uint8 [N, K/2], `weight_scale` uint8 [N, K/32], exponents. memfit's own: `weight_packed` int32, the
+    codes u packed as integers are, `weight_scale` bf16 [N, G], of a codebook `weight_codebook` bf16 [2^b], of vectors
+    [2^(b·v), v]; nothing for tied modules. Else the modules of `tied` share an embedding's table, and have scales and
+    zero points of their own, equal to its. Of a form that is no scheme, its `parts`; integers that factors go beside
+    are in memfit's own form, too, with zero points `weight_zero_point` int8 [N, G]. What another module has of it is
+    that one's alone, and may be all.
     """
     if not isinstance(scheme, Scheme):
         parts = tuple(
@@ -104,7 +104,7 @@ def _own_specs(module: str, shape: Sequence[int], scheme: Scheme) -> tuple[Tenso
     if not scheme.symmetric:
         own.append(TensorSpec(name=f"{module}.weight_zero_point", dtype=torch.int8, shape=scales))
     if scheme.values == "codebook":
-        own.append(TensorSpec(name=f"{module}.weight_codebook", dtype=torch.bfloat16, shape=(1 << scheme.bits,)))
+        own.append(TensorSpec(name=f"{module}.weight_codebook", dtype=torch.bfloat16, shape=scheme.codebook))
     return tuple(own)
 
 

@@ -35,17 +35,20 @@ def _kernels() -> Any:
         return None
 
 
-def unpacks(tensor: Tensor) -> bool:
-    """Whether weights beside `tensor` are unpacked by a kernel. For fakes that stand for CUDA it is assumed."""
-    if device_meant(tensor).type != "cuda":
+def unpacks(tensor: Tensor, table: Tensor | None) -> bool:
+    """Whether weights beside `tensor` are unpacked by a kernel. For fakes that stand for CUDA it is assumed.
+
+    table: what codes stand for, if they are no integers; no kernel knows levels that are vectors [L, v].
+    """
+    if device_meant(tensor).type != "cuda" or (table is not None and table.dim() > 1):
         return False
     return is_fake(tensor) or _kernels() is not None
 
 
-def runs_few(x: Tensor, widths: tuple[int, ...]) -> bool:
+def runs_few(x: Tensor, widths: tuple[int, ...], table: Tensor | None) -> bool:
     """Whether bf16 activations [M, K] go to the kernel that reads a weight of such planes as it is packed."""
     most = _FEW_ROWS if len(widths) == 1 else _FEWEST_ROWS
-    return x.dtype == torch.bfloat16 and x.shape[0] <= most and unpacks(x)
+    return x.dtype == torch.bfloat16 and x.shape[0] <= most and unpacks(x, table)
 
 
 def product(

@@ -4,6 +4,9 @@ Codes are u in [0, 2^b); tensors of values hold q = u − 2^(b−1), int8, as fo
 
     ŵ = bf16(level[u] · s)          levels and s are bf16 numbers; s is a power of two for MXFP4
 
+A level of a codebook may be a vector of v weights that lie beside each other: their u, each of b bits, are the digits
+of its place, the first the lowest. So codes are packed as those of single weights are.
+
 N rows, K inputs, G groups of a row.
 """
 
@@ -25,6 +28,7 @@ NF4: Final = (
 """Quantiles of a normal distribution (QLoRA, Dettmers et al. 2023, appendix E); used rounded to bf16."""
 E2M1: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """FP4 by its three low bits; the fourth is the sign (OCP Microscaling Formats 1.0, table 3)."""
+_WORDS: Final = {2: torch.int16, 4: torch.int32}
 NO_EXPONENT: Final = 255
 """E8M0's NaN; any other byte e is 2^(e − 127)."""
 
@@ -58,13 +62,34 @@ def exponents(scale: Tensor) -> Tensor:
 
 
 def look_up(u: Tensor, scale: Tensor, table: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """ŵ [n, k] in `dtype` of codes uint8 [n, k], contiguous; scale [n, c], table bf16 [2^b].
+    """ŵ [n, k] in `dtype` of codes uint8 [n, k], contiguous; scale [n, c], table bf16 [2^b], of vectors [2^(b·v), v].
 
     Makes 4 bytes a code on the way.
     """
-    dense = table.to(dtype).index_select(0, u.view(-1).to(torch.int32)).view(u.shape)
+    dense = table.to(dtype).index_select(0, places(u, table).view(-1).to(torch.int32)).view(u.shape)
     dense.view(u.shape[0], scale.shape[1], -1).mul_(scale_values(scale).to(dtype)[..., None])
     return dense
+
+
+def places(u: Tensor, table: Tensor) -> Tensor:
+    """The place of each level, [n, k/v], of codes uint8 [n, k], contiguous."""
+    if table.dim() == 1:
+        return u
+    count, vector = table.shape
+    bits = (count.bit_length() - 1) // vector
+    # The bytes of a vector as one word: what is moved down to its own bits, and the rest masked.
+    word = u.view(_WORDS[vector])
+    place = word.clone()
+    for at in range(1, vector):
+        place.bitwise_or_(word >> (at * (8 - bits)))
+    return place.bitwise_and_(count - 1)
+
+
+def digits(place: Tensor, bits: int, vector: int) -> Tensor:
+    """The codes uint8 [n, k] of places [n, k/v], of any integers."""
+    mask = (1 << bits) - 1
+    parts = [place.bitwise_right_shift(at * bits).bitwise_and_(mask) for at in range(vector)]
+    return torch.stack(parts, dim=-1).to(torch.uint8).view(*place.shape[:-1], -1)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,16 @@ BITS_OF: Final[dict[str, int]] = {"nf4": 4, "fp8": 8, "mxfp4": 4}
 """Bits of the formats that have but one width."""
 OWN_VALUES: Final = ("nf4", "codebook")
 """What no format of compressed-tensors holds, and memfit alone reads."""
+VECTORS: Final = (1, 2, 4)
+CODE_BITS: Final = 8
+"""Most bits of a code, whatever the weights that it stands for."""
 MX_GROUP: Final = 32
 """Inputs that share a scale in the formats of the OCP Microscaling specification."""
+
+
+def vector_for(values: str, bits: int, most: int) -> int:
+    """The weights of a level: at most so many, as far as their code has no more than `CODE_BITS`; 1 of other values."""
+    return max(v for v in VECTORS if v == 1 or (values == "codebook" and v <= most and bits * v <= CODE_BITS))
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -26,7 +34,8 @@ class Scheme:
     Scales may be negative: the one level more on the negative side then serves positive weights.
 
     Other `values` are levels: ŵ = level[u] · s, u = q + 2^(b−1) (see `packed/levels.py`). MXFP4 has a power of two for
-    a scale, in a byte; a codebook its 2^b levels, in bf16, beside the scales.
+    a scale, in a byte; a codebook its 2^b levels, in bf16, beside the scales. With `vector` v its levels are vectors of
+    v weights that lie beside each other, 2^(b·v) of them, and the u of these weights are one code, the first lowest.
     """
 
     bits: int
@@ -36,6 +45,8 @@ class Scheme:
     activations: int = 16
     """8: what the weight is multiplied with is rounded too, to 8 bits with one scale for each token, as it comes."""
     values: Values = "int"
+    vector: int = 1
+    """Weights that a level of a codebook stands for, of `VECTORS`."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -48,6 +59,8 @@ class Scheme:
             raise ValueError(
                 f"activations of 8 bits go with symmetric weights of 8 bits and one scale a row, not with {self.name}"
             )
+        if self.vector != 1:
+            self._require_vectors()
         if self.values == "int":
             return
         due = BITS_OF.get(self.values, self.bits)
@@ -59,13 +72,30 @@ class Scheme:
             group = "a whole row" if self.group is None else self.group
             raise ValueError(f"mxfp4 has groups of {MX_GROUP}, got {group}: give {MX_GROUP}, or take nf4")
 
+    def _require_vectors(self) -> None:
+        if self.values != "codebook":
+            raise ValueError(f"only a codebook's levels can be vectors, not those of {self.values}")
+        if self.vector not in VECTORS:
+            raise ValueError(f"vectors have {', '.join(map(str, VECTORS))} weights, got {self.vector}")
+        if self.bits * self.vector > CODE_BITS:
+            raise ValueError(
+                f"{self.vector} weights of {self.bits} bits are a code of {self.bits * self.vector} bits, and "
+                f"{CODE_BITS} is the most"
+            )
+
     @property
     def name(self) -> str:
-        """As in plans and tables: `int4 g128`, `int3 g64 asym`, `int8 row a8`, `nf4 g64`, `codebook4 row`."""
+        """As in plans and tables: `int4 g128`, `int3 g64 asym`, `int8 row a8`, `nf4 g64`, `codebook2x4 g128`."""
         group = "row" if self.group is None else f"g{self.group}"
         kind = self.values if self.values in BITS_OF else f"{self.values}{self.bits}"
+        kind += "" if self.vector == 1 else f"x{self.vector}"
         zeros, inputs = "" if self.symmetric else " asym", "" if self.activations == 16 else f" a{self.activations}"
         return f"{kind} {group}{zeros}{inputs}"
+
+    @property
+    def codebook(self) -> tuple[int, ...]:
+        """The shape of a codebook's levels: [2^b], of vectors [2^(b·v), v]."""
+        return (1 << self.bits,) if self.vector == 1 else (1 << self.bits * self.vector, self.vector)
 
     def groups(self, in_features: int) -> int:
         """Scales for each row of a weight with `in_features` inputs."""
@@ -90,7 +120,7 @@ class Scheme:
         groups = self.groups(in_features)
         zeros = 0 if self.symmetric else math.ceil(rows * self.bits / 32) * 4 * groups
         scales = rows * groups * (1 if self.values == "mxfp4" else 2)
-        levels = 2 << self.bits if self.values == "codebook" else 0
+        levels = 2 * math.prod(self.codebook) if self.values == "codebook" else 0
         return rows * in_features * self.bits // 8 + scales + zeros + levels
 
     def to_json(self) -> dict[str, Any]:
@@ -98,4 +128,6 @@ class Scheme:
         data: dict[str, Any] = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
         if self.activations != 16:
             data["activations"] = self.activations
+        if self.vector != 1:
+            data["vector"] = self.vector
         return data if self.values == "int" else data | {"values": self.values}

@@ -6,6 +6,7 @@ Every transient is bounded: a dense copy is made of a few rows at a time and dro
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 import torch
@@ -42,7 +43,7 @@ class PackedWeight(nn.Module):
     """A weight [N, K] in the layout of its kernel. Born without storage; `load_from` or `fill` fill it.
 
     Buffers: `plane0`, `plane1`, ... (the packed values), `scale` bf16 (MXFP4: its exponent, uint8), if asymmetric
-    `zero` int8, and if its values are no integers `table` bf16 [2^b], what they stand for.
+    `zero` int8, and if its values are no integers `table` bf16 [2^b], what they stand for; of vectors [2^(b·v), v].
     """
 
     holds_weights = True
@@ -91,22 +92,19 @@ class PackedWeight(nn.Module):
 
     def _make_buffers(self, device: torch.device) -> None:
         rows, inputs, by_group = self.rows_stored, self.shape[1], self.kernel == "nibbles"
+        empty = partial(torch.empty, device=device)
         for i, width in enumerate(self.widths):
             shape: tuple[int, ...] = (rows, inputs * width // 8)
             if by_group:
                 shape = (rows // nibbles.ROWS, inputs * width // 4, 32)
             dtype = torch.int8 if self.kernel == "int8" else torch.uint8
-            self.register_buffer(f"plane{i}", torch.empty(shape, dtype=dtype, device=device))
+            self.register_buffer(f"plane{i}", empty(shape, dtype=dtype))
         # The int4 kernel wants the scales of a group side by side; unpacking wants those of a row.
         shape = (self.groups, rows) if by_group else (rows, self.groups)
-        self.register_buffer("scale", torch.empty(shape, dtype=self._scale_dtype, device=device))
-        self.register_buffer(
-            "zero", None if self.scheme.symmetric else torch.empty(shape, dtype=torch.int8, device=device)
-        )
-        levels = None if self.scheme.values == "int" else 1 << self.scheme.bits
-        self.register_buffer(
-            "table", None if levels is None else torch.empty(levels, dtype=torch.bfloat16, device=device)
-        )
+        self.register_buffer("scale", empty(shape, dtype=self._scale_dtype))
+        self.register_buffer("zero", None if self.scheme.symmetric else empty(shape, dtype=torch.int8))
+        is_level = self.scheme.values != "int"
+        self.register_buffer("table", empty(self.scheme.codebook, dtype=torch.bfloat16) if is_level else None)
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}, {self.shape[1]}, {self.scheme.name}, kernel={self.kernel}"
@@ -148,12 +146,12 @@ class PackedWeight(nn.Module):
         self._put_scales(scale, zero)
         if self.scheme.values == "codebook":
             name = f"{prefix}.weight_codebook"
-            self._put_table(_check(read(name), name, torch.bfloat16, (1 << bits,)))
+            self._put_table(_check(read(name), name, torch.bfloat16, self.scheme.codebook))
         else:
             self._put_table(None)
 
     def fill(self, q: Tensor, scale: Tensor, zero: Tensor | None = None, table: Tensor | None = None) -> None:
-        """Fill from int8 q [N, K], scale [N, G], if asymmetric int8 zero points [N, G], and a codebook [2^b]."""
+        """Fill from int8 q [N, K], scale [N, G], if asymmetric int8 zero points [N, G], and a codebook's levels."""
         name = f"weight {list(self.shape)} {self.scheme.name}"
         _check(q, name, torch.int8, self.shape)
         if (zero is None) != self.scheme.symmetric:
@@ -175,7 +173,7 @@ class PackedWeight(nn.Module):
         cls, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, *, kernel: Kernel | None = None,
         table: Tensor | None = None,
     ) -> "PackedWeight":  # fmt: skip
-        """The store of int8 q [N, K], scale [N, G], int8 zero points [N, G] or None, and a codebook's table [2^b]."""
+        """The store of int8 q [N, K], scale [N, G], int8 zero points [N, G] or None, and a codebook's levels."""
         store = cls((q.shape[0], q.shape[1]), scheme, kernel=kernel)
         store.fill(q, scale, zero, table)
         return store
@@ -275,7 +273,7 @@ class PackedWeight(nn.Module):
 
     def product(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [M, K] times rows start to stop, transposed, without a gradient: [M, stop − start]."""
-        if self.kernel == "planes" and cuda.runs_few(x, self.widths):
+        if self.kernel == "planes" and cuda.runs_few(x, self.widths, self.table):
             planes, scale, zero = self._rows(start, stop)
             return cuda.product(x, planes, self.widths, scale, zero, self.table)
         integers = self.zero is None and self.table is None
@@ -426,11 +424,11 @@ class PackedWeight(nn.Module):
     @property
     def _unpacked_nbytes(self) -> int:
         """Bytes made of a value as it is unpacked: in bf16, and the index of its level where it is no integer."""
-        return 2 if self.table is None or cuda.unpacks(self.scale) else 6
+        return 2 if self.table is None or cuda.unpacks(self.scale, self.table) else 6
 
     def _unpack(self, planes: list[Tensor], scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
         """ŵ [n, k] in `dtype` of the same rows of every plane; scale and zero [n, c]."""
-        if dtype == torch.bfloat16 and self.kernel == "planes" and cuda.unpacks(scale):
+        if dtype == torch.bfloat16 and self.kernel == "planes" and cuda.unpacks(scale, self.table):
             return cuda.unpack(planes, self.widths, scale, zero, self.table)
         if self.table is None:
             return dequantize(self._join(planes), scale, zero, dtype)

@@ -8,7 +8,7 @@ from torch import nn
 
 from memfit.errors import UsageError
 from memfit.packed.forms import Form, Sparse
-from memfit.packed.scheme import BITS, Scheme, Values
+from memfit.packed.scheme import BITS, VECTORS, Scheme, Values
 
 from .groups import Group, candidates
 from .heads import NarrowHeads, narrow_heads, narrowings
@@ -53,6 +53,8 @@ class Allowed:
     symmetric: bool = True
     values: tuple[Values, ...] = ("int",)
     """What codes may stand for. `bits` are those of integers and codebooks."""
+    vector: int = VECTORS[-1]
+    """Most weights that a level of a codebook stands for, as far as their code has 8 bits."""
     kv_bits: tuple[int, ...] = (16, 8, 4)
     activations: int = 16
     """8: linear layers of 8 bits have activations of 8 bits, too, and are multiplied in integers."""
@@ -77,6 +79,9 @@ class Allowed:
             raise UsageError(f"nothing is allowed. Allow some of {', '.join(TECHNIQUES)}.")
         if bad := [rank for rank in self.ranks if not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1)]:
             raise UsageError(f"a rank is a whole number from 1, or a share of the bytes between 0 and 1; got {bad[0]}.")
+        if self.vector not in VECTORS:
+            known = ", ".join(map(str, VECTORS))
+            raise UsageError(f"a level of a codebook stands for {known} weights, got {self.vector}.")
         if self.activations not in (16, 8):
             raise UsageError(f"activations have 16 or 8 bits, got {self.activations}.")
         sizes = (None,) if self.groups is None else self.groups.get(8, (None,))
@@ -124,7 +129,7 @@ class Allowed:
         bits = tuple(b for b in self.bits if b < 16)
         return candidates(
             group, bits=bits, groups=self.groups, symmetric=self.symmetric, values=self.values,
-            activations=self.activations,
+            activations=self.activations, vector=self.vector,
         )  # fmt: skip
 
     def smoothed(self, groups: Iterable[Group]) -> frozenset[str]:
@@ -156,6 +161,7 @@ class Allowed:
             groups=None if groups is None else {int(bits): tuple(sizes) for bits, sizes in groups.items()},
             symmetric=data["symmetric"],
             values=tuple(data["values"]),
+            vector=data["vector"],
             kv_bits=tuple(data["kv_bits"]),
             activations=data["activations"],
             smooth=data["smooth"],

@@ -12,7 +12,7 @@ from torch import nn
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.forms import Form, Narrow, Shared, is_value, of_member
 from memfit.packed.modules import is_experts, why_not_packed
-from memfit.packed.scheme import BITS, BITS_OF, GROUPS, MX_GROUP, Scheme, Values
+from memfit.packed.scheme import BITS, BITS_OF, GROUPS, MX_GROUP, VECTORS, Scheme, Values, vector_for
 
 FUSED: Final = (
     ("q_proj", "k_proj", "v_proj"),
@@ -125,13 +125,15 @@ def candidates(
     symmetric: bool = True,
     values: tuple[Values, ...] = ("int",),
     activations: int = 16,
+    vector: int = VECTORS[-1],
 ) -> tuple[Scheme, ...]:
     """The schemes worth trying for `group`, most bits first of each kind of values; none if it is blocked.
 
     `bits` are those of integers and codebooks; the other values have their own. `groups`: sizes by bits, default:
-    `GROUPS_OF_BITS`, of values that are no integers `GROUPS_OF_VALUES`. Where the inputs are no multiple of any of a
-    width's group sizes, the largest group that fits stands in. With `activations` of 8, a linear layer of integers of 8
-    bits is multiplied in integers. Tables, heads tied to them and fused experts are not.
+    `GROUPS_OF_BITS`, of values that are no integers `GROUPS_OF_VALUES`. `vector`: most weights of a codebook's level.
+    Where the inputs are no multiple of any of a width's group sizes, the largest group that fits stands in. With
+    `activations` of 8, a linear layer of integers of 8 bits is multiplied in integers. Tables, heads tied to them and
+    fused experts are not.
     """
     found: list[Scheme] = []
     integers = Scheme(bits=8, group=None, activations=8)
@@ -143,7 +145,8 @@ def candidates(
                 continue
             usual = GROUPS_OF_VALUES.get(kind) or GROUPS_OF_BITS.get(b, (128,))
             sizes = usual if groups is None else groups.get(b, usual)
-            made = partial(Scheme, bits=b, symmetric=symmetric or kind != "int", values=kind)
+            beside = vector_for(kind, b, vector)
+            made = partial(Scheme, bits=b, symmetric=symmetric or kind != "int", values=kind, vector=beside)
             fitting = [scheme for size in sizes if group.why_not(scheme := made(group=size)) is None]
             if not fitting and kind != "mxfp4":
                 fitting = [scheme for size in GROUPS if group.why_not(scheme := made(group=size)) is None][:1]

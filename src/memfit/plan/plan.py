@@ -217,7 +217,7 @@ def _scheme(check: "_Check", where: str, data: Any) -> Form:
         except (ValueError, TypeError) as error:
             raise check.broken(where, str(error)) from error
     if isinstance(data, Mapping):  # plans of earlier versions do not say what may be left out
-        data = {"activations": 16, "values": "int"} | dict(data)
+        data = {"activations": 16, "values": "int", "vector": 1} | dict(data)
     check.keys(data, {field.name for field in fields(Scheme)}, where)
     if data["values"] not in get_args(Values):
         raise check.broken(f"{where}.values", f"is {data['values']!r}; known: {', '.join(get_args(Values))}")
@@ -228,10 +228,10 @@ def _scheme(check: "_Check", where: str, data: Any) -> Form:
     if bits not in BITS:
         raise check.broken(f"{where}.bits", f"is {bits}; {', '.join(map(str, BITS))} are known, null keeps 16")
     try:
-        activations = check.integer(data, "activations", where)
         return Scheme(
-            bits=bits, group=group, symmetric=data["symmetric"], activations=activations, values=data["values"]
-        )
+            bits=bits, group=group, symmetric=data["symmetric"], values=data["values"],
+            activations=check.integer(data, "activations", where), vector=check.integer(data, "vector", where),
+        )  # fmt: skip
     except ValueError as error:
         raise check.broken(where, str(error)) from error
 

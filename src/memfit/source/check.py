@@ -138,7 +138,8 @@ def _check_packed(source: Source, prefix: str, scheme: Form, shape: tuple[int, .
     if tied:
         wanted = {part: due for part, due in wanted.items() if part == "weight_scale"}
     elif scheme.values == "codebook":
-        wanted["weight_codebook"] = (1, 1 << scheme.bits, torch.bfloat16)
+        levels = scheme.codebook
+        wanted["weight_codebook"] = (levels[0] if len(levels) > 1 else 1, levels[-1], torch.bfloat16)
     if not scheme.symmetric:
         wanted["weight_zero_point"] = zeros
     for part, (count, width, due_dtype) in wanted.items():

@@ -209,7 +209,7 @@ def _scheme(group: Mapping[str, Any], name: str, form: str, file: Path) -> Form:
         floats: dict[str, Values] = {"float-quantized": "fp8", "mxfp4-pack-quantized": "mxfp4"}
         return Scheme(
             bits=bits, group=size, symmetric=bool(weights.get("symmetric", True)), values=floats.get(form) or kind,
-            activations=_activations(group.get("input_activations"), name, file),
+            activations=_activations(group.get("input_activations"), name, file), vector=weights.get("vector", 1),
         )  # fmt: skip
     except ValueError as error:
         raise _refuse(file, f"config group {name!r}: {error}") from error

@@ -25,7 +25,7 @@ _FLOATS_A_WEIGHT: Final = 8
 """fp32 values of workspace for each weight of a block."""
 _LARGEST: Final = 2.0**120
 """Larger weights are refused, as those of integers are."""
-_SMALLEST: Final = 2.0**-100
+SMALLEST: Final = 2.0**-100
 """Groups that nowhere exceed this are stored as zeros; where no level is 0, as less than this."""
 _ALTERNATIONS: Final = 2
 
@@ -136,7 +136,7 @@ def normal_groups(rows: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     peak = torch.maximum(-low, high)
     if not is_fake(peak) and not bool((peak <= _LARGEST).all()):  # false for NaN too
         raise ValueError("the weight has entries that are not finite or larger than 2^120")
-    alive = peak > _SMALLEST
+    alive = peak > SMALLEST
     power = torch.where(alive, (peak.view(torch.int32) & 0x7F800000).view(torch.float32), 1.0)
     u.mul_(alive / power)
     return u, power, alive
@@ -153,7 +153,7 @@ def _fill(rows: Tensor, q: Tensor, scale: Tensor, grid: Grid, near: Tensor | Non
     q.copy_(grid.codes.index_select(0, index).view(q.shape))
     made = best.mul_(block.power)
     if grid.scheme.values == "codebook":
-        made = torch.where(block.alive, made, _SMALLEST)  # no level need be 0
+        made = torch.where(block.alive, made, SMALLEST)  # no level need be 0
     scale.copy_((exponents(made) if block.octaves else made).squeeze(2))
 
 

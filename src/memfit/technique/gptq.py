@@ -34,6 +34,7 @@ from memfit.packed.scheme import Scheme
 from .float_values import Grid
 from .in_place import cholesky_in_place, permute_both, turn_around
 from .quantize import Quantized, quantize
+from .vectors import Vectors
 
 DAMPING: Final = 0.01
 """Of mean(diag H), unless H needs more."""
@@ -148,7 +149,7 @@ def factor(
             "the Hessian is 0: no input was ever anything else. Calibrate on other text, or take less from the layers "
             "before."
         )
-    order = diagonal.argsort(descending=True, stable=True) if order is None else order
+    order = largest_first(diagonal) if order is None else order
     # H = R Rᵀ with R upper: the lower factor of H with rows and columns turned around, turned back.
     made = hessian if overwrite and hessian.dtype == wide else hessian.to(wide, copy=True)
     permute_both(made, order.flip(0))
@@ -162,6 +163,16 @@ def factor(
     own = made.diagonal().clone()
     made.div_(own)
     return Factor(order, made, own.square_(), diagonal, dead, damping)
+
+
+def largest_first(diagonal: Tensor, together: int = 1) -> Tensor:
+    """The columns [K] from the largest diag(H) to the smallest; so many that lie beside each other stay together."""
+    return in_runs(diagonal.view(-1, together).sum(1).argsort(descending=True, stable=True), together)
+
+
+def in_runs(first: Tensor, together: int) -> Tensor:
+    """The columns [K] of runs of so many, in the order of the runs."""
+    return first.mul(together).unsqueeze(1).add(torch.arange(together, device=first.device)).view(-1)
 
 
 @torch.no_grad()
@@ -237,9 +248,13 @@ def gptq(
         rows: worked on at once; None: `_ROWS`. No row depends on another.
 
     Raises:
-        ValueError: as `quantize` and `factor` do; a Hessian of another width.
+        ValueError: as `quantize` and `factor` do; a Hessian of another width; of vectors a factor in whose order their
+            columns do not come one after another (`largest_first`).
     """
-    made = hessian if isinstance(hessian, Factor) else factor(hessian, damping=damping)
+    if isinstance(hessian, Factor):
+        made = hessian
+    else:
+        made = factor(hessian, damping=damping, order=largest_first(hessian.diagonal(), scheme.vector))
     if made.order.shape[0] != weight.shape[-1]:
         raise ValueError(f"the Hessian is of {made.order.shape[0]} inputs, the weight has {weight.shape[-1]}")
     found = quantize(weight, scheme, importance=made.own_weights())
@@ -250,7 +265,7 @@ def gptq(
     step = rows or _ROWS
     for start in blocks_to_run(range(0, weight.shape[0], step)):
         part = slice(start, min(start + step, weight.shape[0]))
-        choose = _chooser(found, made.coupling.dtype)
+        choose = _chooser(found, made)
         errors[part] = _compensate(weight, found, made, group_of[made.order], part, block, choose)
     return Compensated(quantized=found, damping=made.damping, error=errors)
 
@@ -306,7 +321,8 @@ def _compensate(
     q_KR = torch.empty(columns, width, dtype=torch.int8, device=weight.device)
     error = torch.zeros(width, dtype=wide, device=weight.device)
     level_BR, read_BR = (torch.empty(min(block, columns), width, dtype=wide) for _ in range(2))
-    stored_R = torch.empty(width, dtype=torch.bfloat16)
+    vector = found.scheme.vector
+    stored_vR = torch.empty(vector, width, dtype=torch.bfloat16)
     for first in blocks_to_run(range(0, columns, block)):
         last = min(first + block, columns)
         near = made.coupling[first:last, first:last]
@@ -318,13 +334,16 @@ def _compensate(
         for strip in blocks_to_run(range(0, last - first, _STRIP)):
             end = min(strip + _STRIP, last - first)
             t_BR[strip:end].addmm_(near[:strip, strip:end].t(), w_KR[first : first + strip])
-            for j in blocks_to_run(range(strip, end)):
-                level, read, d = level_BR[j], read_BR[j], w_KR[first + j]
-                choose(t_BR[j], s_BR[j], None if z_BR is None else z_BR[j], level, read)
-                read.copy_(stored_R.copy_(read))
-                d.sub_(read)
-                if j + 1 < end:
-                    t_BR[j + 1 : end].addr_(near[j, j + 1 : end], d)
+            for j in blocks_to_run(range(strip, end, vector)):
+                part = slice(j, j + vector)
+                read, d_vR = read_BR[part], w_KR[first + j : first + j + vector]
+                zero = None if z_BR is None else z_BR[part]
+                choose(t_BR[part], d_vR, s_BR[part], zero, level_BR[part], read, first + j)
+                read.copy_(stored_vR.copy_(read))
+                d_vR.sub_(read)
+                for i in range(vector):
+                    if (after := j + i + 1) < end:
+                        t_BR[after:end].addr_(near[after - 1, after:end], d_vR[i])
         q_KR[first:last].copy_(level_BR[: last - first])
         t_BR.sub_(read_BR[: last - first]).square_()
         error.addmv_(t_BR.t(), made.weights[first:last])
@@ -336,12 +355,17 @@ def _compensate(
     return error
 
 
-def _chooser(found: Quantized, wide: torch.dtype) -> "_Choose":
-    """What finds the stored value nearest to t, for scales s and zero points z (None: 0), all [R]: q goes into `level`,
-    and what is rounded to ŵ into `read`."""
+def _chooser(found: Quantized, made: Factor) -> "_Choose":
+    """What finds the stored values nearest to t, of one column or of those of a vector, with the first's place in the
+    order: for weights w, scales s and zero points z (None: 0), all [v, R]; q goes into `level`, and what is rounded to
+    ŵ into `read`."""
+    if found.scheme.vector != 1:
+        assert found.table is not None, "a codebook has one"
+        vectors = Vectors(found.scheme, found.table, made.coupling, made.weights, made.order)
+        return lambda t, w, s, z, level, read, first: vectors.choose(t, w, s, level, read, first)
     if found.scheme.values != "int":
-        grid = Grid(found.scheme, found.table, dtype=wide)
-        return lambda t, s, z, level, read: grid.round(t, s, level, read)
+        grid = Grid(found.scheme, found.table, dtype=made.coupling.dtype)
+        return lambda t, w, s, z, level, read, first: grid.round(t[0], s[0], level[0], read[0])
     half = 2 ** (found.scheme.bits - 1)
     return _integers(half, half - 1)
 
@@ -350,7 +374,7 @@ def _integers(half: "Tensor | int", most: "Tensor | int") -> "_Choose":
     """Of integers from −half to `most`; tensors [R]: each row's own."""
     least = -half
 
-    def integer(t: Tensor, s: Tensor, z: Tensor | None, level: Tensor, read: Tensor) -> None:
+    def integer(t: Tensor, _w: Tensor, s: Tensor, z: Tensor | None, level: Tensor, read: Tensor, _: int) -> None:
         torch.div(t, s, out=level)
         if z is None:
             level.round_().clamp_(least, most)  # type: ignore[arg-type, unused-ignore]
@@ -362,7 +386,10 @@ def _integers(half: "Tensor | int", most: "Tensor | int") -> "_Choose":
     return integer
 
 
-_Choose = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], None]
+_Choose = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, int], None]
 
 
-__all__ = ["DAMPING", "Compensated", "Factor", "Gptq", "agreement", "corrected", "factor", "gptq", "integer_errors"]
+__all__ = [
+    "DAMPING", "Compensated", "Factor", "Gptq", "agreement", "corrected", "factor", "gptq", "in_runs", "integer_errors",
+    "largest_first",
+]  # fmt: skip

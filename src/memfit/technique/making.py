@@ -11,7 +11,7 @@ from torch import Tensor
 from memfit.packed.forms import Form, LowRank, Narrow, Shared, Sparse, Whole
 from memfit.packed.scheme import Scheme
 
-from .gptq import Factor, gptq
+from .gptq import Factor, gptq, largest_first
 from .low_rank import factorize, right_factors
 from .made import Made, dense
 from .prune import prune
@@ -44,7 +44,7 @@ def make(
 def shared_by_rows(
     form: Form, rows: Iterable[Tensor], importance_K: Tensor | None, rows_N: Tensor | None = None
 ) -> Tensor | None:
-    """What all rows of a weight have in common, if it comes in blocks of rows: a codebook's levels [2^b], the right
+    """What all rows of a weight have in common, if it comes in blocks of rows: a codebook's levels, the right
     factor [r, K]; None of other forms, which make each row by itself.
 
     rows_N: what errors of each row count, for factors; None: all alike.
@@ -85,9 +85,12 @@ def weight_of(made: Quantized | Made) -> Tensor:
     return dequantize(made) if isinstance(made, Quantized) else dense(made)
 
 
-def order_of(form: Form, hessian: Tensor) -> Tensor | None:
-    """The order [K] that `factor` is best given for a form; None: the usual one."""
-    return order_for(hessian.diagonal(), form) if isinstance(form, Sparse) else None
+def order_of(forms: Sequence[Form], hessian: Tensor) -> Tensor:
+    """The order [K] that `factor` is best given for the first form, and in which the columns of each one's vectors come
+    one after another."""
+    together = max([form.vector for form in forms if isinstance(form, Scheme)], default=1)
+    first, diagonal = forms[0], hessian.diagonal()
+    return order_for(diagonal, first, together) if isinstance(first, Sparse) else largest_first(diagonal, together)
 
 
 def tensors_of(made: Quantized | Made) -> tuple[Tensor | None, ...]:

@@ -31,6 +31,7 @@ from memfit.packed.scheme import Scheme
 
 from .codebook import learn
 from .float_values import find_levels
+from .vectors import find_vectors, learn_vectors
 
 WORKSPACE_NBYTES: Final = 8 * 2**20
 """Most bytes of temporaries at one moment, whatever the weight's size (but never less than one row takes).
@@ -105,7 +106,7 @@ class Quantized:
     zero: Tensor | None
     """int8 [N, G], in q's range; None if symmetric."""
     table: Tensor | None = None
-    """bf16 [2^b]: a codebook's levels; None for any other values."""
+    """bf16 [2^b]: a codebook's levels, of vectors [2^(b·v), v]; None for any other values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def quantize(
     importance [K]: mean squares of the inputs; None: all equal. A group whose importances are all 0 is
     treated as equally important.
 
-    table [2^b]: a codebook's levels, if this is part of a weight that they were learned from (`learned`).
+    table: a codebook's levels, if this is part of a weight that they were learned from (`learned`).
 
     Raises:
         ValueError: a shape that the scheme cannot store, weights that are not finite or beyond 2^120,
@@ -157,7 +158,11 @@ def quantize(
         with _threads_that_pay():
             if table is None:
                 table = learned(scheme, [weight], importance)
-            q, scale = find_levels(weight, scheme, a, table=table, search=search)
+            if scheme.vector != 1:
+                assert table is not None, "a codebook has one"
+                q, scale = find_vectors(weight, scheme, a, table=table, search=search)
+            else:
+                q, scale = find_levels(weight, scheme, a, table=table, search=search)
         return Quantized(scheme=scheme, q=q, scale=scale, zero=None, table=table)
     q = torch.empty(rows, inputs, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=weight.device)
@@ -169,8 +174,10 @@ def quantize(
 
 
 def learned(scheme: Scheme, rows: Iterable[Tensor], importance: Tensor | None) -> Tensor | None:
-    """The levels [2^b] of a weight that comes in blocks of rows, if the scheme is a codebook; else None."""
-    return learn(rows, scheme, importance) if scheme.values == "codebook" else None
+    """The levels of a weight that comes in blocks of rows, if the scheme is a codebook; else None."""
+    if scheme.values != "codebook":
+        return None
+    return learn(rows, scheme, importance) if scheme.vector == 1 else learn_vectors(rows, scheme, importance)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@
 Legend of shapes: N outputs (rows), K inputs, G groups of a row.
 
 Of NF4 and codebooks q_k + round(o_k) is the place in the sorted levels, and what a step of o_k is worth is half of what
-lies between the levels on both sides. A codebook's levels learn too.
+lies between the levels on both sides. A codebook's levels learn too; where they are vectors none is next to another, so
+which weights have which stays, and the levels and scales alone learn.
 
 The rounding is passed straight through by gradients, as in SignRound (Cheng et al. 2023); unlike there, integers begin
 where GPTQ has left them, which is far lower than the nearest ones: o_k begins as the part of a step by which the weight
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from memfit.packed.fake import blocks_to_run, is_fake
-from memfit.packed.levels import level_table
+from memfit.packed.levels import level_table, places
 from memfit.packed.scheme import Scheme
 
 from .quantize import Quantized
@@ -58,7 +59,7 @@ class Tuning:
 
 
 def is_tunable(scheme: Scheme) -> bool:
-    """Whether the next code is the next value."""
+    """Whether the next code is the next value, or levels can learn."""
     return scheme.values in ("int", "nf4", "codebook")
 
 
@@ -77,10 +78,11 @@ class Learner:
         if not is_tunable(found.scheme):
             raise ValueError(f"{found.scheme.name}: its codes are not in the order of their values, so none has a next")
         self.found = found
-        self.offset = torch.zeros(found.q.shape, dtype=torch.float32)
         self.levels = None if found.table is None else found.table.to(torch.float32)
-        for rows in _blocks(found.q):
+        self.offset = torch.zeros(found.q.shape, dtype=torch.float32) if found.scheme.vector == 1 else None
+        for rows in () if self.offset is None else _blocks(found.q):
             value, slope, _ = _values(found, self.offset, None, self.levels, rows)
+            assert slope is not None and self.offset is not None, "single weights have them"
             by_group = (value.shape[0], found.scale.shape[1], -1)
             scale = found.scale[rows].to(torch.float32).unsqueeze(-1)
             off = weight[rows].to(torch.float32).view(by_group).div(scale).view(value.shape)
@@ -94,8 +96,9 @@ class Learner:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What learns: offsets [N, K], growth of scales [N, G]; shifts of zero points [N, G], a codebook's levels."""
-        return [self.offset, self.growth, *(part for part in (self.shift, self.levels) if part is not None)]
+        """What learns: offsets [N, K] of single weights, growth of scales [N, G], shifts of zero points [N, G], a
+        codebook's levels."""
+        return [part for part in (self.offset, self.growth, self.shift, self.levels) if part is not None]
 
     def weight(self) -> Tensor:
         """ŵ [N, K], bf16, with gradients to what learns."""
@@ -108,7 +111,7 @@ class Learner:
         """The integers as they stand."""
         found, q = self.found, torch.empty_like(self.found.q)
         for rows in _blocks(q):
-            q[rows] = _codes(found, self.offset, rows)[0]
+            q[rows] = found.q[rows] if self.offset is None else _codes(found, self.offset, rows)[0]
         scale = _scale(found, self.growth).to(torch.bfloat16)
         zero = None if self.shift is None else _zero(found, self.shift)[0].to(torch.int8)
         table = found.table if self.levels is None else self.levels.to(torch.bfloat16)
@@ -120,7 +123,7 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, offset: Tensor, growth: Tensor, shift: Tensor | None, levels: Tensor | None, found: Quantized
+        ctx: Any, offset: Tensor | None, growth: Tensor, shift: Tensor | None, levels: Tensor | None, found: Quantized
     ) -> Tensor:
         ctx.save_for_backward(offset, growth, shift, levels)
         ctx.found = found
@@ -135,12 +138,12 @@ class _Weight(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, None]:
         offset, growth, shift, levels = ctx.saved_tensors
         found: Quantized = ctx.found
         scale = _scale(found, growth)
         zero, free = (None, None) if shift is None else _zero(found, shift)
-        to_offset, to_growth = torch.empty_like(offset), torch.empty_like(growth)
+        to_offset, to_growth = None if offset is None else torch.empty_like(offset), torch.empty_like(growth)
         to_shift = None if shift is None else torch.empty_like(shift)
         to_levels = None if levels is None else torch.zeros_like(levels)
         for rows in _blocks(found.q):
@@ -153,8 +156,9 @@ class _Weight(torch.autograd.Function):
             if to_shift is not None and free is not None:
                 to_shift[rows] = g_groups.sum(-1).neg_().mul_(free[rows])
             if to_levels is not None and place is not None:
-                to_levels.index_add_(0, place, g.view(-1))
-            to_offset[rows] = g.mul_(slope)
+                to_levels.index_add_(0, place, g.view(-1, *to_levels.shape[1:]))
+            if to_offset is not None and slope is not None:
+                to_offset[rows] = g.mul_(slope)
             del value, slope, place, g, g_groups
         return to_offset, to_growth, to_shift, to_levels, None
 
@@ -172,8 +176,11 @@ def tune(
     """
     before = _mean(loss, turns)
     groups = [
-        {"params": [learner.offset for learner in learners.values()], "lr": tuning.rate},
-        {"params": [p for learner in learners.values() for p in learner.parameters[1:]], "lr": tuning.scale_rate},
+        {"params": [p for one in learners.values() for p in one.parameters if p is one.offset], "lr": tuning.rate},
+        {
+            "params": [p for one in learners.values() for p in one.parameters if p is not one.offset],
+            "lr": tuning.scale_rate,
+        },
     ]
     optimizer = torch.optim.Adam(groups, fused=True)
     first = [tuning.rate, tuning.scale_rate]
@@ -215,9 +222,14 @@ def _codes(found: Quantized, offset: Tensor, rows: slice) -> tuple[Tensor, Tenso
 
 
 def _values(
-    found: Quantized, offset: Tensor, zero: Tensor | None, levels: Tensor | None, rows: slice
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    found: Quantized, offset: Tensor | None, zero: Tensor | None, levels: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What some rows are before they are scaled, fp32; how much that changes with the offset; the places of levels."""
+    if offset is None:
+        assert levels is not None, "vectors are a codebook's"
+        u = found.q[rows].contiguous().view(torch.uint8) + (1 << (found.scheme.bits - 1))
+        place = places(u, levels).view(-1).to(torch.int32)
+        return levels.to(torch.bfloat16).to(torch.float32).index_select(0, place).view(u.shape), None, place
     code, inside = _codes(found, offset, rows)
     if found.scheme.values == "int":
         zero = found.zero if zero is None else zero
