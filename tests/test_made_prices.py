@@ -23,7 +23,9 @@ from memfit.technique.gptq import damping_for, factor, gptq, integer_errors
 from memfit.technique.making import make_for, order_of, weight_of
 
 IDS = torch.randint(1, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
-ALLOWED = Allowed(techniques=("quantize", "prune", "low-rank", "share"), bits=(4, 3), kv_bits=(16,))
+ALLOWED = Allowed(
+    techniques=("quantize", "prune", "low-rank", "share"), bits=(4, 3), values=("int", "codebook"), kv_bits=(16,)
+)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from memfit.source.source import Source
 from memfit.technique.gptq import Factor, damping_for, factor, gptq, integer_errors
 from memfit.technique.made import dense
 from memfit.technique.making import order_of
-from memfit.technique.quantize import dequantize
+from memfit.technique.quantize import dequantize, learned
 from memfit.technique.share import Member, shared_errors
 from memfit.technique.smooth import activation_noise
 from memfit.technique.sparsegpt import sparsegpt
@@ -156,8 +156,15 @@ class _Layers:
         """Nats a token, of all of them together; the phase begins anew for each kind."""
         anew()
         found: ByForm = {}
-        schemes = [form for form in forms if isinstance(form, Scheme)]
-        usual = factor(self.hessian, damping=self.damping, order=order_of(schemes or forms[:1], self.hessian))
+        schemes = [form for form in forms if isinstance(form, Scheme) and form.values != "codebook"]
+        codebooks = [form for form in forms if isinstance(form, Scheme) and form.values == "codebook"]
+        for vector in sorted({scheme.vector for scheme in codebooks}):
+            alike = [scheme for scheme in codebooks if scheme.vector == vector]
+            made = factor(self.hessian, damping=self.damping, order=order_of(alike, self.hessian))
+            found |= {scheme: self._of_codebook(scheme, made) for scheme in alike}
+            del made
+            anew()
+        usual = factor(self.hessian, damping=self.damping)
         if schemes:
             found |= self._sample(len(schemes)).of_schemes(schemes, usual)
         for base in dict.fromkeys(form.base for form in forms if isinstance(form, LowRank)):
@@ -185,12 +192,20 @@ class _Layers:
             del made, sample
         return found
 
-    def _sample(self, times: int, together: int = 1) -> "_Rows":
-        """Rows to be made `times` times over; `together`: that come in bands of so many."""
+    def _of_codebook(self, scheme: Scheme, made: Factor) -> float:
+        """A sample of each weight, with the levels that all of it will have."""
+        price = 0.0
+        for name, weight in self.weights.items():
+            table = learned(scheme, [weight], made.own_weights())
+            price += self._sample(1, of=name).of_scheme(scheme, made, table)
+        return price
+
+    def _sample(self, times: int, together: int = 1, of: str | None = None) -> "_Rows":
+        """Rows to be made `times` times over; `together`: that come in bands of so many; `of`: one weight alone."""
         inputs = self.hessian.shape[0]
         most = _WEIGHTS // (times * inputs * len(self.weights))
         parts, counts = [], []
-        for name, weight in self.weights.items():
+        for name, weight in self.weights.items() if of is None else [(of, self.weights[of])]:
             wanted = max(_FEWEST, min(self.rows, most))
             rows_N = self.gradients[name].to(torch.float32)
             bands = weight.shape[0] // together
@@ -246,11 +261,14 @@ class _Rows:
                 found |= {scheme: self._price(errors) for scheme, errors in zip(alike, errors_SR, strict=True)}
         for scheme in schemes:
             if scheme not in found:
-                found[scheme] = self._price(gptq(self.weight_RK, made, scheme).error)
+                found[scheme] = self.of_scheme(scheme, made)
             if scheme.activations == 8:
                 size = self.weight_RK.to(torch.float32, copy=True).square_().sum(dim=1)
                 found[scheme] += self._price(size) * _number(activation_noise(made.importance))
         return found
+
+    def of_scheme(self, scheme: Scheme, made: Factor, table: Tensor | None = None) -> float:
+        return self._price(gptq(self.weight_RK, made, scheme, table=table).error)
 
     def of_sparse(self, form: Sparse, made: Factor) -> float:
         off = self.weight_RK.to(torch.float32, copy=True).sub_(dense(sparsegpt(self.weight_RK, made, form)))

@@ -236,7 +236,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 @torch.no_grad()
 def gptq(
     weight: Tensor, hessian: "Tensor | Factor", scheme: Scheme, *, damping: float = DAMPING, block: int = _COLUMNS,
-    rows: int | None = None,
+    rows: int | None = None, table: Tensor | None = None,
 ) -> Compensated:  # fmt: skip
     """The integers of weight [N, K] for inputs with E[x xᵀ] = `hessian`: scales as searched, values by GPTQ.
 
@@ -246,6 +246,7 @@ def gptq(
         damping: see `factor`; of no use with a factor.
         block: columns whose errors are spread one at a time.
         rows: worked on at once; None: `_ROWS`. No row depends on another.
+        table: a codebook's levels, where these are not all of its rows.
 
     Raises:
         ValueError: as `quantize` and `factor` do; a Hessian of another width; of vectors a factor in whose order their
@@ -257,7 +258,7 @@ def gptq(
         made = factor(hessian, damping=damping, order=largest_first(hessian.diagonal(), scheme.vector))
     if made.order.shape[0] != weight.shape[-1]:
         raise ValueError(f"the Hessian is of {made.order.shape[0]} inputs, the weight has {weight.shape[-1]}")
-    found = quantize(weight, scheme, importance=made.own_weights())
+    found = quantize(weight, scheme, importance=made.own_weights(), table=table)
     errors = torch.empty(weight.shape[0], dtype=made.coupling.dtype, device=weight.device)
     group_of = torch.arange(weight.shape[1], device=weight.device).div_(
         weight.shape[1] // found.scale.shape[1], rounding_mode="floor"
