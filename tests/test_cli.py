@@ -210,6 +210,15 @@ def test_a_rank_that_nothing_has_is_told_with_the_largest(memfit, model):
     assert code == 2 and not out and "has no rank 9999, at most " in " ".join(err.split())
 
 
+def test_a_share_of_the_bytes_is_written_either_way(memfit, model):
+    words = ("--technique", "low-rank", "--dry-run", "--json", "-q", "--rank")
+    plans = [json.loads(memfit("fit", model, *SMALL, *words, share)[1])["choices"] for share in ("80%", "0.8")]
+    assert plans[0] == plans[1] and any(choice["scheme"] for choice in plans[0])
+    for wrong in ("0", "1.5", "0.0", "100%", "much"):
+        code, out, err = memfit("fit", model, *SMALL, *words, wrong)
+        assert code == 2 and f"--rank '{wrong}': write a number from 1" in json.loads(out)["message"], err
+
+
 def test_factors_larger_than_their_weights_are_not_taken(memfit, model):
     """Of 128 x 256 those of rank 100 would be; of the head's 512 x 128 they are a little smaller."""
     words = ("--technique", "low-rank", "--rank", "100", "--keep", "embeddings", "--dry-run", "-q", "--json")

@@ -110,9 +110,9 @@ def _share(text: str) -> float:
 
 
 def _rank(text: str) -> int | float:
-    how = f"--rank {text!r}: write a number from 1, as 64, or a share of the bytes between 0% and 100%, as 80%."
+    how = f"--rank {text!r}: write a number from 1, as 64, or a share of the bytes between 0% and 100%, as 80% or 0.8."
     try:
-        found = int(text) if (share := share_of(text)) is None else share
+        found = int(text) if text.isdecimal() else float(text) if (share := share_of(text)) is None else share
     except ValueError as error:
         raise UsageError(how) from error
     if not (0 < found < 1 if isinstance(found, float) else found >= 1):

@@ -73,7 +73,7 @@ def look_up(u: Tensor, scale: Tensor, table: Tensor, *, dtype: torch.dtype = tor
         # A vector as one number: taken by rows it takes ten times as long.
         dense = levels.view(whole).view(-1).index_select(0, place).view(dtype).view(u.shape)
     else:
-        dense = levels.index_select(0, place).view(u.shape)
+        dense = levels.index_select(0, place if table.dim() == 1 else place.to(torch.int64)).view(u.shape)
     dense.view(u.shape[0], scale.shape[1], -1).mul_(scale_values(scale).to(dtype)[..., None])
     return dense
 
