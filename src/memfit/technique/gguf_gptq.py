@@ -5,7 +5,10 @@ and a shift M = dmin m, and nearest plane chooses on it as `gptq` does, column b
 
     t_j = w_j + Σ_{i<j} (w_i − ŵ_i) M_ij          q_j = (t_j + M) / D, rounded          ŵ_j = D q_j − M
 
-so errors of neighbours, across sub-blocks and blocks, cancel in the layer's output instead of adding up.
+so errors of neighbours, across sub-blocks and blocks, cancel in the layer's output instead of adding up. The scales of
+scales are coarse, and searching them for what a column's own error counts then, R_jj², fits a short text: they are
+searched with its geometric mean with diag(H). Files of Q4_K_M and Q2_K lose 0.97 and 0.96 of what they lose by R_jj²
+(MiniLM, 8192 tokens), 0.98 and 0.94 (demo).
 
 Legend of shapes: N outputs (rows), K inputs (columns), R rows of a piece, S sub-blocks of a row, B columns of a block.
 """
@@ -47,10 +50,11 @@ def encode_compensated(weight: Tensor, kind: str, made: Factor, *, meant: Tensor
     if made.order.shape[0] != columns:
         raise UsageError(f"the Hessian is of {made.order.shape[0]} inputs, the weight has {columns}.")
     out = torch.empty(rows, one.row_nbytes(columns), dtype=torch.uint8, device=weight.device)
+    importance = made.own_weights().mul_(made.importance.to(torch.float32)).sqrt_()
     step = min(max(_PIECE // columns, _ROWS[0]), _ROWS[1])
     for start in blocks_to_run(range(0, rows, step)):
         part = slice(start, min(start + step, rows))
-        found = searched(weight[part], one, made.own_weights())
+        found = searched(weight[part], one, importance)
         values = _compensate(weight[part], found, one, made)
         if meant is not None:
             meant[part].copy_(values)
