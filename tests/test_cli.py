@@ -147,7 +147,6 @@ def test_progress_goes_to_stderr(memfit, model, monkeypatch):
         ("plan", "{model}", "--values", "nf5"),
         ("plan", "{model}", "--vector", "2"),
         ("plan", "{model}", "--values", "codebook", "--vector", "3"),
-        ("fit", "{model}", "--technique", "quantize", "--values", "codebook", "--bits", "3", "--vector", "4"),
         ("fit", "{model}", "--technique", "prune", "--sparsity", "0.5", "--vector", "4"),
         ("plan", "{model}", "--values", "nf4", "--asymmetric"),
         ("report", "{model}"),
@@ -250,7 +249,9 @@ def test_a_sparsity_may_be_a_share_in_percent(memfit, model):
 
 
 def test_one_kind_of_values_for_everything(memfit, model):
-    words = ("--technique", "quantize", "--values", "codebook", "--bits", "3", "--dry-run", "--json", "-q")
+    words = (
+        "--technique", "quantize", "--values", "codebook", "--bits", "3", "--vector", "4", "--dry-run", "--json", "-q"
+    )  # fmt: skip
     code, out, err = memfit("fit", model, *SMALL, *words)
     assert code == 0, err
     schemes = [choice["scheme"] for choice in json.loads(out)["choices"] if choice["scheme"]]

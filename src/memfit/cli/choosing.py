@@ -128,7 +128,7 @@ def allowed_by(
     """What the options let the search choose from."""
 
     import memfit
-    from memfit.packed.scheme import BITS_OF, MX_GROUP, VECTORS, Values, vector_for
+    from memfit.packed.scheme import BITS_OF, MX_GROUP, VECTORS, Values
 
     if said(context, "smooth") and activations == 16:
         raise UsageError("--smooth and --no-smooth say something of activations of 8 bits: add --activations 8.")
@@ -143,13 +143,13 @@ def allowed_by(
         raise UsageError(f"--asymmetric beside --values {values}: only integers have zero points. Leave one out.")
     if said(context, "vector"):
         if vector not in VECTORS:
-            raise UsageError(f"--vector: {vector} is none of {', '.join(map(str, VECTORS))}.")
-        if "codebook" not in kinds:
-            raise UsageError(f"--vector {vector} says something of codebooks, and this is --values {values}.")
-        if uniform and (most := vector_for("codebook", widths[0], vector)) < vector:
             raise UsageError(
-                f"--vector {vector}: {vector} weights of {widths[0]} bits are a code of {vector * widths[0]} bits, and "
-                f"8 is the most. Take --vector {most}."
+                f"--vector: {vector} is none of {', '.join(map(str, VECTORS))}. 4 suits 2 bits, 2 suits 3 and 4."
+            )
+        if "codebook" not in kinds:
+            raise UsageError(
+                f"--vector {vector} says something of codebooks, and this is --values {values}. Add --values codebook, "
+                "or leave --vector out."
             )
     sizes = None
     if groups is not None:
