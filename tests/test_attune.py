@@ -128,9 +128,9 @@ def test_a_model_that_has_learned_is_nearer_to_the_original(name: str, tmp_path:
     learn(source, schemes, integers)
     after = apart(source, integers, schemes)
     assert integers.attuned is not None and integers.vectors
-    # Learning runs in bf16, and is judged here in fp32: of a few scores, whose divergence is small, that is a third.
+    # Learning runs in bf16, and is judged here in fp32: of a classifier's few scores that is a third of what is left.
     assert integers.attuned["before"] == pytest.approx(before, rel=0.1, abs=5e-4)
-    assert integers.attuned["after"] == pytest.approx(after, rel=0.1, abs=1e-3)
+    assert integers.attuned["after"] == pytest.approx(after, rel=0.1, abs=1e-3 if name == "classifier" else 5e-4)
     assert after < 0.95 * before
 
 

@@ -11,6 +11,7 @@ from memfit.errors import UsageError
 from memfit.technique import gguf_gptq
 from memfit.technique.gguf_blocks import KINDS, encode, searched
 from memfit.technique.gguf_gptq import encode_compensated
+from memfit.technique.gguf_layout import Fields, Kind
 from memfit.technique.gptq import DAMPING, Factor, factor
 
 from .test_gptq import own_weights
@@ -86,6 +87,28 @@ def test_inputs_that_have_nothing_to_do_with_each_other_change_nothing() -> None
     step, shift = (part.view(5, -1).repeat_interleave(32, dim=1) for part in alone.grid())
     nearest = ((weight + shift) / step).round().clamp(0, 15) * step - shift
     assert torch.allclose(decoded(packed, "Q4_K"), nearest, atol=1e-6)
+
+
+def test_rows_in_pieces_give_the_same_bytes_for_the_same_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = drawn(7, rows=9)
+    made = factor(hessian)
+    scales = searched(weight, KINDS["Q3_K"], importance_of(hessian))
+    blocks = 512 // 256  # of a row
+    counts: list[int] = []
+
+    def cut(rows: torch.Tensor, kind: Kind, _: torch.Tensor) -> Fields:
+        first = sum(counts)
+        counts.append(rows.shape[0])
+        part = slice(first * blocks, (first + rows.shape[0]) * blocks)
+        names = ("q", "k", "m", "d", "dmin")
+        return Fields(kind=kind, **{n: t[part].clone() for n, t in zip(names, scales.parts(), strict=True)})
+
+    monkeypatch.setattr(gguf_gptq, "searched", cut)
+    whole = encode_compensated(weight, "Q3_K", made)
+    counts.clear()
+    monkeypatch.setattr(gguf_gptq, "_ROWS", (2, 2))
+    assert torch.equal(encode_compensated(weight, "Q3_K", made), whole)
+    assert counts == [2, 2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("seed", range(7, 11))

@@ -128,7 +128,7 @@ def allowed_by(
     """What the options let the search choose from."""
 
     import memfit
-    from memfit.packed.scheme import BITS_OF, MX_GROUP, VECTORS, Values
+    from memfit.packed.scheme import BITS_OF, MX_GROUP, Values
 
     if said(context, "smooth") and activations == 16:
         raise UsageError("--smooth and --no-smooth say something of activations of 8 bits: add --activations 8.")
@@ -141,16 +141,11 @@ def allowed_by(
         raise UsageError(f"--values: {unknown[0]!r} is none of {', '.join(get_args(Values))}.")
     if asymmetric and kinds != ("int",):
         raise UsageError(f"--asymmetric beside --values {values}: only integers have zero points. Leave one out.")
-    if said(context, "vector"):
-        if vector not in VECTORS:
-            raise UsageError(
-                f"--vector: {vector} is none of {', '.join(map(str, VECTORS))}. 4 suits 2 bits, 2 suits 3 and 4."
-            )
-        if "codebook" not in kinds:
-            raise UsageError(
-                f"--vector {vector} says something of codebooks, and this is --values {values}. Add --values codebook, "
-                "or leave --vector out."
-            )
+    if said(context, "vector") and "codebook" not in kinds:
+        raise UsageError(
+            f"--vector {vector} says something of codebooks, and this is --values {values}. Add --values codebook, or "
+            "leave --vector out."
+        )
     sizes = None
     if groups is not None:
         chosen = _numbers(groups, "--groups", (128, 64, 32))

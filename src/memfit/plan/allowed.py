@@ -81,7 +81,9 @@ class Allowed:
             raise UsageError(f"a rank is a whole number from 1, or a share of the bytes between 0 and 1; got {bad[0]}.")
         if self.vector not in VECTORS:
             known = ", ".join(map(str, VECTORS))
-            raise UsageError(f"a level of a codebook stands for {known} weights, got {self.vector}.")
+            raise UsageError(
+                f"a level of a codebook stands for {known} weights, got {self.vector}. 4 suits 2 bits, 2 suits 3 and 4."
+            )
         if self.activations not in (16, 8):
             raise UsageError(f"activations have 16 or 8 bits, got {self.activations}.")
         sizes = (None,) if self.groups is None else self.groups.get(8, (None,))

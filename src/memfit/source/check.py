@@ -139,7 +139,7 @@ def _check_packed(source: Source, prefix: str, scheme: Form, shape: tuple[int, .
         wanted = {part: due for part, due in wanted.items() if part == "weight_scale"}
     elif scheme.values == "codebook":
         levels = scheme.codebook
-        wanted["weight_codebook"] = (levels[0] if len(levels) > 1 else 1, levels[-1], torch.bfloat16)
+        wanted["weight_codebook"] = (math.prod(levels[:-1]), levels[-1], torch.bfloat16)
     if not scheme.symmetric:
         wanted["weight_zero_point"] = zeros
     for part, (count, width, due_dtype) in wanted.items():

@@ -43,14 +43,14 @@ def learn(rows: Iterable[Tensor], scheme: Scheme, importance: Tensor | None) -> 
     mass, moment = torch.zeros(_BINS, dtype=torch.float64), torch.zeros(_BINS, dtype=torch.float64)
     for block in rows:
         groups = scheme.groups(block.shape[1])
-        a = _relative(importance, block.shape[1]).view(groups, -1)
+        a = relative(importance, block.shape[1]).view(groups, -1)
         for part in blocks_to_run(blocks_of(*block.shape)):
             _gather(block[part], a, mass, moment)
     values = _bin_values()
     return lloyd(mass, moment, _start(values, mass, moment, scheme.bits), values).to(torch.bfloat16)
 
 
-def _relative(importance: Tensor | None, inputs: int) -> Tensor:
+def relative(importance: Tensor | None, inputs: int) -> Tensor:
     """[K], the largest 1."""
     if importance is None:
         return torch.ones(inputs)

@@ -173,8 +173,8 @@ class _Block:
         if self.octaves:
             return torch.full_like(self.power, 0.25)
         if self.grid.scheme.values == "codebook":
-            return _stored(torch.where(self.alive, self._deviation(), 1.0))
-        return _stored(self._peak() / self.grid.top)
+            return stored(torch.where(self.alive, self._deviation(), 1.0))
+        return stored(self._peak() / self.grid.top)
 
     def _peak(self) -> Tensor:
         low, high = self.u.aminmax(dim=2, keepdim=True)
@@ -192,7 +192,7 @@ class _Block:
             return best
         for _ in blocks_to_run(range(_ALTERNATIONS)):
             best, error = self._better(best, error, best, near)
-        return _stored(best)
+        return stored(best)
 
     def _starts(self) -> list[Tensor]:
         kind, top = self.grid.scheme.values, self.grid.top
@@ -242,6 +242,6 @@ class _Block:
         return torch.sub(self.u, read, out=self.t).square_().mul_(self.a).sum(dim=2, keepdim=True)
 
 
-def _stored(scale: Tensor) -> Tensor:
+def stored(scale: Tensor) -> Tensor:
     """The nearest bf16 number, as float32."""
     return scale.to(torch.bfloat16).to(torch.float32)

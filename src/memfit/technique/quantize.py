@@ -30,7 +30,7 @@ from memfit.packed.levels import expand
 from memfit.packed.scheme import Scheme
 
 from .codebook import learn
-from .float_values import find_levels
+from .float_values import find_levels, stored
 from .vectors import find_vectors, learn_vectors
 
 WORKSPACE_NBYTES: Final = 8 * 2**20
@@ -373,10 +373,10 @@ def _quantize_block(
     span, half = 2**scheme.bits - 1, 2 ** (scheme.bits - 1)
     block = _Block(weight[rows], groups=scale.shape[1], a=a, symmetric=scheme.symmetric)
     if scheme.symmetric:
-        step = _stored(block.peak / (span / 2))
+        step = stored(block.peak / (span / 2))
         lowest = torch.where(block.sign > 0, -float(half), 1.0 - half)
     else:
-        step = _stored(block.range / span)
+        step = stored(block.range / span)
         lowest = (block.low / step).round_().clamp_(-span, 0)
     if search:
         plain = _Best(block.error(step, lowest, span), step, lowest)
@@ -442,8 +442,3 @@ def _grid(block: _Block, *, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor | i
     for factor in blocks_to_run(_AROUND):
         step = deviation * (factor * _STEP_OF_DEVIATION[scheme.bits])
         yield step, (mean / step - span / 2).round_().clamp_(-span, 0)
-
-
-def _stored(step: Tensor) -> Tensor:
-    """The nearest bf16 number, as float32."""
-    return step.to(torch.bfloat16).to(torch.float32)

@@ -19,11 +19,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from memfit.packed.blocks import blocks_of
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.packed.levels import digits
 from memfit.packed.scheme import Scheme
 
-from .float_values import SMALLEST, normal_groups
+from .codebook import relative
+from .float_values import SMALLEST, normal_groups, stored
 
 WORKSPACE_NBYTES: Final = 16 << 20
 """fp32 bytes of the rows that are worked on at once, but never less than `_FEWEST` of them; six times that is taken."""
@@ -80,10 +82,7 @@ def _normal(rows: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Te
     """All vectors of some rows, in parts of their group's root mean square, and what their errors count [n, v]."""
     u, power, _ = normal_groups(rows, scheme.groups(rows.shape[1]))
     scale = _deviation(u)
-    weight = (scale * power).square_().expand_as(u)
-    if importance is not None:
-        a = importance / importance.amax().clamp(min=torch.finfo(torch.float32).tiny)
-        weight = weight * torch.where(a.amax() > 0, a, 1.0).view(u.shape[1:])
+    weight = (scale * power).square_() * relative(importance, rows.shape[1]).view(u.shape[1:])
     return u.div_(scale).view(-1, scheme.vector), weight.reshape(-1, scheme.vector)
 
 
@@ -159,7 +158,7 @@ def find_vectors(
     for part in blocks_to_run(_blocks(*weight.shape)):
         u, power, alive = normal_groups(weight[part], a.shape[0])
         shape = (u.shape[0], -1)
-        plain_GR = _stored(_deviation(u)).view(shape).t().contiguous()
+        plain_GR = stored(_deviation(u)).view(shape).t().contiguous()
         u_KR = u.view(shape).t().contiguous()
         del u
         place, error_GR, best_GR, least_GR = _assigned(u_KR, plain_GR, a, table)
@@ -170,7 +169,7 @@ def find_vectors(
                 best_GR = torch.where(left_GR < least_GR, fitted_GR, best_GR)
                 least_GR = torch.minimum(left_GR, least_GR)
                 del fitted_GR, left_GR
-            best_GR = _stored(best_GR)
+            best_GR = stored(best_GR)
             other, less_GR, _, _ = _assigned(u_KR, best_GR, a, table)
             better = less_GR < error_GR
             stored_GR = torch.where(better, best_GR, plain_GR)
@@ -209,14 +208,7 @@ def _assigned(u_KR: Tensor, scale_GR: Tensor, a: Tensor, table: Tensor) -> tuple
 
 
 def _blocks(rows: int, inputs: int) -> Iterator[slice]:
-    step = max(_FEWEST, WORKSPACE_NBYTES // (4 * inputs))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _stored(scale: Tensor) -> Tensor:
-    """The nearest bf16 number, as float32."""
-    return scale.to(torch.bfloat16).to(torch.float32)
+    return (slice(*some) for some in blocks_of(rows, max(_FEWEST, WORKSPACE_NBYTES // (4 * inputs)), 1))
 
 
 class Vectors:
