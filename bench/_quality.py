@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from _measured import Ran, run
-from memfit.report.machine import describe_machine
+from memfit.report.machine import describe_machine, git_commit
 
 HERE = Path(__file__).parent
 TOKENS, WINDOWS, EVALUATED = 512, 32, 8
-MEMFIT = ("rtn", "search", "gptq", "tuned", "gptq-codebook", "tuned-codebook")
+MEMFIT = ("rtn", "search", "gptq", "tuned", "gptq-codebook", "tuned-codebook", "gptq-capped")
 CODEBOOK = "-codebook"
 """Of an algorithm of memfit: not integers but levels learned for each tensor; of 4 bits and less."""
+CAPPED = "-capped"
+"""Of an algorithm of memfit: the same bytes, made within a cap near the least that works; others have room."""
+CAPS = {"demo": "512MiB", "minilm": "600MiB", "gemma": "1GiB"}
+ROOM = "16GiB"
 PEERS: dict[str, tuple[str, ...]] = {
     "llmcompressor": ("rtn", "mse", "gptq", "gptq-mse"),
     "autoround": ("rtn", "opt-rtn", "tuned"),
@@ -162,7 +166,7 @@ def run_case(case: Case, model: Model, python: str, work: Path, *, group: int, t
     """Quantize, judge, and say what was found, in a row; what went wrong is in the row too."""
     out = work / f"out-{os.getpid()}"
     shutil.rmtree(out, ignore_errors=True)
-    row: dict[str, Any] = asdict(case) | {"processor": describe_machine()["cpu"]}
+    row: dict[str, Any] = asdict(case) | {"processor": describe_machine()["cpu"], "commit": git_commit()}
     try:
         if case.tool == "memfit":
             ran = run(memfit_words(case, model, out, group=group, threads=threads), cwd=work)
@@ -199,8 +203,9 @@ def memfit_words(case: Case, model: Model, out: Path, *, group: int, threads: in
         options += ["--values", "codebook"]
     return [
         sys.executable, "-c", "from memfit.cli import main; main()", "fit", str(model.directory),
-        "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--no-measure", "--ram", "16GiB",
-        "--algorithm", case.algorithm.removesuffix(CODEBOOK), "--window", str(TOKENS), "--windows", str(WINDOWS),
+        "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--no-measure",
+        "--ram", CAPS[case.model] if case.algorithm.endswith(CAPPED) else ROOM,
+        "--algorithm", case.algorithm.partition("-")[0], "--window", str(TOKENS), "--windows", str(WINDOWS),
         "--text", str(model.text), "--threads", str(threads), "-o", str(out), *options,
     ]  # fmt: skip
 
