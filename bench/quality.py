@@ -11,7 +11,8 @@ Every case is a fresh process, a peer's in an environment of its own (see peers/
 dequantized, and `_judge.py` judges all: KL with its interval, perplexity; of an encoder 1 - cosine of its embeddings.
 A peer's seconds are those of quantizing alone, and its bytes of a file are counted; memfit's seconds include reading
 and writing. `gptq-capped` makes the bytes of `gptq` within a cap near the least that works; the others have room.
-Times are compared in processor seconds, to which other work on the machine adds little. Results are written after every case: the same command goes on where a killed run has ended.
+Times are compared in processor seconds, to which other work on the machine adds little. Results are written after
+every case: the same command goes on where a killed run has ended.
 """
 
 import argparse
