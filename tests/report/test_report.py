@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any
 
@@ -271,6 +272,21 @@ def test_each_technique_alone_stands_beside_those_allowed_together() -> None:
     assert "Taken" not in said
     said = text_of(render_report(report(fronts=lines, tried={"all together": 0.25, "quantize": 0.125})))
     assert "all together 0.25, quantize 0.125. Taken: quantize." in said
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"measured": None}, "nothing was run (--no-measure)"),
+        ({"ram": {"cap_nbytes": MiB, "jobs": {}}}, "within the cap"),
+        ({}, "there was no text. Give --text"),
+    ],
+)
+def test_a_report_without_quality_says_why(changes: dict[str, Any], why: str) -> None:
+    without = report(quality=None, **changes)
+    for shown in (text_of(render_report(without)), unescape(render_page(without))):
+        assert why in shown
+    assert "not judged" not in text_of(render_report(report())) + render_page(report())
 
 
 def test_a_divergence_far_above_the_expected_one_is_told() -> None:

@@ -10,7 +10,7 @@ from memfit.report.choices import rows
 from memfit.report.drawing import bars_at_peak, fronts, strip_of_bits
 from memfit.report.report import Report
 from memfit.report.techniques import HEAD, LEGEND, technique_rows, tried_line
-from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
+from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines, why_not_judged
 from memfit.units import format_size
 
 
@@ -43,7 +43,7 @@ def render_page(report: Report) -> str:
         rows=rows(choices),
         comparisons=_comparisons(report),
         phases=report.best.phases,
-        quality=quality_lines(report.quality) if report.quality else [],
+        quality=quality_lines(report.quality) if report.quality else [("quality", why_not_judged(report))],
         speed=speed_lines(report.speed, report.speed_original) if report.speed else [],
         front=Markup(_fronts(report)) if report.fronts else "",
         techniques=technique_rows(report),

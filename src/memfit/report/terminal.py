@@ -210,8 +210,8 @@ def render_report(report: Report) -> RenderableType:
         parts += [Text(), _render_ram(report.ram)]
     if report.quality is not None:
         parts += [Text(), render_quality(report.quality)]
-    elif report.ram is not None and report.measured is not None:
-        parts += [Text(), Text("Quality: not judged; the original cannot be asked within the cap. See `memfit eval`.")]
+    else:
+        parts += [Text(), Text(f"Quality: {why_not_judged(report)}")]
     if (expected := _expected_line(report)) is not None:
         parts.append(Text(expected, style="dim"))
     if found := technique_rows(report):
@@ -232,6 +232,15 @@ def render_report(report: Report) -> RenderableType:
         kernels = ", ".join(f"{name} ({count})" for name, count in sorted(report.kernels.items()))
         parts += [Text(), Text(f"Kernels: {kernels}", style="dim")]
     return Group(*parts)
+
+
+def why_not_judged(report: Report) -> str:
+    """Of a report without quality: why it has none, and what to do."""
+    if report.measured is None:
+        return "not judged, as nothing was run (--no-measure). See `memfit eval`."
+    if report.ram is not None:
+        return "not judged: there was no text, or the original cannot be asked within the cap. See `memfit eval`."
+    return "not judged: there was no text. Give --text, or see `memfit eval`."
 
 
 def _expected_line(report: Report) -> str | None:
