@@ -63,6 +63,29 @@ def test_a_model_runs_on_it_inside_alone(monkeypatch):
     assert (found - right).norm() <= 0.02 * right.norm()
 
 
+@pytest.mark.parametrize("given", ["causal", "sliding", "padded", "added"])
+def test_a_mask_that_is_causal_is_taken_as_such_and_no_other(given, monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 40, 8, generator=random).bfloat16().unbind()
+    mask = torch.ones(40, 40, dtype=torch.bool).tril_().repeat(2, 1, 1, 1)
+    if given == "sliding":
+        mask.triu_(-20)
+    if given == "padded":
+        mask[1, :, :, :3] = False
+        mask[1, :, :3, 0] = True
+    if given == "added":
+        mask = mask.float().sub_(1).mul_(100).bfloat16()
+    asked = []
+    monkeypatch.setattr(attention, "attend", lambda *given, **how: asked.append(how) or attend(*given, **how))
+    with torch.no_grad():
+        found, _ = attention._attention(SimpleNamespace(is_causal=False), query, key, value, mask, scaling=0.3)
+    right = F.scaled_dot_product_attention(
+        *(x.double() for x in (query, key, value)), mask if given != "added" else mask.double(), scale=0.3
+    )
+    assert [how["causal"] for how in asked] == [given == "causal"]
+    torch.testing.assert_close(found.double(), right.transpose(1, 2), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("change", ["fp32", "dropout", "longer keys", "bias", "one row of a mask", "one row of keys"])
 def test_what_it_cannot_do_goes_the_usual_way(change, monkeypatch):
     monkeypatch.setattr(attention, "attend", lambda *_, **__: pytest.fail("asked"))

@@ -2,7 +2,7 @@
 
 On a processor torch's fused attention makes scores in pieces that are too small for matrix units: 90 GFLOP/s a core
 were seen, where products do 450. A window of calibration is short, so that a block of its scores stays in the cache.
-Right of a causal mask's diagonal none are made.
+Right of a causal mask's diagonal none are made; sliding windows longer than the text have such a mask too.
 
 Legend of shapes: B windows, H heads, V heads of keys and values, G heads that share one, T time, S time of keys, D
 width, R rows of a block of T.
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memfit.packed.fake import is_fake
 
 from .processor import multiplies_bf16
 
@@ -100,5 +102,15 @@ def _attention(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **more,
         )  # fmt: skip
+    if attention_mask is not None and _is_causal(attention_mask):
+        causal, attention_mask = True, None
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     return attend(query, key, value, attention_mask, scale=scale, causal=causal), None
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask [.., T, S] says what `causal` says; of a fake one nobody knows."""
+    time, keys = mask.shape[-2:]
+    if is_fake(mask) or mask.dtype != torch.bool or time != keys or time == 1:
+        return False
+    return torch.equal(mask, torch.ones(time, keys, dtype=torch.bool, device=mask.device).tril_().expand_as(mask))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from memfit.account.structure import stacked_blocks
 from memfit.packed.experts import WEIGHTS as EXPERTS_WEIGHTS
 from memfit.packed.experts import run_experts
-from memfit.packed.fake import blocks_to_run
+from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.packed.modules import is_experts
 from memfit.source.source import Source
 
@@ -295,12 +295,18 @@ def look_up(rows: Iterator[tuple[int, Tensor]], ids: Tensor, out: Tensor) -> Non
     flat, found = ids.reshape(-1), out.view(-1, out.shape[-1])
     step = max(1, ROWS_NBYTES // (found.shape[1] * found.element_size()))
     for start, block in rows:
-        for first in blocks_to_run(range(0, flat.shape[0], step)):
-            some, into = flat[first : first + step], found[first : first + step]
-            place = (some - start).clamp_(0, block.shape[0] - 1)
-            inside = ((some >= start) & (some < start + block.shape[0])).unsqueeze(1)
-            torch.where(inside, block[place], into, out=into)
+        here = _those_within(flat, start, block.shape[0])
+        for first in blocks_to_run(range(0, here.shape[0], step)):
+            some = here[first : first + step]
+            found.index_copy_(0, some, block.index_select(0, flat[some].sub_(start)))
         del block
+
+
+def _those_within(ids: Tensor, start: int, count: int) -> Tensor:
+    """Where ids [T] are of a block of rows; nobody can say of fake ones, and all may be."""
+    if is_fake(ids):
+        return torch.arange(ids.shape[0], device=ids.device)
+    return ((ids >= start) & (ids < start + count)).nonzero().squeeze(1)
 
 
 def rows_of(source: Source, parameter: str, *, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
