@@ -218,6 +218,21 @@ def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:
     assert "resident, within 1.00 GiB" in shown(report)
 
 
+def test_where_the_original_cannot_be_asked_the_fitted_model_is_measured_and_not_judged(
+    model, tmp_path, monkeypatch
+) -> None:
+    fit = importlib.import_module("memfit.fit")
+
+    def too_low(*given, **how):
+        cap, job = cap_of_jobs(*given, **how)
+        return cap, job | {"reference": False, "wanted": False}
+
+    monkeypatch.setattr(fit, "cap_of_jobs", too_low)
+    report = fitted(model, tmp_path / "out", ram=1 << 30, measure=True)
+    assert report.measured is not None and report.quality is None
+    assert "not judged" in shown(report)
+
+
 def shown(report: memfit.Report) -> str:
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(render_report(report))
@@ -233,9 +248,9 @@ def test_a_cap_below_the_smallest_is_refused_before_anything_is_written(model, t
     assert list(tmp_path.iterdir()) == []
 
 
-def fitted(model: Path, out: Path, **how) -> memfit.Report:
+def fitted(model: Path, out: Path, measure: bool = False, **how) -> memfit.Report:
     return memfit.fit(
-        model, "100%", out, task=TASK, text=text(), allowed=ALLOWED, uniform=True, measure=False, threads=1, **how
+        model, "100%", out, task=TASK, text=text(), allowed=ALLOWED, uniform=True, measure=measure, threads=1, **how
     )
 
 

@@ -239,6 +239,10 @@ def test_a_config_without_weights_cannot_be_fitted(tmp_path):
     with pytest.raises(UsageError, match="no weights"):
         memfit.fit(tmp_path / "m", "1GiB", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="`load` needs the weights"):
+        memfit.load(tmp_path / "m")
+    with pytest.raises(UsageError, match="`eval` needs the weights"):
+        memfit.evaluate(tmp_path / "m", demo.model_directory(), text())
 
 
 def test_a_fitted_model_is_accounted_with_its_own_cache(fitted):

@@ -33,9 +33,9 @@ from memfit.plan.plan import Plan
 from memfit.planning import ALL_TOGETHER, account_of, require_fit, uniform_plan
 from memfit.report.machine import describe_machine, describe_versions
 from memfit.report.report import Report
-from memfit.source.check import check_original
+from memfit.source.check import check_original, require_weights
 from memfit.source.live import fake_copy
-from memfit.source.source import open_source
+from memfit.source.source import Source, open_source
 from memfit.steps import (
     algorithm_of,
     asked_plainly,
@@ -378,11 +378,13 @@ def load(model: str | Path, plan: TrainPlan | None = None, *, device: str = "cpu
         device: `cpu` or `cuda`, for which packed weights are laid out.
 
     Raises:
-        UsageError: no CUDA device is here.
+        UsageError: no CUDA device is here; a config without weights.
         BrokenInput: a weight is missing, of another shape or type, or not finite.
     """
     require_device(device)
     source = loader_for(str(model))
+    if isinstance(source, Source):
+        require_weights(source, "load")
     if plan is None:
         return load_model(source, device=device)
     return load_to_train(source, plan.recipe, device=device)

@@ -373,12 +373,12 @@ def _judge(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judged(job: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Its quality, where there is a text."""
+    """Its quality, where there is a text and the original was asked about it."""
     from memfit.evaluate.divergence import compare_logits
     from memfit.task.infer import maker_of_caches
 
     text = _windows(job)
-    if text is None:
+    if text is None or not job["reference"]:
         return {}
     kv_bits = job["task"].get("kv_bits", 16)
     caches = maker_of_caches(model, kv_bits=kv_bits) if kv_bits < 16 else None

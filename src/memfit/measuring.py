@@ -12,7 +12,7 @@ from memfit.account.account import Account
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.models import require_device
-from memfit.source.check import check
+from memfit.source.check import check, require_weights
 from memfit.source.source import open_source
 from memfit.steps import job_on, proof_job
 from memfit.task.infer import Infer
@@ -38,14 +38,15 @@ def evaluate(
     each), `kernels`.
     """
     fitted, source = open_source(model), open_source(reference)
-    check(fitted)
-    check(source)
+    for one in (fitted, source):
+        check(one)
+        require_weights(one, "eval")
     task = replace(task or Infer(), kv_bits=fitted.kv_bits)
     with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
         work = Path(directory)
         judged = text if isinstance(text, Text) else Text.from_file(text)
         write_windows(source, judged, work)
-        job = job_on(source, work, threads)
+        job = job_on(source, work, threads) | {"reference": True}
         progress("asking the reference")
         original = run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16))})
         progress("measuring the model")

@@ -324,8 +324,10 @@ def write_companions(source: Source, chosen: Plan, directory: Path) -> None:
 
 
 def proof_job(model: str | Path, task: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """The job that measures a fitted model, and compares it with what the original answered to `job`."""
-    return {key: job[key] for key in ("work", "threads")} | {"do": "prove", "model": str(model), "task": task}
+    """The job that measures a fitted model, and compares it with what the original answered to `job`, if it was
+    asked."""
+    kept = {key: job[key] for key in ("work", "threads", "reference")}
+    return kept | {"do": "prove", "model": str(model), "task": task}
 
 
 def judging_job(model: str | Path, chosen: Plan, job: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,13 @@ def check_original(source: Source, what: str, *, needed_by: str | None = None) -
             f"{source.name}: its weights are packed (quantized, pruned, factored or shared), and packed weights are "
             f"not {what}. Give the model that it was made from."
         )
-    if needed_by is not None and source.checkpoint is None:
+    if needed_by is not None:
+        require_weights(source, needed_by)
+
+
+def require_weights(source: Source, needed_by: str) -> None:
+    """Raise UsageError if a source has a config alone: what can be planned for, and run with random weights only."""
+    if source.checkpoint is None:
         raise UsageError(
             f"{source.name}: has a config and no weights. `plan` works on it; `{needed_by}` needs the weights."
         )
