@@ -33,13 +33,13 @@ from memfit.units import format_size
 from memfit.worker import run_job
 
 _SHARE: Final = 0.03
-_SPREAD: Final = 2 << 20
-"""What an idle process holds differs by less from one to the next: a cap that is named is to work another time."""
 _SHARE_WAITING: Final = 0.5
 """Likewise where larger blocks wait in the heap: between those in use lie holes that no account tells of. Gemma 3 270M
 by GPTQ on 32 x 512 tokens: 30 % of it."""
 _NBYTES: Final = 24 << 20
 """What a job may take beyond its prediction: a share of that, and holes in the heap."""
+_SPREAD: Final = 2 << 20
+"""What an idle process holds differs by less from one to the next: a cap that is named is to work another time."""
 _PAGES_NBYTES: Final = 4 << 20
 _BATCHES: Final = (4, 2, 1)
 """Windows that calibration runs at once."""
