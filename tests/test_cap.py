@@ -136,14 +136,14 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
     monkeypatch.setattr(room, "predict_calibrating", lambda _, job: account(100 * job["batch"] * MIB))
 
     def kept(nbytes: int) -> Cap:
-        cap = Cap(nbytes=nbytes, idle_nbytes=300 * MIB, kernel_nbytes=MIB)
+        cap = Cap(nbytes=nbytes, idle_nbytes=300 * MIB, kernel_nbytes=MIB, untouched_nbytes=7)
         keep(cap, source, plan, job, "gptq", calibrates=True)
         return Cap.of_kept(json.loads(json.dumps(cap.kept())))
 
     much = kept(2000 * MIB)
     fast = Thrift(batch=4, waiting_nbytes=FAST)
     assert much.ways == {"choose": fast, "calibrate": 4, "compress": None}
-    told = {"ram_nbytes": 2000 * MIB, "waiting_nbytes": MIB}
+    told = {"ram_nbytes": 2000 * MIB, "untouched_nbytes": 0, "waiting_nbytes": MIB}
     assert much.told("choose") == told | {"thrift": fast.to_json(), "waiting_nbytes": FAST}
     assert much.told("calibrate") == told | {"batch": 4, "spill": True}
     assert much.predicted["choose"].resident_nbytes == 1300 * MIB
@@ -159,13 +159,21 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
         kept(least.nbytes - _SPREAD - 1)  # a cap that is named has room for an idle process that holds more
 
 
+def test_what_code_reserves_and_never_touches_is_no_part_of_a_cap() -> None:
+    predicted = {"choose": replace(account(50 * MIB), kernels=3)}
+    cap = Cap(nbytes=500 * MIB, idle_nbytes=300 * MIB, kernel_nbytes=MIB, untouched_nbytes=7, predicted=predicted)
+    assert cap.resident(predicted["choose"]).resident_nbytes == 353 * MIB
+    assert cap.told("choose") == {"ram_nbytes": 500 * MIB, "untouched_nbytes": 21, "waiting_nbytes": MIB}
+    assert Cap.of_kept(json.loads(json.dumps(cap.kept()))) == cap
+
+
 @pytest.mark.parametrize("smooth", [True, False])
 def test_what_smoothing_asks_for_is_gathered_within_a_cap_too(smooth: bool, model, tmp_path, monkeypatch) -> None:
     """To the nearest, in one setting, statistics and prices decide nothing else."""
     allowed = Allowed(bits=(8,), kv_bits=(16,), activations=8, smooth=smooth)
     study = Study(open_source(model), TASK, allowed)
     job = job_of(model, tmp_path / "work") | {"reference": False, "allowed": asdict(allowed)}
-    idle = {"now": 400 * MIB, "kernel_nbytes": MIB}
+    idle = {"now": 400 * MIB, "kernel_nbytes": MIB, "untouched_nbytes": MIB}
     monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
     with WorkDirectory(tmp_path / "out", key={"smooth": smooth}, resume=False) as work:
         cap, told = cap_of_jobs(work, 1 << 40, study, None, job, account(0), "rtn", uniform=True)
@@ -240,11 +248,11 @@ def shown(report: memfit.Report) -> str:
 
 
 def test_a_cap_below_the_smallest_is_refused_before_anything_is_written(model, tmp_path, monkeypatch) -> None:
-    idle = {"now": 400 << 20, "kernel_nbytes": 1 << 19}
+    idle = {"now": 400 << 20, "kernel_nbytes": 1 << 19, "untouched_nbytes": 1 << 19}
     monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
     with pytest.raises(DoesNotFit, match=r"1.00 KiB allowed \(--ram\).*works is \d+ bytes") as refused:
         fitted(model, tmp_path / "out", ram="1KiB")
-    assert refused.value.exit_code == 3 and refused.value.smallest_nbytes > 400 << 20
+    assert refused.value.exit_code == 3 and refused.value.smallest_nbytes > 400 << 20 and refused.value.of_cap
     assert list(tmp_path.iterdir()) == []
 
 

@@ -55,6 +55,9 @@ class Cap:
     nbytes: int
     idle_nbytes: int
     kernel_nbytes: int
+    """Code of each shape of a product, resident."""
+    untouched_nbytes: int = 0
+    """And what is reserved for it beyond that, which the system counts and nobody touches."""
     predicted: dict[str, Account] = field(default_factory=dict)
     """By job, with the resident peak."""
     measured: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -76,7 +79,8 @@ class Cap:
     def told(self, name: str) -> dict[str, Any]:
         """What a job is told, to keep to the cap and to be held to it."""
         way = self.ways.get(name)
-        how: dict[str, Any] = {"ram_nbytes": self.nbytes, "waiting_nbytes": LEVELS[0]}
+        untouched = self.untouched_nbytes * self.predicted[name].kernels
+        how: dict[str, Any] = {"ram_nbytes": self.nbytes, "untouched_nbytes": untouched, "waiting_nbytes": LEVELS[0]}
         if isinstance(way, Thrift):
             return how | {"thrift": way.to_json(), "waiting_nbytes": way.waiting_nbytes}
         return how | ({} if way is None else {"batch": way, "spill": True})
@@ -87,7 +91,7 @@ class Cap:
         predicted = {name: account.to_json() for name, account in self.predicted.items()}
         return {
             "nbytes": self.nbytes, "idle_nbytes": self.idle_nbytes, "kernel_nbytes": self.kernel_nbytes,
-            "predicted": predicted, "ways": ways,
+            "untouched_nbytes": self.untouched_nbytes, "predicted": predicted, "ways": ways,
         }  # fmt: skip
 
     @classmethod
@@ -119,7 +123,8 @@ def cap_of(nbytes: int, job: Mapping[str, Any]) -> Cap:
     found = run_job({"do": "idle"} | {key: job[key] for key in ("model", "threads")})
     # Rounded up: from one process to the next it differs by some pages, and what is told to be enough must stay so.
     idle_nbytes = -(-found["now"] // _PAGES_NBYTES) * _PAGES_NBYTES
-    return Cap(nbytes=nbytes, idle_nbytes=idle_nbytes, kernel_nbytes=found["kernel_nbytes"])
+    each = {key: found[key] for key in ("kernel_nbytes", "untouched_nbytes")}
+    return Cap(nbytes=nbytes, idle_nbytes=idle_nbytes, **each)
 
 
 def cap_of_jobs(
@@ -196,11 +201,10 @@ def keep(
     """
     refusals: list[DoesNotFit] = []
     read = read or source
-    jobs: dict[str, Callable[[], Iterator[tuple[Account, Any]]]] = {
-        "compress": lambda: iter([(predict_compressing(read, plan, job, algorithm=algorithm), None)])
-    }
+    jobs: dict[str, Callable[[], Iterator[tuple[Account, Any]]]] = {}
     if algorithm in BY_TEXT:
         jobs["choose"] = lambda: _choosing(read, plan, job, algorithm)
+    jobs["compress"] = lambda: iter([(_compressing(cap, read, plan, job, algorithm), None)])
     if calibrates:
         jobs["calibrate"] = lambda: _calibrating(source, job)
     for name, ways in jobs.items():
@@ -228,10 +232,19 @@ def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) ->
     needed = cap.needed_nbytes(least) + _SPREAD
     raise DoesNotFit(
         f"{format_size(cap.nbytes)} allowed (--ram), {format_size(needed)} needed at the least to {job} "
-        f"({format_size(cap.idle_nbytes)} of it Python and its libraries, {format_size(least.peak_nbytes)} tensors). "
-        f"The smallest cap that works is {needed} bytes. Shorter or fewer windows (--window, --windows) take less.",
+        f"({format_size(cap.idle_nbytes)} of it Python and its libraries, {format_size(least.peak_nbytes)} tensors, "
+        f"{format_size(needed - cap.idle_nbytes - least.peak_nbytes)} for what no prediction tells). The smallest cap "
+        f"that works is {needed} bytes (--ram {needed}). Shorter or fewer windows (--window, --windows) take less.",
         smallest_nbytes=needed,
+        of_cap=True,
     )
+
+
+def _compressing(cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm) -> Account:
+    """It goes on in the process that has chosen integers, which keeps the code of its products."""
+    account = predict_compressing(source, plan, job, algorithm=algorithm)
+    chosen = cap.predicted.get("choose")
+    return account if chosen is None else replace(account, kernels=account.kernels + chosen.kernels)
 
 
 def _calibrating(source: Source, job: dict[str, Any]) -> Iterator[tuple[Account, Any]]:

@@ -30,12 +30,16 @@ class UsageError(MemfitError):
 
 
 class DoesNotFit(MemfitError):
-    """Nothing that may be chosen fits. `smallest_nbytes` is the smallest budget that would."""
+    """Nothing that may be chosen fits. `smallest_nbytes` is the smallest budget that would, or with `of_cap` the
+    smallest cap on resident memory."""
 
     exit_code = 3
 
-    def __init__(self, message: str, *, smallest_nbytes: int, levers: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, message: str, *, smallest_nbytes: int, levers: dict[str, int] | None = None, of_cap: bool = False
+    ) -> None:
         super().__init__(message)
+        self.of_cap = of_cap
         self.smallest_nbytes = smallest_nbytes
         self.levers = dict(levers or {})
 

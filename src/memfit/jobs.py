@@ -8,16 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from memfit.limits import RUNTIME_NBYTES, limited
+
+_ROWS_OF_A_JOB: Final = 512
+"""Tokens that products of fitting have, at least."""
 
 
 @contextmanager
 def within(job: dict[str, Any]) -> Iterator[None]:
     """Inside, freed blocks below the job's `waiting_nbytes` wait to be used again, and this process may become resident
     with its `ram_nbytes` at the most: what it may take more of private memory is that less what is resident now
-    (setrlimit(2), RLIMIT_DATA). Without that, as much as it likes."""
+    (setrlimit(2), RLIMIT_DATA), and the `untouched_nbytes` that are reserved and never resident. Without that, as much
+    as it likes."""
     from memfit.account.meter import resident_nbytes
 
     with _waiting(job.get("waiting_nbytes")):
@@ -25,7 +29,8 @@ def within(job: dict[str, Any]) -> Iterator[None]:
             yield
             return
         _warm(job)
-        with limited(max(0, job["ram_nbytes"] - resident_nbytes()["now"]), runtime_nbytes=0):
+        free = max(0, job["ram_nbytes"] - resident_nbytes()["now"])
+        with limited(free, runtime_nbytes=job.get("untouched_nbytes", 0)):
             yield
 
 
@@ -85,12 +90,16 @@ def _seen(watch: Any) -> dict[str, Any]:
 
 
 def _idle(job: dict[str, Any]) -> dict[str, Any]:
-    """What a job of fitting holds before it begins, and what each shape of a product adds."""
+    """What a job of fitting holds before it begins, and what each shape of a product of many tokens adds."""
+    from memfit.account.code import code_of_products
     from memfit.account.meter import resident_nbytes
 
     _prepare(job)
     _warm(job)
-    return resident_nbytes() | {"kernel_nbytes": _kernel_nbytes(job)["nbytes"]}
+    idle, code = resident_nbytes(), code_of_products(rows=_ROWS_OF_A_JOB, gradients=True)
+    return idle | {
+        "kernel_nbytes": code.resident_nbytes, "untouched_nbytes": code.counted_nbytes - code.resident_nbytes,
+    }  # fmt: skip
 
 
 def _prepare(job: dict[str, Any]) -> None:
@@ -387,21 +396,11 @@ def _judged(job: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _kernel_nbytes(job: dict[str, Any]) -> dict[str, Any]:
-    """Bytes that stay for each new shape of a 16-bit product: the code that oneDNN makes for it."""
-    import torch
-
-    from memfit.account.meter import resident_nbytes
+    """Bytes that stay for each new shape of a 16-bit product."""
+    from memfit.account.code import code_of_products
 
     _prepare(job)
-    shapes, warm = 48, 8
-    left = torch.ones(shapes + warm, 512, dtype=torch.bfloat16)
-    right = torch.ones(1024, 512, dtype=torch.bfloat16).t()
-    before = 0
-    for rows in range(1, shapes + warm + 1):
-        if rows == warm + 1:
-            before = resident_nbytes()["now"]
-        torch.mm(left[:rows], right)
-    return {"nbytes": max(0, resident_nbytes()["now"] - before) // shapes}
+    return {"nbytes": code_of_products().resident_nbytes}
 
 
 def _teach(job: dict[str, Any]) -> dict[str, Any]:

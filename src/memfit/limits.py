@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from memfit.account.meter import resident_nbytes
+
 RUNTIME_NBYTES: Final = 48 << 20
 """What the runtime may take beside the allocator under a hard limit: buffers of threads, holes in the heap."""
 KERNEL_NBYTES: Final = 1 << 20
@@ -23,8 +25,7 @@ def limited(nbytes: int | None, *, runtime_nbytes: int = RUNTIME_NBYTES) -> Iter
     if nbytes is None:
         yield
         return
-    with open("/proc/self/status", encoding="ascii") as status:
-        data = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+    data = resident_nbytes()["data"]
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (data + nbytes + runtime_nbytes, hard))
     try:

@@ -151,7 +151,12 @@ def _answer_to(job: dict[str, Any]) -> dict[str, Any]:
         limit = job.get("enforce_nbytes", job.get("ram_nbytes"))
         if limit is None or not is_out_of_memory(error):
             raise
-        answer = {"error": "OverBudget", "message": f"the job needed more than the enforced {limit} bytes: {error}"}
+        option = "--enforce" if "enforce_nbytes" in job else "--ram"
+        message = (
+            f"the job {job['do']!r} needed more than was predicted, and than the enforced {limit} bytes. Give more, or "
+            f"leave {option} out. It ended with: {error}"
+        )
+        answer = {"error": "OverBudget", "message": message}
     except OSError as error:
         fits = job["do"] in ("calibrate", "choose", "compress")
         place = error.filename or job.get("output") or job.get("target") or job.get("work", "")

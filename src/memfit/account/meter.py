@@ -202,8 +202,9 @@ def _allocations(session: Any) -> list[tuple[int, int, int]]:
 
 
 def resident_nbytes() -> dict[str, int]:
-    """Bytes of this process: `now`, `peak`, `anonymous`, `file` (Linux: /proc/self/status)."""
-    wanted = {"VmRSS": "now", "VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file"}
+    """Bytes of this process: resident `now`, `peak`, `anonymous`, `file`; `data`, the private memory that RLIMIT_DATA
+    bounds, resident or not (Linux: /proc/self/status)."""
+    wanted = {"VmRSS": "now", "VmHWM": "peak", "RssAnon": "anonymous", "RssFile": "file", "VmData": "data"}
     found = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         key, _, value = line.partition(":")

@@ -297,7 +297,7 @@ def plan_json(made: Any) -> dict[str, Any]:
 
 def with_default_budget(context: typer.Context, error: DoesNotFit) -> DoesNotFit:
     """The refusal, which says what the budget was where none was asked for."""
-    if said(context, "budget"):
+    if said(context, "budget") or error.of_cap:
         return error
     told = f"{error} The budget is the default here: give --budget, a size or a share of the original's peak."
     return DoesNotFit(told, smallest_nbytes=error.smallest_nbytes, levers=error.levers)
