@@ -22,7 +22,7 @@ PUBLIC = (
     "Interrupted", "LossNotFinite", "MemfitError", "Narrow",
     "Options", "OverBudget", "Phase", "Plan", "QualityMissed", "Recipe", "Report", "Sparse", "Text",
     "Train", "TrainPlan", "TrainStep", "UsageError",
-    "account", "compare", "evaluate", "fit", "load", "measure", "plain_training", "plan",
+    "account", "compare", "evaluate", "fit", "load", "make_cache", "measure", "plain_training", "plan",
     "train", "train_step",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ fit       do it, measure it, report it
 evaluate  quality and speed of a fitted model beside the original
 measure   the task on the real model, in a fresh process
 load      a fitted model, running from its packed weights
+make_cache  a KV cache of few bits, for a loop of one's own
 """
 
 import os
@@ -32,6 +33,7 @@ from memfit.errors import (
 )
 from memfit.fit import Text, account, fit, load, plan
 from memfit.measuring import evaluate, measure
+from memfit.packed.cache import make_cache
 from memfit.packed.forms import Sparse
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
@@ -80,6 +82,7 @@ __all__ = [
     "evaluate",
     "fit",
     "load",
+    "make_cache",
     "measure",
     "plain_training",
     "plan",

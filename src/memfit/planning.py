@@ -151,7 +151,7 @@ def fronts(
 
 
 def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
-    """The plan that puts everything in the first scheme that may be chosen, the cache in the narrowest; no search.
+    """The plan that puts everything in the first scheme that may be chosen, the cache in the first width; no search.
 
     Raises:
         UsageError: there is something to choose from, and nothing in the model can have it.
@@ -169,14 +169,15 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
         why = _why_nothing(study)
         raise UsageError(f"nothing in the model can be stored as asked for.{why} Choose another setting or technique.")
     if study.kv_nbytes:
-        chosen["kv_cache"] = len(study.kv_choices()) - 1
+        chosen["kv_cache"] = study.kv_choices().index(next(iter(study.allowed.kv_bits), 16))
     plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")
     predicted = predict_with(study, plan)
     if predicted.peak_nbytes > budget_nbytes:
+        needed = predicted.peak_nbytes
         raise DoesNotFit(
-            f"{both_sizes(budget_nbytes, predicted.peak_nbytes)} needed with this setting, in "
-            f"{predicted.peak_phase}. Give that budget, or a setting that keeps less.",
-            smallest_nbytes=predicted.peak_nbytes,
+            f"{both_sizes(budget_nbytes, needed)} needed with this setting, in {predicted.peak_phase}. Give that "
+            f"budget (--budget {needed}), or a setting that keeps less.",
+            smallest_nbytes=needed,
         )
     return replace(plan, predicted=predicted.to_json())
 

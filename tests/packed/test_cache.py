@@ -1,13 +1,23 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, T5Config
+from transformers import Gemma3TextConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, MambaConfig, T5Config
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
 from memfit.errors import UsageError
-from memfit.packed.cache import cache_nbytes, cache_tensors, leaps, make_cache, skip
+from memfit.packed.cache import (
+    PackedCacheLayer,
+    cache_nbytes,
+    cache_tensors,
+    generating_with,
+    leaps,
+    make_cache,
+    skip,
+)
 from memfit.packed.kv_states import least_window
 
 LLAMA = LlamaConfig(hidden_size=64, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2)
@@ -53,6 +63,39 @@ def test_a_text_read_in_pieces_is_the_stock_caches_within_the_rounding():
             for expected, found in zip(stock.update(*states, layer), packed.update(*states, layer), strict=True):
                 assert torch.allclose(expected, found, atol=0.1)
                 assert number == 0 or layer == 0 or not torch.equal(expected, found)
+
+
+def generated(model, **options):
+    """Tokens that a model writes, and the kinds of layers that its cache has meanwhile."""
+    seen = set()
+
+    def watch(module, inputs, given):
+        seen.update(type(layer) for layer in getattr(given.get("cache"), "layers", ()))
+
+    handle = model.register_forward_pre_hook(watch, with_kwargs=True)
+    tokens = model.generate(torch.arange(1, 161).unsqueeze(0), max_new_tokens=4, do_sample=False, **options)
+    handle.remove()
+    return tokens, seen
+
+
+def test_generate_keeps_the_cache_packed_unless_it_is_told_of_another():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=96,
+        vocab_size=256,
+    )  # fmt: skip
+    stock = LlamaForCausalLM(config).eval()
+    model = copy.deepcopy(generating_with(copy.deepcopy(stock), kv_bits=2))
+    assert isinstance(model, LlamaForCausalLM) and type(model).__name__ == "LlamaForCausalLM"
+    tokens, kinds = generated(model)
+    assert kinds == {PackedCacheLayer}
+    own = {"cache": make_cache(config, kv_bits=2)}
+    assert torch.equal(tokens, generated(stock, **own)[0])
+    assert generated(model, num_beams=2)[1] == {PackedCacheLayer}
+    assert generated(model, generation_config=GenerationConfig(num_beams=1))[1] == {PackedCacheLayer}
+    for other in ({"use_cache": False}, {"cache_implementation": "dynamic"}, {"cache": make_cache(config)}):
+        found, kinds = generated(model, **other)
+        assert PackedCacheLayer not in kinds and torch.equal(found, generated(stock)[0])
 
 
 def test_bytes_are_those_of_codes_scales_and_what_is_whole():

@@ -169,6 +169,30 @@ def make_cache(config: Any, *, kv_bits: int = 16) -> Cache:
     return _dynamic(config, kv_bits)
 
 
+def generating_with(model: nn.Module, *, kv_bits: int) -> nn.Module:
+    """The same model, whose `generate` keeps keys and values in `kv_bits` bits unless it is told of another cache.
+
+    Its class becomes one below its own, of the same name: a function set on the model itself would hold on to it, and
+    copies of the model to the first one.
+
+    Raises:
+        UsageError: as `make_cache`.
+    """
+    make_cache(model.config, kv_bits=kv_bits)
+    kind: Any = type(model)
+    argument = cache_argument(model)
+
+    def generate(self: Any, *inputs: Any, **options: Any) -> Any:
+        settings = options.get("generation_config") or self.generation_config
+        said = [options.get(name, getattr(settings, name, None)) for name in ("use_cache", "cache_implementation")]
+        if argument is not None and argument not in options and said[0] is not False and said[1] is None:
+            options[argument] = make_cache(self.config, kv_bits=kv_bits)
+        return kind.generate(self, *inputs, **options)
+
+    model.__class__ = type(kind.__name__, (kind,), {"generate": generate, "__module__": kind.__module__})
+    return model
+
+
 def _dynamic(config: Any, kv_bits: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     if kv_bits == 16:

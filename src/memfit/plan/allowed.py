@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from torch import nn
 
 from memfit.errors import UsageError
+from memfit.packed.cache import KV_BITS
 from memfit.packed.forms import Form, Sparse
 from memfit.packed.scheme import BITS, VECTORS, Scheme, Values
 
@@ -41,6 +42,17 @@ def require_techniques(names: Iterable[str]) -> None:
         raise UsageError(f"{unknown[0]!r} is no technique for weights; known: {', '.join(TECHNIQUES)}.{more}")
 
 
+def _require_tuple(name: str, given: Any, example: str) -> None:
+    if not isinstance(given, tuple):
+        raise UsageError(f"{name} of Allowed is a tuple, as {example}; got {given!r}.")
+
+
+def _require_known(name: str, given: Any, known: tuple[int, ...]) -> None:
+    _require_tuple(name, given, f"({known[0]},)")
+    if unknown := [number for number in given if number not in known]:
+        raise UsageError(f"{name} of Allowed: {unknown[0]!r} is none of {', '.join(map(str, known))}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allowed:
     """What the search may choose from."""
@@ -49,13 +61,15 @@ class Allowed:
     """Of `TECHNIQUES`."""
     bits: tuple[int, ...] = BITS
     groups: Mapping[int, tuple[int | None, ...]] | None = None
-    """Group sizes by bits; default: `memfit.plan.groups.GROUPS_OF_BITS` and `GROUPS_OF_VALUES`."""
+    """Group sizes by bits, None a whole row: `{4: (128, 64), 8: (None,)}`; default: `GROUPS_OF_BITS` and
+    `GROUPS_OF_VALUES` of `memfit.plan.groups`."""
     symmetric: bool = True
     values: tuple[Values, ...] = ("int",)
     """What codes may stand for. `bits` are those of integers and codebooks."""
     vector: int = VECTORS[-1]
     """Most weights that a level of a codebook stands for, as far as their code has 8 bits."""
     kv_bits: tuple[int, ...] = (16, 8, 4)
+    """Widths of the KV cache; 16 may be chosen in any case. Where nothing is searched, the first is taken."""
     activations: int = 16
     """8: linear layers of 8 bits have activations of 8 bits, too, and are multiplied in integers."""
     smooth: bool = True
@@ -72,6 +86,14 @@ class Allowed:
     """Groups that stay in 16 bits: a part of their names is enough; `embeddings` means all tables and what is tied."""
 
     def __post_init__(self) -> None:
+        _require_tuple("techniques", self.techniques, '("quantize",)')
+        _require_tuple("keep", self.keep, '("embeddings",)')
+        _require_tuple("values", self.values, '("nf4",)')
+        _require_known("bits", self.bits, (*BITS, 16))
+        _require_known("kv_bits", self.kv_bits, KV_BITS)
+        self._require_groups()
+        if unknown := [kind for kind in self.values if kind not in get_args(Values)]:
+            raise UsageError(f"{unknown[0]!r} is no kind of values; known: {', '.join(get_args(Values))}.")
         require_techniques(self.techniques)
         if bad := [share for share in self.heads if not 0 < share < 1]:
             raise UsageError(f"heads keep a share of their dimensions between 0 and 1; got {bad[0]}.")
@@ -99,6 +121,18 @@ class Allowed:
                 f"activations of 8 bits go with {what}, and what is allowed is {given}. Allow 8 bits (--bits 8), "
                 "or leave --activations 8 out."
             )
+
+    def _require_groups(self) -> None:
+        if self.groups is None:
+            return
+        if not isinstance(self.groups, Mapping):
+            raise UsageError(f"groups are told by bits, as {{4: (128,), 8: (None,)}}; got {self.groups!r}.")
+        for bits, sizes in self.groups.items():
+            _require_tuple(f"groups[{bits}]", sizes, "(128, 64)")
+            if bad := [size for size in sizes if size is not None and (size < 32 or size % 32)]:
+                raise UsageError(
+                    f"groups[{bits}]: a group has a multiple of 32 inputs, or is None, a whole row; got {bad[0]}."
+                )
 
     def schemes(self, group: Group) -> tuple[Form, ...]:
         """Schemes and other forms for one group; none if it is kept."""

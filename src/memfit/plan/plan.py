@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from memfit.errors import BrokenInput
+from memfit.packed.cache import KV_BITS
 from memfit.packed.forms import Form, Shared, Whole, form_of, like_of, of_member
 from memfit.packed.scheme import BITS, Scheme, Values
 
 VERSION: Final = 1
 PricedBy = Literal["text", "weights"]
-KV_BITS: Final = (16, 8, 4, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

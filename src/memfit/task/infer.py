@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.account.watch import Watch
-from memfit.packed.cache import cache_argument, cache_tensors, keeps_keys, leaps, make_cache, skip
+from memfit.packed.cache import KV_BITS, cache_argument, cache_tensors, keeps_keys, leaps, make_cache, skip
 
 # Legend: B batch, T time, V vocabulary
 
@@ -30,8 +30,8 @@ class Infer:
         for name, least in (("batch", 1), ("prompt", 1), ("new_tokens", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.kv_bits not in (16, 8, 4, 2):
-            raise ValueError(f"kv_bits must be 16, 8, 4 or 2, got {self.kv_bits}")
+        if self.kv_bits not in KV_BITS:
+            raise ValueError(f"kv_bits must be one of {', '.join(map(str, KV_BITS))}; got {self.kv_bits}")
 
     def to_json(self) -> dict[str, Any]:
         return {"task": "infer", **asdict(self)}
@@ -88,12 +88,12 @@ def takes_cache(model: nn.Module) -> bool:
 
 
 def _cache_argument(model: nn.Module) -> str | None:
-    if getattr(getattr(model, "config", None), "is_decoder", None) is False and not _generates(model):
+    if getattr(getattr(model, "config", None), "is_decoder", None) is False and not generates(model):
         return None
     return cache_argument(model)
 
 
-def _generates(model: nn.Module) -> bool:
+def generates(model: nn.Module) -> bool:
     """Whether the model continues a text: it has a language-model head or is an encoder-decoder's."""
     can = getattr(model, "can_generate", None)
     return bool(can()) if callable(can) else False
@@ -229,6 +229,6 @@ def _runner_for(model: nn.Module, task: Infer) -> _Runner:
         return _Recurrent(model, task) if takes_state else _Encoder(model, task)
     if getattr(config, "is_encoder_decoder", False):
         return _EncoderDecoder(model, task)
-    if _cache_argument(model) is None or not _generates(model):
+    if _cache_argument(model) is None or not generates(model):
         return _Encoder(model, task)
     return _Decoder(model, task)
