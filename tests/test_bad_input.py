@@ -45,10 +45,10 @@ def text(calibration: str, evaluation: str) -> memfit.Text:
 
 WORDS = demo.heldout_text().read_text(encoding="utf-8")[:8000]
 TEXTS = {
-    "too short to calibrate": (text("a few words", WORDS), r"to calibrate on.* too short: the text has \d+ tokens"),
-    "too short to evaluate": (text(WORDS, ""), r"to evaluate on.* too short: the text has 0 tokens, and 64 are needed"),
+    "too short to calibrate": (text("a few words", WORDS), r"to calibrate on.* too short: there are \d+ tokens"),
+    "too short to evaluate": (text(WORDS, ""), r"to judge on.* too short: there are 0 tokens, and 64 are needed"),
     "one token to calibrate": (text(" x" * 500, WORDS), r"to calibrate on is one token, ' x', 256 times over"),
-    "one token to evaluate": (text(WORDS, " x" * 500), r"to evaluate on is one token, ' x', \d+ times over"),
+    "one token to evaluate": (text(WORDS, " x" * 500), r"to judge on is one token, ' x', \d+ times over"),
 }  # fmt: skip
 
 
@@ -58,6 +58,20 @@ def test_a_text_that_says_nothing_is_refused_before_anything_is_written(what: st
     with pytest.raises(UsageError, match=reason):
         write_windows(open_source(demo.model_directory()), words, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_judging_alone_asks_nothing_of_the_part_to_calibrate_on(tmp_path: Path) -> None:
+    write_windows(open_source(demo.model_directory()), text("", WORDS), tmp_path, calibrates=False)
+    assert list(torch.load(tmp_path / "windows.pt", weights_only=True)) == ["evaluation"]
+
+
+@pytest.mark.parametrize(("words", "share"), [("a line\n" * 900, 0.5), ("a word " * 900 + "\n", 0.5), ("", 0.0)])
+def test_a_file_is_cut_in_the_middle_at_a_line_if_one_is_near(words: str, share: float, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text(words)
+    cut = memfit.Text.from_file(tmp_path / "words.txt")
+    assert cut.calibration + cut.evaluation == words
+    assert len(cut.calibration) == pytest.approx(share * len(words), abs=8)
+    assert not words.startswith("a line") or cut.calibration.endswith("\n")
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(make_llama, tmp_path: Path) -> None:

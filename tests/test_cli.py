@@ -187,6 +187,34 @@ def test_what_pruning_is_told_wrongly_is_told_with_the_next_move(memfit, model, 
     assert code == 2 and not out and told in " ".join(err.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--ram", "1GiB"), "it is written tensor by tensor, and no cap is kept to there"),
+        (("--algorithm", "rtn"), "its integers are chosen by GPTQ where there is a --text"),
+        (("--max-kl", "0.1"), "another program runs it"),
+        (("--bits", "4"), "a mixture has widths of its own"),
+    ],
+)
+def test_what_a_gguf_has_no_use_for_is_told_with_the_reason(memfit, model, words, told):
+    code, _, err = memfit("fit", model, "--format", "gguf:q4_k_m", *words)
+    assert code == 2 and told in err
+
+
+def test_one_setting_that_does_not_fit_names_the_budget_that_does(memfit, model):
+    words = ("fit", model, "--technique", "quantize", "--bits", "8", *SMALL, "--dry-run", "--json", "--quiet")
+    code, out, err = memfit(*words, "--budget", "10KiB")
+    smallest = json.loads(out)["smallest_nbytes"]
+    assert code == 3 and f"Give that budget (--budget {smallest})" in err
+    assert memfit(*words, "--budget", str(smallest))[0] == 0
+
+
+def test_a_report_of_a_file_is_told_where_reports_are(memfit, tmp_path):
+    (tmp_path / "model.gguf").write_text("")
+    code, _, err = memfit("report", str(tmp_path / "model.gguf"))
+    assert code == 2 and "is a file, and reports are in directories" in err
+
+
 def test_a_model_of_which_all_would_stay_is_refused(memfit, model):
     for words in (("--channels", "100%"), ("--heads", "99%")):
         code, out, err = memfit("fit", model, *SMALL, *words, "--dry-run", "-q")

@@ -77,6 +77,9 @@ def test_a_plan_is_carried_out_and_proven(made: OnnxExport) -> None:
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     told = json.loads((out / "onnx.json").read_text())
     assert told["difference"] == made.difference == made.to_json()["onnx"]["difference"]
+    card = (out / "README.md").read_text()
+    assert "onnxruntime.InferenceSession(" in card and "library_name: onnxruntime" in card
+    assert "memfit.load" not in card and "compressed-tensors" not in card.split("Made with")[0]
     assert set(json.loads((out / "report.json").read_text())["files"]) == {"model.onnx", "model.onnx.data"}
 
 

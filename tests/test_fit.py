@@ -1,5 +1,6 @@
 """The whole job on a tiny model: what is promised is in the report, and OUT is whole or not there."""
 
+import hashlib
 import importlib
 import json
 import re
@@ -148,6 +149,12 @@ def test_the_report_has_the_promised_keys(fitted):
     low, high = told["quality"]["kl_interval"]
     assert 0 <= low <= told["quality"]["kl"] <= high
     assert told["resident_nbytes"] > told["measured"]["peak_nbytes"]
+    words = text()
+    digest = hashlib.sha256((words.calibration + words.evaluation).encode()).hexdigest()
+    assert told["algorithm"] == "gptq"
+    assert told["text"] == {
+        "name": "the text", "sha256": digest, "window": 64, "calibration_windows": 4, "evaluation_windows": 4,
+    }  # fmt: skip
     assert Report.from_json(told).to_json() == told == json.loads(json.dumps(report.to_json()))
 
 
@@ -253,6 +260,21 @@ def test_a_fitted_model_is_accounted_with_its_own_cache(fitted):
     assert open_source(out).kv_bits == read_plan(out / "plan.json").kv_bits
 
 
+def test_a_loaded_model_generates_with_the_plans_cache(fitted, tmp_path):
+    copied = tmp_path / "out"
+    shutil.copytree(fitted[1], copied)
+    config = json.loads((copied / "config.json").read_text())
+    config["memfit"]["kv_bits"] = 4
+    (copied / "config.json").write_text(json.dumps(config))
+    kinds: set[str] = set()
+    model = memfit.load(copied)
+    model.register_forward_pre_hook(
+        lambda _, inputs, given: kinds.update(type(layer).__name__ for layer in given["cache"].layers), with_kwargs=True
+    )
+    model.generate(torch.arange(1, 9).unsqueeze(0), max_new_tokens=2, do_sample=False)
+    assert kinds == {"PackedCacheLayer"}
+
+
 def test_a_stopped_run_goes_on_where_it_was(fitted, model, tmp_path, monkeypatch):
     made, jobs = fitted[1], fitted[2]
     asked = []
@@ -301,7 +323,7 @@ def test_the_base_model_is_the_hubs_id_wherever_it_can_be_told(tmp_path):
         (replace(named, name=str(tmp_path)), "owner/other"),
         (replace(made, name=str(tmp_path)), tmp_path.name),
     ):
-        assert steps._base_model(source) == expected
+        assert steps.base_model(source) == expected
 
 
 def test_an_edited_plan_is_counted_anew(model, plan):

@@ -27,11 +27,12 @@ from memfit.format.onnx_modules import ONNX_BITS, require_onnx_scheme
 from memfit.packed.modules import is_experts
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
+from memfit.report.card import model_card
 from memfit.report.page import render_page
 from memfit.report.report import Report
 from memfit.source.check import check
 from memfit.source.source import Source, open_source
-from memfit.steps import job_on, predict_onnx, stem_of
+from memfit.steps import base_model, job_on, predict_onnx, stem_of
 from memfit.task.infer import Infer
 from memfit.text import Text, text_of, write_windows
 from memfit.worker import run_job
@@ -172,6 +173,7 @@ def _written(
     shutil.copyfile(fitted / "plan.json", output.path / "plan.json")
     output.write_json("report.json", report.to_json())
     output.write_text("report.html", render_page(report))
+    output.write_text("README.md", model_card(report, base_model=base_model(source), onnx=True))
     export = OnnxExport(
         out=str(output.target), report=report, written=written, predicted=predicted,
         directory_nbytes=sum(file.stat().st_size for file in fitted.glob("*.safetensors")),

@@ -27,6 +27,7 @@ from memfit.format.resume import WorkDirectory
 from memfit.models import load_model, load_to_train, loader_for, require_device
 from memfit.narrower import announced, narrow_as_asked, narrow_first, require_text, with_settings
 from memfit.outside import known_outside, outside_of_machine
+from memfit.packed.cache import generating_with
 from memfit.packed.fake import aiming_at
 from memfit.plan.allowed import Allowed
 from memfit.plan.plan import Plan
@@ -41,6 +42,7 @@ from memfit.steps import (
     asked_plainly,
     calibration_job,
     calibration_key,
+    called,
     default_output,
     joined,
     move_written,
@@ -49,9 +51,9 @@ from memfit.steps import (
     write_papers,
 )
 from memfit.study import Study
-from memfit.task.infer import Infer
+from memfit.task.infer import Infer, generates
 from memfit.technique.narrow import Narrow
-from memfit.text import Text, text_of
+from memfit.text import Text, text_of, told_of
 from memfit.train.plan import TrainPlan
 from memfit.train.task import Train
 from memfit.train_planning import plan_to_train
@@ -341,6 +343,8 @@ def fit(
             predicted_fit=predicted_fit,
             measured_fit=account_of_all(jobs, made.values()) if cap is None else None,
             ram=None if cap is None else cap.to_json(),
+            algorithm=called(by, chosen) if chosen.schemes() else None,
+            text=None if texts is None else told_of(texts, work.path),
             rounding="\n".join(line for line in (learned, taken.rounding) if line) or None,
             original=original,
             quality=Quality.from_json(proof["quality"]) if proof.get("quality") else None,
@@ -369,7 +373,10 @@ def fit(
 
 
 def load(model: str | Path, plan: TrainPlan | None = None, *, device: str = "cpu") -> nn.Module:
-    """A model with its weights: a fitted one runs from its packed weights. Give `forward` a cache of `make_cache`, too.
+    """A model with its weights: a fitted one runs from its packed weights.
+
+    Its `generate` keeps the KV cache as planned; in a loop of one's own `forward` is given
+    `make_cache(model.config, kv_bits=...)`.
 
     Args:
         model: a directory, a `.gguf` file or a hub id.
@@ -385,9 +392,11 @@ def load(model: str | Path, plan: TrainPlan | None = None, *, device: str = "cpu
     source = loader_for(str(model))
     if isinstance(source, Source):
         require_weights(source, "load")
-    if plan is None:
-        return load_model(source, device=device)
-    return load_to_train(source, plan.recipe, device=device)
+    if plan is not None:
+        return load_to_train(source, plan.recipe, device=device)
+    loaded = load_model(source, device=device)
+    kv_bits = source.kv_bits if isinstance(source, Source) else 16
+    return generating_with(loaded, kv_bits=kv_bits) if kv_bits < 16 and generates(loaded) else loaded
 
 
 # -- parts --------------------------------------------------------------------------------------------

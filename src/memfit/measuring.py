@@ -45,7 +45,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
         work = Path(directory)
         judged = text if isinstance(text, Text) else Text.from_file(text)
-        write_windows(source, judged, work)
+        write_windows(source, judged, work, calibrates=False)
         job = job_on(source, work, threads) | {"reference": True}
         progress("asking the reference")
         original = run_job(job | {"do": "reference", "task": asdict(replace(task, kv_bits=16))})

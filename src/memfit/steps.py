@@ -79,6 +79,14 @@ def algorithm_of(name: str | None, *, text: bool) -> Algorithm:
     return cast(Algorithm, found)
 
 
+def called(algorithm: Algorithm, chosen: Plan) -> str:
+    """What an algorithm is called where a plan's weights are made by it: of integers, if there are any."""
+    used = {kind for form in chosen.schemes().values() for kind in techniques_of(form)}
+    kinds = [kind for kind in ALGORITHMS if kind in used]
+    names: dict[str, str] = {meant: name for kind in reversed(kinds) for name, meant in ALGORITHMS[kind].items()}
+    return names.get(algorithm, algorithm)
+
+
 def calibration_key(study: Study, text: Text | None, threads: int, algorithm: Algorithm) -> dict[str, Any]:
     """All that calibration depends on."""
     files = sorted({info.file for info in study.source.tensors.values()})
@@ -359,10 +367,10 @@ def write_papers(output: OutputDirectory, report: Report, chosen: Plan, source: 
     output.write_text("plan.json", dumps(chosen))
     output.write_json("report.json", report.to_json())
     output.write_text("report.html", render_page(report))
-    output.write_text("README.md", model_card(report, base_model=_base_model(source)))
+    output.write_text("README.md", model_card(report, base_model=base_model(source)))
 
 
-def _base_model(source: Source) -> str:
+def base_model(source: Source) -> str:
     """The hub's id of the original, as it was asked for, stored by the hub's cache, or written into its config;
     else the name it has here."""
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{source.directory}/")

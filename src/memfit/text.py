@@ -1,5 +1,6 @@
 """The text that quality is priced and measured on, and its windows, cut for the jobs."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +33,7 @@ class Text:
     @classmethod
     def from_file(cls, file: str | Path, **options: Any) -> "Text":
         text = read_text(file)
-        half = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+        half = _middle(text)
         return cls(calibration=text[:half], evaluation=text[half:], name=str(file), **options)
 
     @classmethod
@@ -41,8 +42,16 @@ class Text:
         return cls(
             calibration=read_text(demo.calibration_text()),
             evaluation=read_text(demo.heldout_text()),
+            name="the demo model's own text",
             **options,
         )
+
+
+def _middle(text: str) -> int:
+    """Where a text is cut in two: after the first line that ends in its second half, if that leaves enough of it."""
+    half = len(text) // 2
+    end = text.find("\n", half) + 1
+    return end if 0 < end < len(text) - half // 2 else half
 
 
 def text_of(text: Text | str | Path | None, source: Source) -> Text | None:
@@ -52,8 +61,8 @@ def text_of(text: Text | str | Path | None, source: Source) -> Text | None:
     return text if isinstance(text, Text) or text is None else Text.from_file(text)
 
 
-def write_windows(source: Source, text: Text, work: Path) -> None:
-    """Cut the text into windows and leave them in `work`, for the jobs.
+def write_windows(source: Source, text: Text, work: Path, *, calibrates: bool = True) -> None:
+    """Cut the text into windows and leave them in `work`, for the jobs; those to calibrate on, if anything does.
 
     Raises:
         UsageError: a part of the text is too short or says nothing; the tokenizer does not match the model.
@@ -62,10 +71,9 @@ def write_windows(source: Source, text: Text, work: Path) -> None:
     vocabulary: int | None = getattr(source.config.get_text_config(), "vocab_size", None)
     affordable = max(1, _LOGITS_NBYTES // (2 * (vocabulary or 1) * text.length))
     evaluated = text.evaluation_windows or min(16, affordable)
-    cut = {
-        "calibration": _windows(tokenizer, text, "calibrate", text.calibration, text.calibration_windows),
-        "evaluation": _windows(tokenizer, text, "evaluate", text.evaluation, evaluated),
-    }
+    cut = {"evaluation": _windows(tokenizer, text, "judge", text.evaluation, evaluated)}
+    if calibrates:
+        cut["calibration"] = _windows(tokenizer, text, "calibrate", text.calibration, text.calibration_windows)
     largest = max(int(windows_WT.max()) for windows_WT in cut.values())
     if vocabulary is not None and largest >= vocabulary:
         # A table's rows are looked up as they pass by: what is not among them would be left as memory happens to be.
@@ -76,13 +84,27 @@ def write_windows(source: Source, text: Text, work: Path) -> None:
     torch.save(cut, work / "windows.pt")
 
 
+def told_of(text: Text, work: Path) -> dict[str, Any]:
+    """For the record: the text's name and the SHA-256 of all of it, and how much of it was used, by the windows that
+    `write_windows` has left in `work`."""
+    cut = torch.load(work / "windows.pt", weights_only=True)
+    return {
+        "name": text.name,
+        "sha256": hashlib.sha256((text.calibration + text.evaluation).encode()).hexdigest(),
+        "window": text.length,
+        "calibration_windows": len(cut["calibration"]),
+        "evaluation_windows": len(cut["evaluation"]),
+    }
+
+
 def _windows(tokenizer: Any, text: Text, use: str, words: str, most: int) -> torch.Tensor:
     """As many windows as a part of the text has, up to `most`."""
     try:
         found = windows(tokenizer, words, length=text.length)[:most].clone()
     except UsageError as error:
         raise UsageError(
-            f"{text.name}: the part to {use} on, half of a file, is too short: {error} --window sets the length."
+            f"{text.name}: the part to {use} on, half of a file, is too short: {error} (--window sets the length of "
+            "`fit`; `eval` has windows of 256.)"
         ) from error
     before, after = (len(tokens) for tokens in special_tokens(tokenizer))
     body = found[:, before : text.length - after]

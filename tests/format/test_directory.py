@@ -77,6 +77,14 @@ def test_a_full_disk_is_said_clearly(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_what_was_too_young_to_be_removed_first_is_removed_at_last(tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path / "out"):
+        young = tmp_path / ".out.memfit-partial-dead"
+        young.mkdir()
+        os.utime(young, (time.time() - 6, time.time() - 6))
+    assert names(tmp_path) == ["out"]
+
+
 def test_what_a_killed_run_left_is_removed_and_a_living_one_is_not(tmp_path: Path) -> None:
     stale = tmp_path / ".out.memfit-partial-dead"
     stale.mkdir()

@@ -111,6 +111,12 @@ def report(**changes: Any) -> Report:
             repeats=3,
             threads=2,
         ),
+        "algorithm": "gptq",
+        "text": {
+            "name": "notes.txt", "sha256": "5e" * 32, "window": 256, "calibration_windows": 16,
+            "evaluation_windows": 10,
+        },
+        "rounding": "GPTQ: 36 of 37 quantized modules, damping 0.01",
         "kernels": {"int8": 3, "nibbles": 18},
         "machine": {"cpu": "some cpu", "memory_nbytes": 24 * 2**30},
         "versions": {"memfit": "0.1.0", "torch": "2.13.0"},
@@ -161,11 +167,24 @@ def test_the_terminal_shows_plan_phases_and_errors() -> None:
     assert re.search(r"phase prefill +88\.00 MiB +88\.00 MiB +-0\.00 %", shown)
     assert re.search(r"kind kv_cache +5\.00 MiB +5\.00 MiB +exact", shown)
     assert "0.0100 (95 %: 0.0080 to 0.0120)" in shown
+    assert "\nMade by gptq on 16 windows of 256 tokens of notes.txt, judged on 10 others.\nPlan: within" in shown
     planned = text_of(render_plan(PLAN))
     assert "within 100.00 MiB, 4.50 bits a weight, KV cache 8 bits, expected KL 0.0123" in planned
     accounted = text_of(render_account(account(80 * MiB), budget_nbytes=40 * MiB))
     assert re.search(r"prefill +88\.00 MiB +█+ +model\.layers\.1\.mlp aten\.mm", accounted)
     assert re.search(r"parameter +80\.00 MiB +90\.9 %", accounted)
+
+
+def test_page_and_card_say_what_the_terminal_says_of_how_it_was_made() -> None:
+    told = "Made by gptq on 16 windows of 256 tokens of notes.txt, judged on 10 others."
+    page = render_page(report())
+    assert told in page and "GPTQ: 36 of 37" in page and "expected KL 0.0123" in page
+    assert re.search(r"88\.00 MiB measured, of 100\.00 MiB allowed:\s*<span class=\"good\">it fits", page)
+    assert '<th class="number">price</th>' in page and '<td class="number">0.018</td>' in page
+    card = model_card(report())
+    assert f"{told} The text's SHA-256 is `{'5e' * 32}`." in card
+    bare = report(text=None, algorithm="search", quality=None)
+    assert all("Made by search, without a text." in shown for shown in (render_page(bare), model_card(bare)))
 
 
 def test_a_plan_that_nothing_priced_has_no_column_of_prices() -> None:

@@ -303,8 +303,7 @@ def _export(
     mixture_of(form)
     for name in _OF_A_PLAN:
         if said(context, name):
-            as_it_is = "what is written is the model as it is (--technique narrow makes one to give here)"
-            why = as_it_is if name in _OF_NARROWING else "a mixture has widths of its own"
+            why = next((reason for names, reason in _NOT_IN_A_FILE if name in names), "a mixture has widths of its own")
             raise UsageError(f"--{name.replace('_', '-')} beside --format {form}: {why}. Leave it out.")
     made = export(source, form, out, progress=progress_to(quiet), **how)
     if as_json:
@@ -323,3 +322,11 @@ _OF_A_PLAN = (
     *_IN_THE_PLAN, "plan_file", "algorithm", "enforce", "max_kl", "dry_run", "ram", "measure", "resume",
 )  # fmt: skip
 """What a file for another program has no use for."""
+_NOT_IN_A_FILE = (
+    (_OF_NARROWING, "what is written is the model as it is (--technique narrow makes one to give here)"),
+    (("algorithm",), "its integers are chosen by GPTQ where there is a --text, else by searched scales"),
+    (("ram",), "it is written tensor by tensor, and no cap is kept to there"),
+    (("enforce", "max_kl", "measure", "dry_run"), "another program runs it, so it is not measured within a budget"),
+    (("resume",), "it is written in one go"),
+)
+"""Why not, of what is no setting of its widths."""

@@ -232,7 +232,8 @@ def report(
     from memfit.report.training import TrainReport, render_training
 
     if not directory.is_dir():
-        raise UsageError(f"{directory}: there is no such directory. Give one made by `memfit fit` or `memfit train`.")
+        what = "is a file, and reports are in directories" if directory.exists() else "there is no such directory"
+        raise UsageError(f"{directory}: {what}. Give one made by `memfit fit` or `memfit train`.")
     trained = (directory / "training.json").is_file()
     name = "training.json" if trained else "report.json"
     try:

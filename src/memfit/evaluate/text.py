@@ -57,7 +57,7 @@ def windows(
     wanted = skip + (1 if count is None else count)
     if len(ids) < wanted * body:
         raise UsageError(
-            f"the text has {len(ids)} tokens, and {wanted * body} are needed for "
+            f"there are {len(ids)} tokens, and {wanted * body} are needed for "
             f"{'a window' if wanted == 1 else f'{wanted} windows'} of {length}"
             + (f" ({skip} of them skipped)" if skip else "")
             + ". Give a longer text, or shorter or fewer windows."

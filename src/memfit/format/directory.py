@@ -15,7 +15,7 @@ from memfit.errors import MemfitError, UsageError, disk_full
 
 _MARK: Final = ".memfit-partial-"
 # A partial directory is locked a moment after it is made; a younger one may be another run about to lock it.
-_STALE_SECONDS: Final = 60
+_STALE_SECONDS: Final = 5
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 
@@ -119,6 +119,8 @@ class OutputDirectory:
         else:
             os.rename(self.path, self.target)
         _fsync(self.target.parent)
+        # Once more: what a run left that was killed a moment before this one began was too young then.
+        _remove_stale(self.target.parent, self.target.name)
 
     def _swap(self) -> None:
         if _exchange(self.path, self.target):

@@ -7,7 +7,7 @@ from typing import Any, Final
 from memfit.packed.scheme import OWN_VALUES
 from memfit.report.choices import narrowed_line, rows
 from memfit.report.report import Report
-from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines
+from memfit.report.terminal import comparison_lines, format_error, made_line, quality_lines, speed_lines
 from memfit.units import format_size
 
 # A hub's name for a model: owner/name. A path or a file is no `base_model` that the hub could link to.
@@ -21,18 +21,20 @@ def model_card(
     license: str | None = None,
     auto_class: str = "AutoModelForCausalLM",
     pipeline_tag: str | None = None,
+    onnx: bool = False,
 ) -> str:
     """The card, Markdown with YAML in front.
 
     `base_model`: the hub's id of the original, `owner/name`; what is no such id is left out. `license`: the
-    original's, if it is known. `auto_class`: the class of transformers that loads the model.
+    original's, if it is known. `auto_class`: the class of transformers that loads the model. `onnx`: the directory is
+    one for ONNX Runtime.
     """
     name = base_model or report.model
     parts = [
-        _front_matter(report, base_model, license, pipeline_tag),
+        _front_matter(report, base_model, license, pipeline_tag, "onnxruntime" if onnx else None),
         f"# {name}, made to fit by memfit",
         _summary(report, name),
-        _OWN_USE if _own(report) else _how_to_load(auto_class, packed=_packed(report)),
+        _ONNX_USE if onnx else _OWN_USE if _own(report) else _how_to_load(auto_class, packed=_packed(report)),
         _plan(report),
         _comparison(report),
         _figures(report),
@@ -57,19 +59,21 @@ def _packed(report: Report) -> bool:
     return any(choice.get("scheme") for choice in report.choices)
 
 
-def _front_matter(report: Report, base_model: str | None, license: str | None, pipeline_tag: str | None) -> str:
+def _front_matter(
+    report: Report, base_model: str | None, license: str | None, pipeline_tag: str | None, library: str | None
+) -> str:
     own, packed, narrowed = _own(report), _packed(report), bool(_narrowed(report))
     # A JSON string is a YAML string, whatever it contains.
     fields: list[tuple[str, Any]] = []
     if base_model is not None and is_hub_id(base_model):
         fields += [("base_model", base_model), ("base_model_relation", "finetune" if narrowed else "quantized")]
-    fields.append(("library_name", "memfit" if own else "transformers"))
+    fields.append(("library_name", library or ("memfit" if own else "transformers")))
     if license is not None:
         fields.append(("license", license))
     if pipeline_tag is not None:
         fields.append(("pipeline_tag", pipeline_tag))
     lines = [f"{key}: {_yaml(value)}" for key, value in fields]
-    tags = ["- memfit", "- compressed-tensors"] if packed and not own else ["- memfit"]
+    tags = ["- memfit", "- compressed-tensors"] if packed and not own and not library else ["- memfit"]
     return "\n".join(["---", *lines, "tags:", *tags, "---"])
 
 
@@ -156,6 +160,20 @@ model = memfit.load("DIRECTORY")
 ```"""
 
 
+_ONNX_USE: Final = """## Use
+
+With ONNX Runtime (`pip install onnxruntime`), which needs neither memfit nor torch. Bytes and speeds told here are of
+memfit's own run; what ONNX Runtime took is in `onnx.json`.
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("DIRECTORY/model.onnx")
+for one in (*session.get_inputs(), *session.get_outputs()):
+    print(one.name, one.type, one.shape)
+```"""
+
+
 def _plan(report: Report) -> str:
     if not report.choices:
         return ""
@@ -210,8 +228,11 @@ def _made_with(report: Report) -> str:
     if not versions:
         return ""
     machine = report.machine.get("cpu")
-    again = "`memfit fit --plan plan.json` makes it again, on the same text with the same `--algorithm`."
-    return f"Made with {versions}" + (f" on {machine}. " if machine else ". ") + again
+    lines = [f"Made with {versions}" + (f" on {machine}." if machine else ".")]
+    if made := made_line(report):
+        lines.append(f"{made} The text's SHA-256 is `{report.text['sha256']}`." if report.text else made)
+    lines.append("`memfit fit --plan plan.json` makes it again, on the same text with the same `--algorithm`.")
+    return " ".join(lines)
 
 
 def _cell(text: str) -> str:

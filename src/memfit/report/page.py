@@ -6,11 +6,20 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from memfit.account.account import Account
-from memfit.report.choices import rows
+from memfit.report.choices import narrowed_line, rows
 from memfit.report.drawing import bars_at_peak, fronts, strip_of_bits
 from memfit.report.report import Report
 from memfit.report.techniques import HEAD, LEGEND, technique_rows, tried_line
-from memfit.report.terminal import comparison_lines, format_error, quality_lines, speed_lines, why_not_judged
+from memfit.report.terminal import (
+    comparison_lines,
+    format_error,
+    made_line,
+    plan_title,
+    quality_lines,
+    speed_lines,
+    task_line,
+    why_not_judged,
+)
 from memfit.units import format_size
 
 
@@ -41,6 +50,8 @@ def render_page(report: Report) -> str:
         strip=Markup(strip_of_bits(choices)) if choices else "",
         bits=sorted({row.bits for row in rows(choices)}),
         rows=rows(choices),
+        priced=any(row.price for row in rows(choices)),
+        lines=_lines(report),
         comparisons=_comparisons(report),
         phases=report.best.phases,
         quality=quality_lines(report.quality) if report.quality else [("quality", why_not_judged(report))],
@@ -51,6 +62,15 @@ def render_page(report: Report) -> str:
         techniques_legend=LEGEND,
         tried=tried_line(report),
     )
+
+
+def _lines(report: Report) -> list[str]:
+    """What was asked, planned and done, in sentences, as on the terminal."""
+    plan = report.plan or {}
+    lines = [task_line(report.task), made_line(report), f"{plan_title(plan)}." if plan else ""]
+    if narrowed := plan.get("narrowed"):
+        lines.append(narrowed_line(narrowed))
+    return [line for line in (*lines, *(report.rounding or "").splitlines()) if line]
 
 
 def _fronts(report: Report) -> str:

@@ -37,6 +37,11 @@ class Report:
     """Kernel -> modules that run on it."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    algorithm: str | None = None
+    """By what integers, masks or factors were made, as `--algorithm` has it."""
+    text: Mapping[str, Any] | None = None
+    """What it was made and judged on: `name`, `sha256`, tokens of a `window`, `calibration_windows`,
+    `evaluation_windows`."""
     rounding: str | None = None
     """What is to be told of how integers were chosen, if not by scales alone."""
     ram: Mapping[str, Any] | None = None
@@ -91,6 +96,8 @@ class Report:
             "kernels": dict(self.kernels),
             "machine": dict(self.machine),
             "versions": dict(self.versions),
+            "algorithm": self.algorithm,
+            "text": None if self.text is None else dict(self.text),
             "rounding": self.rounding,
             "fronts": dict(self.fronts),
             "tried": dict(self.tried),
@@ -120,6 +127,8 @@ class Report:
             kernels=data["kernels"],
             machine=data["machine"],
             versions=data["versions"],
+            algorithm=data.get("algorithm"),
+            text=data.get("text"),
             rounding=data.get("rounding"),
             ram=data.get("ram"),
             fronts=data.get("fronts") or {},

@@ -42,7 +42,7 @@ def render_account(account: Account, *, top: int = 10, budget_nbytes: int | None
 def render_plan(plan: Mapping[str, Any]) -> RenderableType:
     """A plan's JSON: a row for each kind of tensor and scheme, layers with the same choice together."""
     # A line of its own: a table's title would be wrapped to the table's width.
-    title = Text(_plan_title(plan), style="italic")
+    title = Text(plan_title(plan), style="italic")
     table = _table("")
     for name in ("layers", "tensors", "stored as"):
         table.add_column(name)
@@ -196,14 +196,14 @@ def render_report(report: Report) -> RenderableType:
     """The whole report: verdict, plan, predicted and measured, quality, speed."""
     parts: list[RenderableType] = [_verdict(report)]
     if report.plan is not None:
-        parts += [Text(), Text(_task_line(report.task)), render_plan(report.plan)]
+        parts += [Text(), *(Text(line) for line in (task_line(report.task), made_line(report)) if line)]
+        parts.append(render_plan({**report.plan, "predicted": None}))  # its account is the report's own
     if report.rounding is not None:
         parts.append(Text(report.rounding))
-    parts.append(Text())
+    # As predicted, which knows the worst moments; what was measured stands beside it below.
+    parts += [Text(), render_account(report.predicted, top=0, budget_nbytes=report.budget_nbytes)]
     if report.measured is not None:
-        parts.append(render_comparison(report.predicted, report.measured, title="Running it"))
-    elif not (report.plan or {}).get("predicted"):  # else it stands with the plan
-        parts.append(render_account(report.predicted, budget_nbytes=report.budget_nbytes))
+        parts += [Text(), render_comparison(report.predicted, report.measured, title="Running it")]
     if report.predicted_fit is not None and report.measured_fit is not None:
         parts += [Text(), render_comparison(report.predicted_fit, report.measured_fit, title="Fitting it")]
     if report.ram is not None:
@@ -256,7 +256,7 @@ def _expected_line(report: Report) -> str | None:
 def _render_ram(ram: Mapping[str, Any]) -> RenderableType:
     """What each job of fitting was resident with, predicted and measured, beside the cap."""
     table = _table(f"Fitting it, resident, within {format_size(ram['cap_nbytes'])}")
-    for name in ("", "predicted", "measured", "of it files", "error"):
+    for name in ("", "predicted", "measured", "of that, pages of files", "error"):
         table.add_column(name, justify="left" if not name else "right")
     for name, job in ram["jobs"].items():
         told, found = job["predicted_nbytes"], job["measured_nbytes"]
@@ -270,7 +270,9 @@ def _render_ram(ram: Mapping[str, Any]) -> RenderableType:
     if thrift is not None:
         held = "held" if thrift["hold"] else "read for each use"
         states = "in files" if thrift["spill"] else "in memory"
-        lines.append(Text(f"{thrift['batch']} windows at once, weights {held}, states between blocks {states}"))
+        windows = "one window" if thrift["batch"] == 1 else f"{thrift['batch']} windows"
+        how = f"{windows} of the text at once, a block's weights {held}, what blocks give each other {states}"
+        lines.append(Text(f"Choosing integers: {how}."))
     return Group(*lines)
 
 
@@ -297,14 +299,26 @@ def _verdict(report: Report) -> Text:
     return text.append(".")
 
 
-def _task_line(task: Mapping[str, Any] | None) -> str:
+def task_line(task: Mapping[str, Any] | None) -> str:
+    """What is run, in a sentence."""
     if not task:
         return ""
     texts = "1 text" if task.get("batch") == 1 else f"{task.get('batch')} texts"
     return f"Task: {texts}, a prompt of {task.get('prompt')} tokens, {task.get('new_tokens')} new ones."
 
 
-def _plan_title(plan: Mapping[str, Any]) -> str:
+def made_line(report: Report) -> str:
+    """By what algorithm on what text the model was made and judged."""
+    made = f"Made by {report.algorithm}" if report.algorithm else "Made"
+    if (text := report.text) is None:
+        return f"{made}, without a text." if report.algorithm else ""
+    windows = f"{text['calibration_windows']} windows of {text['window']} tokens of {text['name']}"
+    judged = "" if report.quality is None else f", judged on {text['evaluation_windows']} others"
+    return f"{made} on {windows}{judged}."
+
+
+def plan_title(plan: Mapping[str, Any]) -> str:
+    """A plan's JSON in a line: what it was made for, and what is expected of it."""
     parts = ["Plan"]
     if (budget := plan.get("budget_nbytes")) is not None:
         parts.append(f"within {format_size(budget)}")
