@@ -28,7 +28,6 @@ from memfit.source import load, open_source
 from memfit.source.cuts import Counts, counts_of
 from memfit.source.narrowed import Kept, LiveCheckpoint, narrowed
 from memfit.source.source import Source
-from memfit.steps import stem_of
 from memfit.technique.narrow import Narrow, choose_heads
 from memfit.technique.narrowing import choose_kept, correct
 from memfit.text import Text
@@ -111,7 +110,7 @@ def main() -> None:
         )
         for row in rows
     ]
-    write_result(asked.name, {"model": stem_of(source), "rows": rows, "verdicts": verdicts}, output=asked.output)
+    write_result(asked.name, {"model": source.stem, "rows": rows, "verdicts": verdicts}, output=asked.output)
 
 
 if __name__ == "__main__":

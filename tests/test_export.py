@@ -28,6 +28,8 @@ def text() -> memfit.Text:
 def test_a_file_is_written_predicted_and_compared(model: Path, text: memfit.Text, tmp_path: Path) -> None:
     made = export(model, "gguf:q4_k_m", tmp_path / "a.gguf", text=text, threads=1)
     read = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert read.fields["general.name"].contents() == model.name
+    assert open_source(demo.model_directory()).stem == "demo"
     kinds = [tensor.tensor_type.name for tensor in read.tensors]
     assert made.kinds == {kind: kinds.count(kind) for kind in set(kinds)} and "Q4_K" in kinds
     assert made.nbytes == (tmp_path / "a.gguf").stat().st_size

@@ -21,7 +21,7 @@ from memfit.measuring import evaluate
 from memfit.plan.allowed import Allowed
 from memfit.source.check import check
 from memfit.source.source import Source, open_source
-from memfit.steps import job_on, predict_gguf, stem_of
+from memfit.steps import job_on, predict_gguf
 from memfit.task.infer import Infer
 from memfit.text import Text, text_of, write_windows
 from memfit.worker import run_job
@@ -96,7 +96,7 @@ def export(
     if source.checkpoint is None or source.gguf is not None:
         raise UsageError(f"{source.name}: a GGUF file is written of a directory with weights in safetensors.")
     architecture_of(source)
-    target = Path(out) if out is not None else Path(f"{stem_of(source)}-{mixture.lower()}.gguf")
+    target = Path(out) if out is not None else Path(f"{source.stem}-{mixture.lower()}.gguf")
     if target.exists() and not overwrite:
         raise UsageError(f"{target}: is there already. Choose another place (--out), or replace it (--overwrite).")
     words = text_of(text, source)

@@ -32,7 +32,7 @@ from memfit.report.page import render_page
 from memfit.report.report import Report
 from memfit.source.check import check
 from memfit.source.source import Source, open_source
-from memfit.steps import base_model, job_on, predict_onnx, stem_of
+from memfit.steps import base_model, job_on, predict_onnx
 from memfit.task.infer import Infer
 from memfit.text import Text, text_of, write_windows
 from memfit.worker import run_job
@@ -110,7 +110,7 @@ def export_onnx(
     source = open_source(model)
     check(source)
     _require_model(source)
-    target = Path(out) if out is not None else Path(f"{stem_of(source)}-{ONNX}")
+    target = Path(out) if out is not None else Path(f"{source.stem}-{ONNX}")
     output = OutputDirectory(target, overwrite=overwrite)
     threads = threads or torch.get_num_threads()
     task = task or Infer()

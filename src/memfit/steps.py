@@ -13,7 +13,6 @@ from typing import Any, Final, Literal, cast, get_args
 import torch
 from torch._subclasses import FakeTensorMode
 
-from memfit import demo
 from memfit.account.account import Account, Entry, Phase
 from memfit.account.dry_run import no_collection
 from memfit.account.follow import Follow
@@ -381,15 +380,9 @@ def base_model(source: Source) -> str:
     ):
         if is_hub_id(name) and not Path(name).exists():
             return name
-    return stem_of(source)
+    return source.stem
 
 
 def default_output(source: Source) -> Path:
     """Where a fitted model goes if nothing is said: `NAME-fitted`, here."""
-    return Path(f"{stem_of(source)}-fitted")
-
-
-def stem_of(source: Source) -> str:
-    """What a model is called where its output is named after it."""
-    name = source.gguf.stem if source.gguf is not None else Path(source.name).name
-    return "demo" if source.directory == demo.model_directory() else name
+    return Path(f"{source.stem}-fitted")

@@ -206,7 +206,7 @@ def _end_of(file: BinaryIO) -> int:
 
 def _add_keys(writer: Any, source: Source, mixture: str) -> None:
     writer.add_type("model")
-    writer.add_name(Path(source.name).name)
+    writer.add_name(source.stem)
     for key, value in keys_of(source).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](key, value)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from memfit import demo
 from memfit.errors import BrokenInput, UsageError
 from memfit.packed.fake import is_fake
 from memfit.packed.forms import FORM_PARTS, Form
@@ -41,6 +42,12 @@ class Source:
     """config.json as it stands, where there is one."""
     gguf: Path | None = None
     """The GGUF file that this is, if it is one."""
+
+    @property
+    def stem(self) -> str:
+        """What the model is called where its output is named after it."""
+        name = self.gguf.stem if self.gguf is not None else Path(self.name).name
+        return "demo" if self.directory == demo.model_directory() else name
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
