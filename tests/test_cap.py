@@ -112,7 +112,8 @@ def job_of(model: Path, work: Path) -> dict:
     work.mkdir(exist_ok=True)
     ids = torch.randint(3, 200, (6, 48), generator=torch.Generator().manual_seed(0))
     torch.save({"calibration": ids}, work / "windows.pt")
-    return {"model": str(model), "work": str(work), "threads": 1, "allowed": None, "batch": 4}
+    told = {"model": str(model), "work": str(work), "threads": 1}
+    return told | {"do": "calibrate", "allowed": None, "batch": 4, "wanted": True}
 
 
 def account(nbytes: int) -> Account:
@@ -177,7 +178,7 @@ def test_what_smoothing_asks_for_is_gathered_within_a_cap_too(smooth: bool, mode
     monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
     with WorkDirectory(tmp_path / "out", key={"smooth": smooth}, resume=False) as work:
         cap, told = cap_of_jobs(work, 1 << 40, study, None, job, account(0), "rtn", uniform=True)
-    assert told["wanted"] == smooth and (told["allowed"] is not None) == smooth
+    assert told["wanted"] == smooth and (told["do"] == "calibrate") == smooth and told["allowed"] is not None
     assert ("calibrate" in cap.predicted) == smooth
 
 

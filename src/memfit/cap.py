@@ -21,10 +21,11 @@ from memfit.source.source import Source
 from memfit.steps import (
     BY_TEXT,
     Algorithm,
+    asked_plainly,
+    layers_to_smooth,
     predict_calibrating,
     predict_choosing,
     predict_compressing,
-    statistics_read,
     windows_of,
 )
 from memfit.study import Study
@@ -131,7 +132,7 @@ def cap_of_jobs(
     work: WorkDirectory, nbytes: int, study: Study, given: Plan | None, job: dict[str, Any], original: Account,
     algorithm: Algorithm, *, uniform: bool,
 ) -> tuple[Cap, dict[str, Any]]:  # fmt: skip
-    """The cap, and the job of calibration that keeps to it; with `wanted` false where nothing would read what it finds.
+    """The cap, and the job of calibration that keeps to it, asked for no more than `asked_plainly` asks for.
 
     The plan is not chosen yet, and what its jobs take hardly depends on it: what could not be done by any is refused
     here, before hours go into calibration. What was found is kept for a run that is stopped: other ways to the same
@@ -146,16 +147,13 @@ def cap_of_jobs(
         cap = cap_of(nbytes, job)
         # The original answers with all its weights in memory, or not at all.
         asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
-        smoothed = study.allowed.smoothed(study.groups) if windows_of(job) is not None else frozenset()
-        reads = statistics_read(source, plan, algorithm)
-        wanted = not uniform or reads != "none" or bool(smoothed) or asks
-        # Prices of a plan in one setting would decide nothing.
-        changes: dict[str, Any] = {"reference": asks, "wanted": wanted}
-        if uniform and not smoothed:
-            changes |= {"allowed": None, "weighing": reads != "all"}
+        asked = asked_plainly(job | {"reference": asks}, study, plan, algorithm, uniform=uniform)
+        calibrates = asked["do"] == "calibrate"
+        smoothed = layers_to_smooth(job, study)
         read = smoothing_of_all(source, smoothed).of_source(source) if smoothed else source
-        keep(cap, source, plan, job | changes, algorithm, calibrates=wanted, read=read)
-        return {"cap": cap.kept(), "changes": changes | (cap.told("calibrate") if wanted else {})}
+        keep(cap, source, plan, asked, algorithm, calibrates=calibrates, read=read)
+        asked |= cap.told("calibrate") if calibrates else {}
+        return {"cap": cap.kept(), "changes": {key: asked[key] for key in asked if job.get(key) != asked[key]}}
 
     found = work.once("cap", find)
     return Cap.of_kept(found["cap"]), job | found["changes"]

@@ -259,12 +259,17 @@ def asked_plainly(
 ) -> dict[str, Any]:
     """The job of calibration without what a plan in one setting has no use for: prices, which would decide nothing, and
     statistics, unless rounding reads them; of a part of the text, if it reads them for tables and heads alone."""
-    if not uniform or given is None or study.allowed.activations == 8:
+    if not uniform or given is None or layers_to_smooth(job, study):
         return job
     reads = statistics_read(study.source, given, algorithm)
     if reads == "none":
         return job | {"do": "reference", "wanted": job["reference"]}
     return job | {"allowed": None, "weighing": reads == "weighing"}
+
+
+def layers_to_smooth(job: dict[str, Any], study: Study) -> frozenset[str]:
+    """The layers whose inputs calibration is to even out."""
+    return study.allowed.smoothed(study.groups) if windows_of(job) is not None else frozenset()
 
 
 def choosing_job(chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> dict[str, Any]:
