@@ -183,6 +183,9 @@ def test_page_and_card_say_what_the_terminal_says_of_how_it_was_made() -> None:
     assert '<th class="number">price</th>' in page and '<td class="number">0.018</td>' in page
     card = model_card(report())
     assert f"{told} The text's SHA-256 is `{'5e' * 32}`." in card
+    nearest = report(algorithm="rtn", plan=PLAN | {"priced_by": "weights"})
+    assert "Made by rtn, without a text, judged on 10 windows of 256 tokens of notes.txt." in render_page(nearest)
+    assert "Made by rtn on 16 windows" in render_page(report(algorithm="rtn", plan=PLAN | {"priced_by": "text"}))
     bare = report(text=None, algorithm="search", quality=None)
     assert all("Made by search, without a text." in shown for shown in (render_page(bare), model_card(bare)))
 

@@ -29,6 +29,10 @@ COLORS: Final = {
 }
 
 
+_BY_WEIGHTS: Final = ("rtn", "magnitude", "svd")
+"""Algorithms that look at weights alone."""
+
+
 def render_account(account: Account, *, top: int = 10, budget_nbytes: int | None = None) -> RenderableType:
     """The phases with their peaks, what was alive at the highest, and the `top` largest entries."""
     parts: list[RenderableType] = [_phases(account, budget_nbytes), Text(), _at_peak(account)]
@@ -312,9 +316,12 @@ def made_line(report: Report) -> str:
     made = f"Made by {report.algorithm}" if report.algorithm else "Made"
     if (text := report.text) is None:
         return f"{made}, without a text." if report.algorithm else ""
-    windows = f"{text['calibration_windows']} windows of {text['window']} tokens of {text['name']}"
-    judged = "" if report.quality is None else f", judged on {text['evaluation_windows']} others"
-    return f"{made} on {windows}{judged}."
+    of = f"windows of {text['window']} tokens of {text['name']}"
+    judged = report.quality is not None
+    if report.algorithm in _BY_WEIGHTS and (report.plan or {}).get("priced_by") != "text":
+        return f"{made}, without a text" + (f", judged on {text['evaluation_windows']} {of}." if judged else ".")
+    others = f", judged on {text['evaluation_windows']} others" if judged else ""
+    return f"{made} on {text['calibration_windows']} {of}{others}."
 
 
 def plan_title(plan: Mapping[str, Any]) -> str:
