@@ -15,7 +15,10 @@ from memfit.report.machine import describe_machine, git_commit
 
 HERE = Path(__file__).parent
 TOKENS, WINDOWS, EVALUATED = 512, 32, 8
-MEMFIT = ("rtn", "search", "gptq", "tuned", "gptq-codebook", "tuned-codebook", "gptq-capped")
+MEMFIT = (
+    "rtn", "search", "gptq-plain", "gptq", "tuned", "gptq-codebook", "tuned-codebook", "gptq-plain-capped",
+    "gptq-capped",
+)  # fmt: skip
 CODEBOOK = "-codebook"
 """Of an algorithm of memfit: not integers but levels learned for each tensor; of 4 bits and less."""
 CAPPED = "-capped"
@@ -205,7 +208,8 @@ def memfit_words(case: Case, model: Model, out: Path, *, group: int, threads: in
         sys.executable, "-c", "from memfit.cli import main; main()", "fit", str(model.directory),
         "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--no-measure",
         "--ram", CAPS[case.model] if case.algorithm.endswith(CAPPED) else ROOM,
-        "--algorithm", case.algorithm.partition("-")[0], "--window", str(TOKENS), "--windows", str(WINDOWS),
+        "--algorithm", case.algorithm.removesuffix(CODEBOOK).removesuffix(CAPPED),
+        "--window", str(TOKENS), "--windows", str(WINDOWS),
         "--text", str(model.text), "--threads", str(threads), "-o", str(out), *options,
     ]  # fmt: skip
 

@@ -10,7 +10,8 @@ the blocks. `whole`: the table of words too. Groups of 128.
 Every case is a fresh process, a peer's in an environment of its own (see peers/README.md). Peers write their weights
 dequantized, and `_judge.py` judges all: KL with its interval, perplexity; of an encoder 1 - cosine of its embeddings.
 A peer's seconds are those of quantizing alone, and its bytes of a file are counted; memfit's seconds include reading
-and writing. `gptq-capped` makes the bytes of `gptq` within a cap near the least that works; the others have room.
+and writing. `gptq-plain` is the algorithm of a peer's `gptq`; memfit's own makes up for the layers before, too.
+`gptq-capped` makes the bytes of `gptq` within a cap near the least that works; the others have room.
 Times are compared in processor seconds, to which other work on the machine adds little. Results are written after
 every case: the same command goes on where a killed run has ended.
 """
@@ -164,9 +165,10 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def equal(row: dict[str, Any], peer: dict[str, Any]) -> bool:
-    """The same algorithm on the same kind of processor."""
+    """The same algorithm on the same kind of processor; memfit's own `gptq` does more than a peer's, as it makes up for
+    the layers before too, and is told beside it."""
     there = peer.get("settings", {}).get("device_map", "cpu")
-    return bool(row["algorithm"].removesuffix(CAPPED) == peer["algorithm"] and there == "cpu")
+    return bool(row["algorithm"].removesuffix(CAPPED).removesuffix("-plain") == peer["algorithm"] and there == "cpu")
 
 
 def same_algorithm(where: str, row: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from memfit.account.meter import Meter
 from memfit.account.watch import Unwatched
 from memfit.calibrate.collect import arguments_of
 from memfit.compensate import Thrift, compensate
@@ -15,7 +16,12 @@ from memfit.errors import UsageError
 from memfit.format.integers import Integers
 from memfit.models import load_model
 from memfit.packed.scheme import Scheme
+from memfit.plan.allowed import Allowed
+from memfit.planning import uniform_plan
 from memfit.source.source import Source, open_source
+from memfit.steps import Algorithm, predict_choosing
+from memfit.study import Study
+from memfit.task.infer import Infer
 from memfit.technique.gptq import damping_for, gptq
 from memfit.technique.quantize import dequantize, quantize
 
@@ -124,6 +130,51 @@ def test_the_first_layers_are_those_of_their_inputs(tmp_path: Path) -> None:
         found = integers.read(module, SCHEME)
         assert torch.equal(found.scale, right.scale)
         assert (found.q != right.q).float().mean() < 0.01  # sums in another order: a tie may fall otherwise
+
+
+@torch.no_grad()
+def test_plain_gptq_rounds_layer_after_layer_for_what_it_now_reads(tmp_path: Path) -> None:
+    """Beside the algorithm in a few lines, on the whole model at once."""
+    source = made("llama", tmp_path / "model")
+    schemes = layers_of(source)
+    plain, better = Integers(tmp_path / "plain"), chosen(source, schemes, tmp_path / "corrected")
+    compensate(source, windows(), schemes, plain, watch=Unwatched(), corrects=False)
+    model = load_model(source, dtype=torch.bfloat16)
+    equal: dict[bool, list[float]] = {True: [], False: []}
+    for layer in range(2):
+        for stage in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+            names = [name for name in schemes if name.startswith(f"model.layers.{layer}.") and name.endswith(stage)]
+            x = read_by(model, names[0]).double()
+            for name in names:
+                weight, hessian = model.get_submodule(name).weight, (x.t() @ x / len(x)).float()
+                right = gptq(weight, hessian, SCHEME, damping=damping_for(x.shape[1], len(x))).quantized
+                for corrects, integers in ((False, plain), (True, better)):
+                    equal[corrects].append(float((integers.read(name, SCHEME).q == right.q).float().mean()))
+                weight.copy_(dequantize(plain.read(name, SCHEME)))
+    same, other = (sum(equal[corrects]) / len(equal[corrects]) for corrects in (False, True))
+    assert same > 0.98, "sums in another order alone: a tie may fall otherwise"
+    assert other < 0.9, "and to make up for the layers before is something else"
+
+
+def test_plain_gptq_takes_less_and_that_is_predicted(tmp_path: Path) -> None:
+    allowed = Allowed(bits=(4,), groups={4: (32,)})
+    source = made("llama", tmp_path / "model")
+    plan = uniform_plan(Study(source, Infer(prompt=8, new_tokens=2), allowed), 1 << 40)
+    algorithms: tuple[Algorithm, ...] = ("gptq", "gptq-plain")
+    told = [predict_choosing(source, plan, windows().shape, Thrift(), algorithm=by) for by in algorithms]
+    meter = Meter()
+    compensate(source, windows(), plan.schemes(), Integers(tmp_path / "integers"), watch=meter, corrects=False)
+    assert told[1].peak_nbytes == pytest.approx(meter.account().peak_nbytes, rel=0.02)
+    assert told[1].peak_nbytes < 0.9 * told[0].peak_nbytes
+
+
+def read_by(model: torch.nn.Module, layer: str) -> torch.Tensor:
+    """What comes to a layer [T, K]."""
+    heard: list[torch.Tensor] = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    model(windows(), use_cache=False)
+    handle.remove()
+    return heard[0].reshape(-1, heard[0].shape[-1])
 
 
 def test_rows_looked_up_are_those_of_the_whole_table(tmp_path: Path, monkeypatch) -> None:

@@ -375,6 +375,19 @@ def test_gptq_is_what_a_text_brings_and_is_predicted_and_told(fitted, model, pla
         memfit.fit(model, out=tmp_path / "other", given=plan, algorithm="best")
 
 
+def test_plain_gptq_is_for_integers_alone(model, tmp_path):
+    both = replace(ALLOWED, techniques=("quantize", "low-rank"))
+    with pytest.raises(UsageError, match="gptq-plain is for integers alone, and low-rank is allowed"):
+        memfit.fit(model, "75%", tmp_path / "out", task=TASK, text=text(), allowed=both, algorithm="gptq-plain")
+    report = memfit.fit(
+        model, "100%", tmp_path / "out", task=TASK, text=text(), allowed=ALLOWED, uniform=True, algorithm="gptq-plain",
+        measure=False, threads=1,
+    )  # fmt: skip
+    assert report.algorithm == "gptq-plain" and "errors of the layers before not made up for" in report.rounding
+    told, found = report.predicted_fit.phase("compensate"), report.measured_fit.phase("compensate")
+    assert told.peak_nbytes == pytest.approx(found.peak_nbytes, rel=0.03)
+
+
 def test_one_setting_for_everything_is_rounding_as_anyone_would(model, tmp_path):
     setting = memfit.Allowed(bits=(4,), groups={4: (64,)}, symmetric=False, kv_bits=(16,), keep=("embeddings",))
     told = {"task": TASK, "allowed": setting, "uniform": True}

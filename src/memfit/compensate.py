@@ -5,6 +5,7 @@ through the model as it was (x), the second through what it has become (x̂). Th
 layers are taken in the order of their calls: those that read the same input share one H = E[x̂ x̂ᵀ] and one
 E[(x − x̂) x̂ᵀ], made by running the block as it was and with what is already rounded in it. A layer is to give for x̂
 what it gave for x (`gptq.corrected`), as far as two halves of the text agree on what that takes (`gptq.agreement`).
+Plain GPTQ (`corrects` is False) wants what the layer as it was gives for x̂, and is done with one text and H alone.
 Where that is asked for, the block's layers then learn together (`tune`). At last the block runs on with its new
 weights, and both are let go.
 
@@ -29,7 +30,7 @@ from memfit.account.watch import Anew, Watch
 from memfit.calibrate.attention import attention_by_products
 from memfit.calibrate.collect import arguments_of
 from memfit.calibrate.inputs import add_products
-from memfit.calibrate.moved import Moved
+from memfit.calibrate.moved import Inputs, Moved
 from memfit.calibrate.passes import Pass
 from memfit.calibrate.runs import AllDone, Call, Run, another, shape_alone
 from memfit.calibrate.spill import Spill
@@ -92,6 +93,7 @@ def compensate(
     weighting: Callable[[str], Weighting | None] = lambda _: None,
     damping: float | None = None,
     tuning: Tuning | None = None,
+    corrects: bool = True,
 ) -> None:
     """Choose the integers of every linear layer in the model's blocks, and keep them in `integers`.
 
@@ -106,6 +108,8 @@ def compensate(
             heads what their outputs do. None: all alike.
         damping: see `gptq.factor`; None: as `gptq.damping_for` has it.
         tuning: how each block's layers learn together, once they are chosen; None: they do not.
+        corrects: whether layers make up for the errors of those before them, too; of integers alone, that do not learn,
+            they need not.
 
     Raises:
         UsageError: a layer whose inputs are not finite, or all 0: it is named.
@@ -120,7 +124,9 @@ def compensate(
 
     owners = {owner for form in schemes.values() if (owner := like_of(form)) is not None}
     count = windows_WT.shape[0]
-    twice_WT = torch.cat([windows_WT, windows_WT])
+    ids_WT = torch.cat([windows_WT, windows_WT]) if corrects else windows_WT
+    first = ids_WT.shape[0] - count
+    """Of the windows that go through the model as it becomes."""
 
     def ridge(inputs: int) -> float:
         return damping_for(inputs, windows_WT.numel()) if damping is None else damping
@@ -131,8 +137,8 @@ def compensate(
 
     def rounded(name: str, rows_ND: Tensor) -> Tensor:
         # A table of positions is looked up once for all windows, and stays as it was.
-        if rows_ND.shape[0] == twice_WT.numel():
-            tables.round(name, rows_ND[rows_ND.shape[0] // 2 :])
+        if rows_ND.shape[0] == ids_WT.numel():
+            tables.round(name, rows_ND[-windows_WT.numel() :])
         spill.let_go(rows_ND)
         return rows_ND
 
@@ -149,7 +155,7 @@ def compensate(
             if not left:
                 raise AllDone
             return tree_map(lambda leaf: another(leaf, spill), gave)
-        call = Call(forward, args, kwargs, 2 * count, spill)
+        call = Call(forward, args, kwargs, ids_WT.shape[0], spill)
         random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         layers: dict[str, nn.Linear] = {
             full: module
@@ -157,9 +163,10 @@ def compensate(
             if isinstance(module, nn.Linear) and (full := f"{name}.{below}") in schemes
         }
         versions = Versions(layers, streamed.weight_of, hold=thrift.hold)
-        runs = Run(call, 0, count, thrift.batch), Run(call, count, 2 * count, thrift.batch)
-        was = Pass(runs[0], within=versions.as_they_were, waits=thrift.wait)
-        now = Pass(runs[1], waits=thrift.wait)
+        now = Pass(Run(call, first, ids_WT.shape[0], thrift.batch), waits=thrift.wait)
+        was = now  # where nothing is made up for, what a layer gave is what it gives for the same inputs
+        if corrects:
+            was = Pass(Run(call, 0, count, thrift.batch), within=versions.as_they_were, waits=thrift.wait)
         out: Any = None
 
         def learn(learners: Mapping[str, Learner]) -> dict[str, Quantized]:
@@ -177,7 +184,7 @@ def compensate(
                 )  # fmt: skip
             if not left:
                 raise AllDone
-            if out is None:
+            if out is None and corrects:
                 out = was.whole()
             out = now.whole(out)
         if dry:
@@ -188,7 +195,7 @@ def compensate(
     streamed.apart = frozenset(f"{name}.weight" for name in schemes)
     left = set(streamed.blocks)
     with Anew(watch, "compensate") as anew, attention_by_products(), suppress(AllDone):
-        streamed.model(twice_WT, **arguments_of(streamed.model, twice_WT))
+        streamed.model(ids_WT, **arguments_of(streamed.model, ids_WT))
 
 
 def _choose(
@@ -217,9 +224,10 @@ def _choose(
     learners: dict[str, Learner] = {}
     narrow: dict[str, Tensor] = {}
     for stage in _stages(versions.layers, now.run):
-        moved = _moved(stage, versions, was, now, random)
-        hessian = moved.hessian()
+        moved = None if was is now else _moved(stage, versions, was, now, random)
+        hessian = _inputs(stage, versions, now).hessian() if moved is None else moved.hessian()
         for name in [name for name in stage if name in narrow]:
+            assert moved is not None, "integers alone are made without"
             amount, halves = moved.of(name)
             form = schemes[name]
             assert isinstance(form, Narrow), "as its values are"
@@ -242,10 +250,13 @@ def _choose(
         owners = {owner for name in stage if (owner := basis_of(schemes[name])) is not None}
         together: dict[str, dict[str, Member]] = {owner: {} for owner in sorted(owners)}
         for name in stage:
-            amount, halves = moved.of(name)
-            part = 0.0 if halves is None else agreement(*halves, made)
-            weight = corrected(versions.was(name), amount.mul_(part), made, rows=rows or _ROWS)
-            del amount, halves
+            if moved is None:
+                weight = versions.was(name).float()
+            else:
+                amount, halves = moved.of(name)
+                part = 0.0 if halves is None else agreement(*halves, made)
+                weight = corrected(versions.was(name), amount.mul_(part), made, rows=rows or _ROWS)
+                del amount, halves
             used[name] = made.damping
             if (owner := basis_of(schemes[name]) or name) in together:
                 together[owner][name] = Member.of(weight, factor=made, rows_N=outputs(name))
@@ -357,6 +368,17 @@ def _stages(layers: Mapping[str, nn.Linear], run: Run) -> list[list[str]]:
         for handle in handles:
             handle.remove()
     return [names for _, names in calls]
+
+
+def _inputs(stage: list[str], versions: Versions, now: Pass) -> Inputs:
+    """What layers that read one input read."""
+    layer = versions.layers[stage[0]]
+    inputs = Inputs(layer.in_features)
+    for half in range(len(now.halves)):
+        for x_TK in now.inputs(half, layer):
+            inputs.add(x_TK)
+            del x_TK
+    return inputs
 
 
 def _moved(stage: list[str], versions: Versions, was: Pass, now: Pass, random: torch.Generator) -> Moved:

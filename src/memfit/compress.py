@@ -154,7 +154,7 @@ def _complete(groups: tuple[Group, ...], statistics: Statistics | None) -> Any:
 def choose_integers(
     source: Source, plan: Plan, statistics: Statistics | None, windows_WT: Tensor, integers: Integers, *, watch: Watch,
     thrift: Thrift | None = None, scratch: Path | None = None, tuning: Tuning | None = None,
-    attuning: Attuning | None = None,
+    attuning: Attuning | None = None, corrects: bool = True,
 ) -> None:  # fmt: skip
     """Choose the integers of the plan's linear layers by GPTQ, block after block; see `compensate`. Then, if that is
     asked for, scales and vectors of the whole model learn; see `attune`.
@@ -172,7 +172,7 @@ def choose_integers(
 
     schemes = plan.schemes()
     how: dict[str, Any] = {"watch": watch, "thrift": thrift, "scratch": scratch, "weighting": weighting}
-    compensate(source, windows_WT, schemes, integers, tuning=tuning, **how)
+    compensate(source, windows_WT, schemes, integers, tuning=tuning, corrects=corrects, **how)
     if attuning is not None:
         attune(source, windows_WT, schemes, integers, attuning=attuning, **how)
 

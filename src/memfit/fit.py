@@ -220,6 +220,7 @@ def fit(
         learned: how it was made, for the report.
         algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
             loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text;
+            `gptq-plain`: each makes up for its own alone, in two thirds of the time, integers only;
             `tuned`: and each block, then the whole, learns on it, in ten to twenty times the time.
             Pruning calls them `magnitude`, `wanda`, `sparsegpt`, factors `svd`, `scaled`, `whitened`.
             Default: `gptq` where there is a text, else `search`.
@@ -263,7 +264,7 @@ def fit(
             given = uniform_plan(study, nbytes)
         else:
             require_fit(study, nbytes)
-    by = algorithm_of(algorithm, text=texts is not None)
+    by = algorithm_of(algorithm, text=texts is not None, techniques=study.allowed.techniques)
     key = calibration_key(study, texts, threads, by)
     key |= {"asked": [ram_nbytes, measure], "narrow": narrow and asdict(narrow)}
     key |= {} if beside is None else {"beside": str(beside)}

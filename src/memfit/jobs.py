@@ -259,7 +259,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
     integers, watch, file = Integers(Path(job["integers"])), _watch(job), work / "statistics.safetensors"
     thrift = Thrift(**job["thrift"]) if job.get("thrift") else None
     learn: dict[str, Any] = {"tuning": Tuning, "attuning": Attuning}
-    learning = {how: learn[how](**settings) for how, settings in job.get("learning", {}).items()}
+    variant = {how: learn[how](**told) if how in learn else told for how, told in job.get("variant", {}).items()}
     with within(job):
         reset_resident_peak()
         with watch.phase("compensate"):
@@ -267,7 +267,7 @@ def _choose(job: dict[str, Any]) -> dict[str, Any]:
             statistics = Statistics.read(file) if file.exists() else None
             windows = _windows(job)["calibration"]
         choose_integers(
-            source, plan, statistics, windows, integers, watch=watch, thrift=thrift, scratch=work, **learning
+            source, plan, statistics, windows, integers, watch=watch, thrift=thrift, scratch=work, **variant
         )
         return _seen(watch) | {"damping": integers.damping, "attuned": integers.attuned}
 

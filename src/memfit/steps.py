@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,9 +45,9 @@ from memfit.technique.attune import Attuning
 from memfit.technique.tune import Tuning
 from memfit.text import Text, write_windows
 
-Algorithm = Literal["rtn", "search", "gptq", "tuned"]
-"""How integers are chosen: each weight to the nearest of the usual scale, of the searched one, making up for errors
-before it, or learning from there with all of its block."""
+Algorithm = Literal["rtn", "search", "gptq-plain", "gptq", "tuned"]
+"""How integers are chosen: each weight to the nearest of the usual scale, of the searched one, making up for errors in
+its own layer, in those before it, too, or learning from there with all of its block."""
 _OF_FACTORS: Final = {"svd": "rtn", "scaled": "search", "whitened": "gptq"}
 ALGORITHMS: Final = {
     "quantize": {name: name for name in get_args(Algorithm)},
@@ -57,15 +57,15 @@ ALGORITHMS: Final = {
 }
 """By technique, its names for how it decides: by the weights alone, by what their inputs are on a text, making up for
 errors on it."""
-BY_TEXT: Final = ("gptq", "tuned")
+BY_TEXT: Final = ("gptq-plain", "gptq", "tuned")
 """What goes through the text block by block, to choose integers."""
 
 
-def algorithm_of(name: str | None, *, text: bool) -> Algorithm:
+def algorithm_of(name: str | None, *, text: bool, techniques: Sequence[str] = ("quantize",)) -> Algorithm:
     """The algorithm that a name means; by default what the most is known for.
 
     Raises:
-        UsageError: there is none of this name, or it needs a text.
+        UsageError: there is none of this name, it needs a text, or is not for what else is allowed.
     """
     known = {called: meant for names in ALGORITHMS.values() for called, meant in names.items()}
     found = known.get(name) if name is not None else "gptq" if text else "search"
@@ -75,6 +75,8 @@ def algorithm_of(name: str | None, *, text: bool) -> Algorithm:
         raise UsageError(
             f"GPTQ chooses integers for a text (--algorithm {name}), and there is none. Give one (--text FILE)."
         )
+    if found == "gptq-plain" and (others := [technique for technique in techniques if technique != "quantize"]):
+        raise UsageError(f"--algorithm {name} is for integers alone, and {others[0]} is allowed. Take gptq.")
     return cast(Algorithm, found)
 
 
@@ -139,7 +141,7 @@ def predict_fit(source: Source, chosen: Plan, job: dict[str, Any], *, algorithm:
         integers = None
         if algorithm in BY_TEXT and ids is not None:
             integers = Integers(None)
-            choose_integers(source, chosen, found.statistics, ids, integers, watch=follow, **learning_of(algorithm))
+            choose_integers(source, chosen, found.statistics, ids, integers, watch=follow, **variant_of(algorithm))
         compress(
             source, chosen, found.statistics, Path(job["work"]), watch=follow, dry=True, integers=integers,
             search=algorithm != "rtn",
@@ -163,7 +165,7 @@ def predict_choosing(
         ids = torch.zeros(windows, dtype=torch.int64)
         choose_integers(
             source, chosen, None, ids, Integers(None), watch=follow, thrift=thrift, scratch=Path("dry"),
-            **learning_of(algorithm),
+            **variant_of(algorithm),
         )  # fmt: skip
     return settle(follow.ledger, waiting_nbytes=thrift.waiting_nbytes)
 
@@ -249,8 +251,11 @@ def statistics_read(source: Source, chosen: Plan, algorithm: Algorithm) -> Stati
     return found
 
 
-def learning_of(algorithm: Algorithm) -> dict[str, Any]:
-    """What learns by this algorithm, and how: blocks, one by one (`tuning`), then the whole (`attuning`)."""
+def variant_of(algorithm: Algorithm) -> dict[str, Any]:
+    """What `choose_integers` does otherwise by this algorithm: whether it corrects; what learns and how, blocks one by
+    one (`tuning`) and then the whole (`attuning`)."""
+    if algorithm == "gptq-plain":
+        return {"corrects": False}
     return {"tuning": Tuning(), "attuning": Attuning()} if algorithm == "tuned" else {}
 
 
@@ -276,12 +281,13 @@ def choosing_job(chosen: Plan, job: dict[str, Any], *, algorithm: Algorithm) -> 
     """The job that chooses integers by GPTQ; the plan goes to `work`, and integers to a directory of the plan's own."""
     work = Path(job["work"])
     (work / "plan.json").write_text(dumps(chosen), encoding="utf-8")
-    learned = {how: asdict(settings) for how, settings in learning_of(algorithm).items()}
+    variant = variant_of(algorithm)
+    variant = {how: settings if isinstance(settings, bool) else asdict(settings) for how, settings in variant.items()}
     kinds = ([name, scheme.to_json()] for name, scheme in chosen.schemes().items())
-    schemes = json.dumps(["corrected and weighed", learned, *kinds])
+    schemes = json.dumps(["corrected and weighed", variant, *kinds])
     integers = work / f"integers-{hashlib.sha256(schemes.encode()).hexdigest()[:16]}"
     told = {key: job[key] for key in ("model", "work", "threads")}
-    return told | {"do": "choose", "integers": str(integers), "learning": learned, "waiting_nbytes": FAST}
+    return told | {"do": "choose", "integers": str(integers), "variant": variant, "waiting_nbytes": FAST}
 
 
 def compression_job(
@@ -315,13 +321,14 @@ def rounding_line(chosen: Plan, found: Mapping[str, Any], algorithm: Algorithm) 
     what = "quantized modules" if list(used) == ["GPTQ"] else "modules"
     told = f"{', '.join(used) or 'GPTQ'}: {len(damping)} of {len(chosen.schemes())} {what}, damping {least:.2g}"
     told += f" to {most:.2g}" if most > least else ""
-    learning = learning_of(algorithm)
-    if "tuning" in learning:
-        told += f"; then {learning['tuning'].steps} steps of learning for each block"
+    variant = variant_of(algorithm)
+    told += ", errors of the layers before not made up for" if algorithm == "gptq-plain" else ""
+    if "tuning" in variant:
+        told += f"; then {variant['tuning'].steps} steps of learning for each block"
     if (lost := found.get("attuned")) is not None:
         kept = "" if lost["after"] <= lost["before"] else ", which was not kept"
         told += (
-            f", and {learning['attuning'].steps} for the whole: {lost['before']:.4g} lost before and "
+            f", and {variant['attuning'].steps} for the whole: {lost['before']:.4g} lost before and "
             f"{lost['after']:.4g} after{kept}, on the text that it learned from (any other gains less)"
         )
     return told

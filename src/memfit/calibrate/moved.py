@@ -32,6 +32,37 @@ _PANELS: Final = 8
 """At the most: each has a shape of its own, for which oneDNN makes code."""
 
 
+class Inputs:
+    """H of what layers read, summed over tokens as they come: all that those take which make up for nothing.
+
+    Args:
+        width: K.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._hessian = torch.zeros(width, width)
+        self.tokens = 0
+
+    def add(self, x_TK: Tensor) -> None:
+        """Some tokens."""
+        with _products_of_bf16():
+            for part in _parts(x_TK):
+                self.add_part(x_TK[part].float())
+
+    def add_part(self, x: Tensor) -> None:
+        """Some tokens, few enough, in fp32."""
+        self.tokens += x.shape[0]
+        for start, stop in _panels(self._hessian.shape[0]):  # what is below its diagonal blocks is left out
+            self._hessian[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
+
+    def hessian(self) -> Tensor:
+        """H; it is the caller's from then on."""
+        found, self._hessian = self._hessian, torch.empty(0)
+        for start, stop in _panels(found.shape[0]):
+            found[stop:, start:stop].copy_(found[start:stop, stop:].t())
+        return found.div_(max(self.tokens, 1))
+
+
 class Moved:
     """Sums over tokens as they come.
 
@@ -47,24 +78,22 @@ class Moved:
     ) -> None:
         self._weight = weight
         self._left = set(outputs)
-        self._hessian = torch.zeros(width, width)
+        self._inputs = Inputs(width)
         self._signs = {name: _signs(rows, random) for name, rows in outputs.items()}
         shared = width <= 2 * sum(outputs.values())
         self._shared = torch.zeros(width, width) if shared else None
         self._own = {} if shared else {name: torch.zeros(rows, width) for name, rows in outputs.items()}
         self._sums: dict[str, list[Tensor]] = {name: [] for name in outputs}
-        self._tokens = 0
         self._of_halves: list[int] = []
         """Tokens of each half that has ended."""
 
     def add(self, before_TK: Tensor, x_TK: Tensor) -> None:
         """Some tokens: x, and x̂."""
-        self._tokens += x_TK.shape[0]
-        tokens = [slice(start, start + _TOKENS) for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS))]
+        tokens = _parts(x_TK)
         with _products_of_bf16():
             for part in tokens:
                 x = x_TK[part].float()
-                _add_square(self._hessian, x)
+                self._inputs.add_part(x)
                 if self._shared is not None:
                     self._shared.addmm_(before_TK[part].sub(x_TK[part]).float().t(), x)
                 del x
@@ -87,14 +116,11 @@ class Moved:
             for before in sums:
                 found.sub_(before)
             sums.append(found)
-        self._of_halves.append(max(self._tokens - sum(self._of_halves), 1))
+        self._of_halves.append(max(self._inputs.tokens - sum(self._of_halves), 1))
 
     def hessian(self) -> Tensor:
         """H; it is the caller's from then on."""
-        found, self._hessian = self._hessian, torch.empty(0)
-        for start, stop in _panels(found.shape[0]):
-            found[stop:, start:stop].copy_(found[start:stop, stop:].t())
-        return found.div_(max(self._tokens, 1))
+        return self._inputs.hessian()
 
     def of(self, name: str) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """A layer's D, and P D of each half of the text; of one window there are no halves. Each layer is asked for
@@ -111,7 +137,7 @@ class Moved:
                 torch.mm(weight[rows].float(), self._shared, out=moved[rows])
             if not self._left:
                 self._shared = None
-        moved.div_(max(self._tokens, 1))
+        moved.div_(max(self._inputs.tokens, 1))
         return moved, (halves[0], halves[1]) if len(halves) == 2 else None
 
     def _signed_sum(self, name: str) -> Tensor:
@@ -126,10 +152,9 @@ class Moved:
         return found.mm(self._shared)
 
 
-def _add_square(total: Tensor, x_TK: Tensor) -> None:
-    """Add xᵀ x to what is on and above the diagonal blocks."""
-    for start, stop in _panels(total.shape[0]):
-        total[start:stop, start:].addmm_(x_TK[:, start:stop].t(), x_TK[:, start:])
+def _parts(x_TK: Tensor) -> list[slice]:
+    """Tokens whose inputs are in fp32 at a time."""
+    return [slice(start, start + _TOKENS) for start in blocks_to_run(range(0, x_TK.shape[0], _TOKENS))]
 
 
 def _panels(width: int) -> Iterator[tuple[int, int]]:

@@ -63,6 +63,7 @@ class Rounding(StrEnum):
 
     rtn = "rtn"
     search = "search"
+    gptq_plain = "gptq-plain"
     gptq = "gptq"
     tuned = "tuned"
     magnitude = "magnitude"

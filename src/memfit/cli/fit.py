@@ -128,8 +128,9 @@ def fit(
         Rounding | None,
         typer.Option(
             help="rtn: to the nearest; search: with searched scales; gptq: and rounding errors are made up for on the "
-            "text; tuned: and blocks, then the whole, learn on it. To prune: magnitude, wanda, sparsegpt; for factors: "
-            "svd, scaled by the inputs, whitened. Default: gptq (sparsegpt, whitened) with a text, else search.",
+            "text; gptq-plain: those within each layer alone, in two thirds of the time; tuned: and blocks, then the "
+            "whole, learn on it. To prune: magnitude, wanda, sparsegpt; for factors: svd, scaled by the inputs, "
+            "whitened. Default: gptq (sparsegpt, whitened) with a text, else search.",
             show_default=False,
         ),
     ] = None,
