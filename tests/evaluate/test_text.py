@@ -34,8 +34,8 @@ def test_windows_follow_each_other_and_each_has_the_special_tokens() -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("a", {}, "has 1 tokens, and 512 are needed for a window of 512"),
-        ("abcdefgh", {"length": 4, "count": 3}, "has 8 tokens, and 12 are needed for 3 windows of 4"),
+        ("a", {}, "there are 1 tokens, and 512 are needed for a window of 512"),
+        ("abcdefgh", {"length": 4, "count": 3}, "there are 8 tokens, and 12 are needed for 3 windows of 4"),
         ("abcdefgh", {"length": 4, "skip": 2}, r"12 are needed for 3 windows of 4 \(2 of them skipped\)"),
         ("abcdefgh", {"length": 1}, "nothing to predict"),
         ("abcdefgh", {"length": 4, "count": 0}, "count 0"),
