@@ -250,6 +250,9 @@ def test_a_config_without_weights_cannot_be_fitted(tmp_path):
         memfit.load(tmp_path / "m")
     with pytest.raises(UsageError, match="`eval` needs the weights"):
         memfit.evaluate(tmp_path / "m", demo.model_directory(), text())
+    (tmp_path / "m" / "model.onnx").touch()
+    with pytest.raises(UsageError, match="ONNX Runtime in place of weights"):
+        memfit.load(tmp_path / "m")
 
 
 def test_a_fitted_model_is_accounted_with_its_own_cache(fitted):
@@ -311,6 +314,28 @@ def test_what_was_calibrated_for_another_question_is_not_used(fitted, model, tmp
                 model, "75%", tmp_path / "out", task=TASK, text=text(), allowed=allowed, threads=1
             )
     assert asked.count("calibrate") == 2
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_given_plan_is_calibrated_for_as_when_it_was_made(fitted, model, plan, tmp_path, monkeypatch, searched):
+    """In one setting nothing was priced, and statistics were no more than what rounding reads: so it is again."""
+    asked = []
+
+    def stopped(job, **limit):
+        asked.append(job)
+        if job["do"] != "reference":
+            raise KeyboardInterrupt
+        return {}
+
+    run_jobs_by(monkeypatch, stopped)
+    given = plan if searched else memfit.plan(model, "100%", task=TASK, text=text(), allowed=ALLOWED, uniform=True)
+    assert (given.expected_kl is not None) is searched
+    with pytest.raises(KeyboardInterrupt):
+        memfit.fit(model, out=tmp_path / "out", text=text(), given=given, threads=1)
+    assert asked[0]["do"] == "calibrate" and (asked[0]["allowed"] is not None) is searched
+    assert asked[0].get("weighing", False) is not searched
+    if searched:
+        assert tuple(asked[0]["allowed"]["kv_bits"]) == tuple(dict.fromkeys((16, plan.kv_bits)))
 
 
 def test_the_base_model_is_the_hubs_id_wherever_it_can_be_told(tmp_path):

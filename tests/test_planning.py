@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from memfit.planning import account_of, make_plan, predict, require_fit
 from memfit.source.source import Source, source_from_config
 from memfit.study import Study
 from memfit.task.infer import Infer
+from memfit.units import parse_size
 
 DECODER = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -139,6 +141,17 @@ def test_what_does_not_fit_is_refused_with_the_smallest_budget_that_works(source
     with pytest.raises(DoesNotFit) as caught:
         make_plan(Study(source, TASK, FEW), refusal.smallest_nbytes - 1)
     assert caught.value.smallest_nbytes == refusal.smallest_nbytes
+
+
+def test_a_refusal_counts_what_is_kept_among_what_stays_in_16_bits(source):
+    with pytest.raises(DoesNotFit) as caught:
+        make_plan(Study(source, TASK, replace(FEW, keep=("embeddings",))), 1000)
+    found = re.search(r"packed weights (\S+ \S+), .* in 16 bits (\S+ \S+), temp", str(caught.value))
+    assert found is not None
+    table, norms = DECODER["vocab_size"] * DECODER["hidden_size"] * 2, 5 * DECODER["hidden_size"] * 2
+    assert parse_size(found[2].replace(" ", "")) == pytest.approx(table + norms, rel=0.01)
+    layers = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256) * (4 + 16 / 64) / 8
+    assert parse_size(found[1].replace(" ", "")) == pytest.approx(layers, rel=0.01)
 
 
 def test_a_refusal_names_levers_and_what_each_would_free(refusal):

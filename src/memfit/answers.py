@@ -82,6 +82,8 @@ def allowed_by(given: Plan | None) -> Allowed:
     if given is None:
         return Allowed()
     found = dict.fromkeys(given.schemes().values())
+    integers = [part for form in found for part in (form, getattr(form, "base", None)) if isinstance(part, Scheme)]
+    in_integers = any(form.activations == 8 for form in found)
     pruned = tuple(form for form in found if isinstance(form, Sparse))
     factors = [form for form in found if isinstance(form, LowRank)]
     narrow = any(isinstance(form, Narrow) for form in found)
@@ -91,7 +93,10 @@ def allowed_by(given: Plan | None) -> Allowed:
         techniques=tuple(name for name, uses in used.items() if uses) or ("quantize",), sparse=pruned,
         ranks=tuple(form.rank for form in factors if form.base is None),
         residual_ranks=tuple(form.rank for form in factors if form.base is not None),
+        values=tuple(dict.fromkeys(form.values for form in integers)) or ("int",),
+        symmetric=in_integers or all(form.symmetric for form in integers),
+        kv_bits=tuple(dict.fromkeys((16, given.kv_bits))),
     )  # fmt: skip
-    if any(form.activations == 8 for form in found):
+    if in_integers:
         return replace(allowed, activations=8, smooth=bool(given.smoothed))
     return allowed

@@ -200,11 +200,11 @@ def keep(
     refusals: list[DoesNotFit] = []
     read = read or source
     jobs: dict[str, Callable[[], Iterator[tuple[Account, Any]]]] = {}
+    if calibrates:
+        jobs["calibrate"] = lambda: _calibrating(source, job)
     if algorithm in BY_TEXT:
         jobs["choose"] = lambda: _choosing(read, plan, job, algorithm)
     jobs["compress"] = lambda: iter([(_compressing(cap, read, plan, job, algorithm), None)])
-    if calibrates:
-        jobs["calibrate"] = lambda: _calibrating(source, job)
     for name, ways in jobs.items():
         try:
             cap.predicted[name], cap.ways[name] = first_that_keeps(cap, name, ways())

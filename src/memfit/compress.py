@@ -88,8 +88,10 @@ def calibrate(
         wanted = frozenset(member for group in groups for member in group.members)
         with watch.phase("calibrate"):
             statistics = collect(source, windows_WT, wanted, batch=batch)
-            narrow = [bits for bits in allowed.kv_bits if bits != 16] if allowed is not None else []
-            kv_prices = without_floor(cache_losses(source, windows_WT[:KV_WINDOWS], narrow))
+            if allowed is not None and any(bits != 16 for bits in allowed.kv_bits):
+                # Two widths tell what any change costs, so a price is the same whatever else is asked for.
+                widths = sorted({8, 4, *allowed.kv_bits} - {16}, reverse=True)
+                kv_prices = without_floor(cache_losses(source, windows_WT[:KV_WINDOWS], widths))
     if allowed is None:
         return Calibrated(statistics=statistics, prices={}, kv_prices={})
     schemes = allowed.schemes_of(groups)

@@ -211,7 +211,8 @@ def fit(
         model: a hub id, a directory or a `.gguf` file; None: the demo model with its own text.
         budget: see `plan`.
         out: where the fitted model goes, a Hugging Face directory; default: `NAME-fitted` here.
-        given: a plan made before, carried out within the budget and for the task that stand in it.
+        given: a plan made before, carried out within the budget and for the task that stand in it, and priced anew if
+            it has prices.
         uniform: no search: everything in the first scheme of `allowed` that can hold it.
         narrow: how much of the model stays: it is made narrower first, by what a text says is missed least, and what is
             left is fitted. Judged beside the whole model.
@@ -251,6 +252,7 @@ def fit(
     ram_nbytes = None if ram is None else parse_size(ram)
     threads = threads or torch.get_num_threads()
     task = task_of(given) if given is not None else task
+    plainly = uniform if given is None else not given.is_priced
     texts, narrow, whole = text_of(text, source), narrow_as_asked(narrow, given), source
     require_text(narrow, source, texts)
     with _threads(threads):
@@ -267,6 +269,9 @@ def fit(
     by = algorithm_of(algorithm, text=texts is not None, techniques=study.allowed.techniques)
     key = calibration_key(study, texts, threads, by)
     key |= {"asked": [ram_nbytes, measure], "narrow": narrow and asdict(narrow)}
+    if plainly and given is not None:
+        # Calibration finds out no more than what making this plan reads.
+        key["schemes"] = [[name, form.to_json()] for name, form in given.schemes().items()]
     key |= {} if beside is None else {"beside": str(beside)}
     work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work, Process() as process:
@@ -274,10 +279,10 @@ def fit(
         job |= {} if beside is None else {"beside": str(beside)}
         cap = None
         if ram_nbytes is None:
-            job = asked_plainly(job, study, given, by, uniform=uniform)
+            job = asked_plainly(job, study, given, by, uniform=plainly)
         else:
             progress("finding out what fits in the cap")
-            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, by, uniform=uniform)
+            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, by, uniform=plainly)
         jobs: dict[str, Any] = {}
         narrowing = None
         if narrow is not None:
@@ -287,7 +292,8 @@ def fit(
             if uniform:
                 given = uniform_plan(study, nbytes)
         before = "going on with what a stopped run has calibrated"
-        first = "asking the original" if job["do"] == "reference" else "calibrating, and asking the original"
+        asks = ["asking the original"] if job["reference"] else []
+        first = ", and ".join(asks if job["do"] == "reference" else ["calibrating", *asks])
         progress(before if work.holds("calibrated") else first)
         calibrated = work.once("calibrated", lambda: run_job(job) if job["wanted"] else {})
         lines: dict[str, Any] = {}

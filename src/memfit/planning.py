@@ -151,7 +151,8 @@ def fronts(
 
 
 def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
-    """The plan that puts everything in the first scheme that may be chosen, the cache in the first width; no search.
+    """The plan that puts everything in the first scheme that may be chosen, the cache in the first width; no search,
+    and no expected loss.
 
     Raises:
         UsageError: there is something to choose from, and nothing in the model can have it.
@@ -179,7 +180,7 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
             f"budget (--budget {needed}), or a setting that keeps less.",
             smallest_nbytes=needed,
         )
-    return replace(plan, predicted=predicted.to_json())
+    return replace(plan, predicted=predicted.to_json(), expected_kl=None)
 
 
 def _why_nothing(study: Study) -> str:
@@ -287,19 +288,22 @@ def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes:
     """The error: what binds, the smallest budget that works, and what each lever would free."""
     least = smallest_budget(merge(dict(items)), bases=study.bases)
     smallest = _traced_smallest(study, least.chosen)
-    weights = sum(items[group.name][least.chosen[group.name]].persistent_nbytes for group in study.groups)
+    held = {group.name: items[group.name][least.chosen[group.name]].persistent_nbytes for group in study.groups}
+    # The first option of each is to stay as it is.
+    whole = study.fixed + sum(nbytes for name, nbytes in held.items() if least.chosen[name] == 0)
+    packed = study.fixed + sum(held.values()) - whole
     kv = (
         items["kv_cache"][least.chosen["kv_cache"]].held.get(least.moment, 0)
         if "kv_cache" in items
         else 0
     )
-    rest = smallest - weights - kv - study.fixed
+    rest = smallest - packed - whole - kv
     levers = _levers(study, items, least.needed_nbytes)
     helps = "".join(f" {what} frees {format_size(n)}." for what, n in levers.items() if n > 0)
     return DoesNotFit(
         f"{both_sizes(budget_nbytes, smallest)} needed at the least, in "
-        f"{least.moment} (packed weights {format_size(weights)}, KV cache {format_size(kv)}, "
-        f"parts that stay in 16 bits {format_size(study.fixed)}, temporary {format_size(max(rest, 0))}). "
+        f"{least.moment} (packed weights {format_size(packed)}, KV cache {format_size(kv)}, "
+        f"parts that stay in 16 bits {format_size(whole)}, temporary {format_size(max(rest, 0))}). "
         f"The smallest budget that works is {smallest} bytes (--budget {smallest}).{helps}{_beyond(study)}",
         smallest_nbytes=smallest,
         levers=levers,
@@ -308,7 +312,7 @@ def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes:
 
 def _beyond(study: Study) -> str:
     """What else makes a model smaller, where it is not in the search."""
-    narrower = "a narrower model (--blocks, --channels), for which a text is needed"
+    narrower = "a narrower model (--blocks, --channels), which takes a text to find"
     if len(study.allowed.techniques) > 1:
         return f" Less is possible by {narrower}."
     return f" Less is possible by other techniques (--allow quantize,prune,low-rank,share) and {narrower}."

@@ -56,7 +56,7 @@ def _middle(text: str) -> int:
 
 def text_of(text: Text | str | Path | None, source: Source) -> Text | None:
     """What a caller gave: a text cut already, or a file to cut in two halves. The demo model has its own."""
-    if text is None and source.directory == demo.model_directory():
+    if text is None and source.is_demo:
         return Text.of_demo()
     return text if isinstance(text, Text) or text is None else Text.from_file(text)
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 import transformers as hf
 
+from memfit.account.watch import Unwatched
 from memfit.calibrate.cache_loss import cache_losses, without_floor
+from memfit.compress import calibrate
 from memfit.packed.cache import cache_argument, make_cache
+from memfit.plan.allowed import Allowed
 from memfit.source.load import load
 from memfit.source.source import source_from_config
 
@@ -49,6 +52,17 @@ def test_a_narrow_cache_costs_what_the_whole_model_shows(name):
         assert found[bits] == pytest.approx(expected, rel=2e-3, abs=3e-7)
         assert expected > 0
     assert found[2] > found[4]
+
+
+def test_a_width_costs_the_same_whatever_else_may_be_chosen():
+    source = source_from_config(config_of("llama"))
+
+    def price(*kv_bits: int) -> float:
+        allowed = Allowed(bits=(8,), groups={8: (None,)}, kv_bits=kv_bits)
+        found = calibrate(source, windows(count=2, length=LENGTH), allowed, batch=2, watch=Unwatched())
+        return found.kv_prices[8]
+
+    assert price(16, 8) == price(8) == price(16, 8, 4)
 
 
 def test_nothing_is_said_of_windows_in_which_nothing_is_packed():

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from memfit import demo
+from memfit.source.source import open_source
+from memfit.text import text_of
 
 WINDOW = 512
 
@@ -28,6 +31,14 @@ def card_perplexity(row: str) -> float:
 def test_everything_shipped_is_at_most_12_megabytes():
     files = [f for f in Path(demo.__file__).parent.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     assert sum(file.stat().st_size for file in files) <= 12_000_000
+
+
+def test_it_has_a_name_unless_a_directory_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = open_source("demo")
+    assert named.is_demo and named.directory == demo.model_directory() and text_of(None, named) is not None
+    shutil.copytree(demo.model_directory(), tmp_path / "demo")
+    assert not open_source("demo").is_demo
 
 
 def test_perplexity_is_the_one_on_the_card_and_far_below_the_unigram_one(tokenizer):

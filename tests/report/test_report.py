@@ -24,6 +24,7 @@ from memfit.report import (
 from memfit.report.card import is_hub_id
 from memfit.report.choices import ranges, rows
 from memfit.report.techniques import technique_rows
+from memfit.report.terminal import plan_title
 
 MiB = 2**20
 
@@ -188,6 +189,20 @@ def test_page_and_card_say_what_the_terminal_says_of_how_it_was_made() -> None:
     assert "Made by rtn on 16 windows" in render_page(report(algorithm="rtn", plan=PLAN | {"priced_by": "text"}))
     bare = report(text=None, algorithm="search", quality=None)
     assert all("Made by search, without a text." in shown for shown in (render_page(bare), model_card(bare)))
+
+
+def test_what_an_expected_divergence_owes_to_the_cache_is_told() -> None:
+    prices = sum(choice["price"] for choice in PLAN["choices"])
+    owed = plan_title(PLAN | {"expected_kl": prices + 0.0024})
+    assert f"expected KL {prices + 0.0024:.4f} (0.0024 of it by the cache)" in owed
+    assert "cache)" not in plan_title(PLAN | {"expected_kl": prices})
+
+
+def test_a_card_says_how_to_make_it_again() -> None:
+    same = "of the same model, with the same `--text`, `--window`, `--windows`, `--algorithm`."
+    assert f"`memfit fit MODEL --plan plan.json` makes it again {same}" in model_card(report())
+    assert f"`memfit fit MODEL --plan plan.json --format onnx` makes it again {same}" in model_card(report(), onnx=True)
+    assert "again of the same model, with the same `--algorithm`." in model_card(report(text=None))
 
 
 def test_a_plan_that_nothing_priced_has_no_column_of_prices() -> None:

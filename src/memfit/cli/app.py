@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Give it a language model and a memory budget: it makes the model fit, and proves it.\n\n"
     "Try [bold]memfit fit[/bold] without arguments: it fits the demo model into half of its bytes, offline."
     "\n\n"
-    "MODEL is a directory, a .gguf file or a hub id. Sizes: 400MiB, 0.5GB, 50% (of the original's peak).\n\n"
+    "MODEL is a directory, a .gguf file, a hub id or `demo`. Sizes: 400MiB, 0.5GB, 50% (of the original's peak).\n\n"
     "Exit codes: 0 done, 2 usage, 3 does not fit, 4 unsafe or broken input, 5 quality gate missed, "
     "6 measured over budget, 75 interrupted.",
 )
@@ -91,7 +91,7 @@ class Routing(StrEnum):
     worst = "worst"
 
 
-Model = Annotated[str, typer.Argument(help="A directory, a .gguf file or a hub id.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="A directory, a .gguf file, a hub id, or demo.", show_default=False)]
 Budget = Annotated[
     str,
     typer.Option(

@@ -184,7 +184,7 @@ def fit(
     cut = None
     if text is not None:
         cut = memfit.Text.from_file(text, **shape)
-    elif model is None:
+    elif open_source(source, weights=False).is_demo:
         cut = memfit.Text.of_demo(**shape)
     if form not in (COMPRESSED_TENSORS, ONNX):
         plainly: dict[str, Any] = {"text": cut, "overwrite": overwrite, "threads": threads}

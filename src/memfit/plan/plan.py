@@ -70,6 +70,11 @@ class Plan:
     version: int = VERSION
 
     @property
+    def is_priced(self) -> bool:
+        """Whether it was chosen by what choices cost; in one setting nothing was chosen."""
+        return self.expected_kl is not None and any(choice.price for choice in self.choices)
+
+    @property
     def average_bits(self) -> float:
         """Stored bits for each weight of the groups, scales and zero points included."""
         return average_bits(self.choices)

@@ -38,7 +38,7 @@ def model_card(
         _plan(report),
         _comparison(report),
         _figures(report),
-        _made_with(report),
+        _made_with(report, " --format onnx" if onnx else ""),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -223,7 +223,7 @@ def _figures(report: Report) -> str:
     )
 
 
-def _made_with(report: Report) -> str:
+def _made_with(report: Report, form: str) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in report.versions.items() if k != "commit")
     if not versions:
         return ""
@@ -231,7 +231,9 @@ def _made_with(report: Report) -> str:
     lines = [f"Made with {versions}" + (f" on {machine}." if machine else ".")]
     if made := made_line(report):
         lines.append(f"{made} The text's SHA-256 is `{report.text['sha256']}`." if report.text else made)
-    lines.append("`memfit fit --plan plan.json` makes it again, on the same text with the same `--algorithm`.")
+    same = ["`--text`", "`--window`", "`--windows`", "`--algorithm`"] if report.text else ["`--algorithm`"]
+    again = f"`memfit fit MODEL --plan plan.json{form}` makes it again of the same model"
+    lines.append(f"{again}, with the same {', '.join(same)}.")
     return " ".join(lines)
 
 

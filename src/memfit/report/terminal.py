@@ -1,5 +1,6 @@
 """Accounts, plans and reports on a terminal, with rich."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -338,12 +339,22 @@ def plan_title(plan: Mapping[str, Any]) -> str:
         parts.append("not priced")
     # What narrowing costs is measured, never expected.
     elif (kl := plan.get("expected_kl")) is not None and (choices or not plan.get("narrowed")):
-        parts.append(f"expected KL {kl:.2g}" if 0 < kl < 1e-3 else f"expected KL {kl:.4f}")
+        parts.append(f"expected KL {_nats(kl)}{_of_the_cache(plan)}")
         if plan.get("priced_by") == "weights":
             parts.append("priced by the weights, without a text")
     elif choices:
         parts.append("expected KL unknown: some choices have no price")
     return parts[0] + ": " + ", ".join(parts[1:]) if len(parts) > 1 else parts[0]
+
+
+def _nats(kl: float) -> str:
+    return f"{kl:.2g}" if 0 < kl < 1e-3 else f"{kl:.4f}"
+
+
+def _of_the_cache(plan: Mapping[str, Any]) -> str:
+    """What of a plan's expected loss is the KV cache's: the rest of what its choices cost."""
+    rest = plan["expected_kl"] - math.fsum(choice.get("price") or 0.0 for choice in plan.get("choices", ()))
+    return f" ({_nats(rest)} of it by the cache)" if plan.get("kv_bits", 16) < 16 and rest > 1e-6 else ""
 
 
 def _phases(account: Account, budget_nbytes: int | None) -> Table:

@@ -40,6 +40,11 @@ def check_original(source: Source, what: str, *, needed_by: str | None = None) -
 def require_weights(source: Source, needed_by: str) -> None:
     """Raise UsageError if a source has a config alone: what can be planned for, and run with random weights only."""
     if source.checkpoint is None:
+        if source.directory is not None and any(source.directory.glob("*.onnx")):
+            raise UsageError(
+                f"{source.name}: has a graph for ONNX Runtime in place of weights; its README.md says how to run it. "
+                f"Give `{needed_by}` the model that it was made of."
+            )
         raise UsageError(
             f"{source.name}: has a config and no weights. `plan` works on it; `{needed_by}` needs the weights."
         )

@@ -25,6 +25,8 @@ from memfit.source.quantized import METHODS, quantization_of, unpack
 from memfit.source.safetensors import check_within, open_checkpoint, read_json
 from memfit.source.skeleton import build_skeleton, config_dtype, tie_modules, ties_of
 
+DEMO = "demo"
+"""Names the demo model, unless a directory of that name is here."""
 PACKED_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_codebook", *FORM_PARTS)
 """What compressed-tensors, or memfit itself, stores for a quantized module, in place of `weight`."""
 
@@ -47,7 +49,12 @@ class Source:
     def stem(self) -> str:
         """What the model is called where its output is named after it."""
         name = self.gguf.stem if self.gguf is not None else Path(self.name).name
-        return "demo" if self.directory == demo.model_directory() else name
+        return DEMO if self.is_demo else name
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the demo model, for which there is text."""
+        return self.directory == demo.model_directory()
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -351,7 +358,7 @@ def _section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def open_source(model: str | Path, *, weights: bool = True) -> Source:
-    """The model that is meant by a directory, a `.gguf` file, or an id on the Hugging Face hub.
+    """The model that is meant by a directory, a `.gguf` file, an id on the Hugging Face hub, or `demo`.
 
     Args:
         model: a path wins over an id of the same name.
@@ -379,6 +386,8 @@ def open_source(model: str | Path, *, weights: bool = True) -> Source:
         raise UsageError(
             f"{path}: is a file, and no .gguf. Give a model's directory, a .gguf file or a hub id."
         )
+    if str(model) == DEMO:
+        return _open_directory(demo.model_directory(), name=DEMO)
     return _open_directory(_fetch(str(model), weights=weights), name=str(model))
 
 
