@@ -295,7 +295,9 @@ def fit(
         asks = ["asking the original"] if job["reference"] else []
         first = ", and ".join(asks if job["do"] == "reference" else ["calibrating", *asks])
         progress(before if work.holds("calibrated") else first)
-        calibrated = work.once("calibrated", lambda: run_job(job) if job["wanted"] else {})
+        # Within a cap each kind of job is predicted from a process that has done nothing yet.
+        shared = process if cap is None else None
+        calibrated = work.once("calibrated", lambda: run_job(job, process=shared) if job["wanted"] else {})
         lines: dict[str, Any] = {}
         if given is None:
             progress("searching the plan")
