@@ -29,3 +29,8 @@ def make_llama(tmp_path_factory) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's sessions take longest of all files: where several run at once, they begin first."""
+    items.sort(key=lambda item: "test_readme.py" not in item.nodeid)
