@@ -88,7 +88,7 @@ def by_command(ram: str) -> Run:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            return False
+            return out.exists()  # it is put there whole, at the very end
         if process.returncode:
             raise SystemExit(f"the run ended with {process.returncode}")
         return True
