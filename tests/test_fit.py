@@ -416,7 +416,11 @@ def test_plain_gptq_is_for_integers_alone(model, tmp_path):
 def test_one_setting_for_everything_is_rounding_as_anyone_would(model, tmp_path):
     setting = memfit.Allowed(bits=(4,), groups={4: (64,)}, symmetric=False, kv_bits=(16,), keep=("embeddings",))
     told = {"task": TASK, "allowed": setting, "uniform": True}
-    memfit.fit(model, "100%", tmp_path / "out", algorithm="rtn", measure=False, threads=1, **told)
+    said: list[str] = []
+    memfit.fit(
+        model, "100%", tmp_path / "out", algorithm="rtn", measure=False, threads=1, progress=said.append, **told
+    )
+    assert all(said) and not any("calibrat" in line for line in said), "nothing is asked of a text"
     schemes = read_plan(tmp_path / "out" / "plan.json").schemes()
     source = open_source(model)
     found, right = memfit.load(tmp_path / "out"), source.build(dtype=torch.bfloat16)
