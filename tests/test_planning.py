@@ -152,6 +152,7 @@ def test_a_refusal_counts_what_is_kept_among_what_stays_in_16_bits(source):
     assert parse_size(found[2].replace(" ", "")) == pytest.approx(table + norms, rel=0.01)
     layers = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256) * (4 + 16 / 64) / 8
     assert parse_size(found[1].replace(" ", "")) == pytest.approx(layers, rel=0.01)
+    assert "Leaving --keep out frees" in str(caught.value)
 
 
 def test_a_refusal_names_levers_and_what_each_would_free(refusal):

@@ -340,6 +340,9 @@ def _levers(study: Study, items: Mapping[str, Sequence[Option]], needed: int) ->
         if study.kv_nbytes and bits < min(study.kv_choices()):
             more = replace(study.allowed, kv_bits=(*study.allowed.kv_bits, bits))
             found[f"A KV cache of {bits} bits (--kv-bits)"] = needed - _least(study.source, task, more, study.device)
+    if study.allowed.keep:
+        free = replace(study.allowed, keep=())
+        found["Leaving --keep out"] = needed - _least(study.source, task, free, study.device)
     if 2 not in study.allowed.bits:
         more = replace(study.allowed, bits=BITS)
         found["Allowing weights of 2 bits (--bits)"] = needed - _least(study.source, task, more, study.device)

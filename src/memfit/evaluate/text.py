@@ -60,7 +60,7 @@ def windows(
             f"there are {len(ids)} tokens, and {wanted * body} are needed for "
             f"{'a window' if wanted == 1 else f'{wanted} windows'} of {length}"
             + (f" ({skip} of them skipped)" if skip else "")
-            + ". Give a longer text, or shorter or fewer windows."
+            + f". Give a longer text, or shorter{'' if wanted == 1 else ' or fewer'} windows."
         )
     last = len(ids) // body if count is None else skip + count
     rows = [prefix + ids[start * body : (start + 1) * body] + suffix for start in range(skip, last)]
