@@ -87,8 +87,7 @@ def allowed_by(given: Plan | None) -> Allowed:
     pruned = tuple(form for form in found if isinstance(form, Sparse))
     factors = [form for form in found if isinstance(form, LowRank)]
     narrow = any(isinstance(form, Narrow) for form in found)
-    rounded = any(isinstance(form, Scheme) or (isinstance(form, LowRank | Narrow) and form.base) for form in found)
-    used = {"quantize": rounded, "prune": pruned, "low-rank": factors or narrow}
+    used = {"quantize": integers, "prune": pruned, "low-rank": factors or narrow}
     allowed = Allowed(
         techniques=tuple(name for name, uses in used.items() if uses) or ("quantize",), sparse=pruned,
         ranks=tuple(form.rank for form in factors if form.base is None),

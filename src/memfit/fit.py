@@ -291,10 +291,10 @@ def fit(
             study = Study(source, task, study.allowed)
             if uniform:
                 given = uniform_plan(study, nbytes)
-        asked = ["calibrating"] * (job["do"] == "calibrate") + ["asking the original"] * job["reference"]
-        before = "going on with what a stopped run has calibrated"
         if job["wanted"]:
-            progress(before if work.holds("calibrated") else ", and ".join(asked))
+            asked = {"calibrating": job["do"] == "calibrate", "asking the original": job["reference"]}
+            first = ", and ".join(what for what, wanted in asked.items() if wanted)
+            progress("going on with what a stopped run has calibrated" if work.holds("calibrated") else first)
         # Within a cap each kind of job is predicted from a process that has done nothing yet.
         shared = process if cap is None else None
         calibrated = work.once("calibrated", lambda: run_job(job, process=shared) if job["wanted"] else {})

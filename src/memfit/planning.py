@@ -291,7 +291,7 @@ def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes:
     held = {group.name: items[group.name][least.chosen[group.name]].persistent_nbytes for group in study.groups}
     # The first option of each is to stay as it is.
     whole = study.fixed + sum(nbytes for name, nbytes in held.items() if least.chosen[name] == 0)
-    packed = study.fixed + sum(held.values()) - whole
+    packed = sum(nbytes for name, nbytes in held.items() if least.chosen[name] != 0)
     kv = (
         items["kv_cache"][least.chosen["kv_cache"]].held.get(least.moment, 0)
         if "kv_cache" in items

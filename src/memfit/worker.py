@@ -1,7 +1,8 @@
 """What runs in a process of its own: jobs in, as JSON, a line each, on stdin; their answers out, as JSON, on stdout.
 
 A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller. Calibrating,
-choosing integers and writing them share a process: to begin one takes longer than each takes of a small model.
+choosing integers and writing them share a process, but for calibrating within a cap: to begin one takes longer than
+each takes of a small model.
 """
 
 import ctypes
