@@ -48,6 +48,11 @@ class Ran:
         """The most that was resident."""
         return max(stage.peak_nbytes for stage in self.stages.values())
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Of processors, from its first stage to its end."""
+        return sum(stage.cpu_seconds for stage in self.stages.values())
+
 
 def run(words: list[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> Ran:
     """Run a command to its end; what it holds is looked at 50 times a second."""

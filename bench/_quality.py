@@ -177,7 +177,10 @@ def run_case(case: Case, model: Model, python: str, work: Path, *, group: int, t
             if case.tool == "llamacpp":
                 prepare_for_llamacpp(model, work, threads)
             ran = run(peer_words(case, model, python, out, group=group, threads=threads), cwd=work)
-        row |= {"wall_seconds": ran.wall_seconds, "process_peak_nbytes": ran.peak_nbytes}
+        row |= {
+            "wall_seconds": ran.wall_seconds, "command_cpu_seconds": ran.cpu_seconds,
+            "process_peak_nbytes": ran.peak_nbytes,
+        }  # fmt: skip
         if ran.code == CANNOT and case.tool != "memfit":
             return row | {"cannot": ran.lines[-1]}
         if ran.code:

@@ -10,7 +10,8 @@ the blocks. `whole`: the table of words too. Groups of 128.
 Every case is a fresh process, a peer's in an environment of its own (see peers/README.md). Peers write their weights
 dequantized, and `_judge.py` judges all: KL with its interval, perplexity; of an encoder 1 - cosine of its embeddings.
 A peer's seconds are those of quantizing alone, and its bytes of a file are counted; memfit's seconds include reading
-and writing. `gptq-plain` is the algorithm of a peer's `gptq`; memfit's own makes up for the layers before, too.
+and writing, and each start of a process, so what both take from the command's start to its end is told beside.
+`gptq-plain` is the algorithm of a peer's `gptq`; memfit's own makes up for the layers before, too.
 `gptq-capped` makes the bytes of `gptq` within a cap near the least that works; the others have room.
 Times are compared in processor seconds, to which other work on the machine adds little. Results are written after
 every case: the same command goes on where a killed run has ended.
@@ -173,11 +174,13 @@ def equal(row: dict[str, Any], peer: dict[str, Any]) -> bool:
 
 def same_algorithm(where: str, row: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
     seconds, nbytes = (row[key] / peer[key] for key in ("cpu_seconds", "peak_nbytes"))
+    commands = [one["command_cpu_seconds"] for one in (row, peer) if "command_cpu_seconds" in one]
+    whole = f"; {commands[0]:.0f} of {commands[1]:.0f} for the whole command" if len(commands) == 2 else ""
     return verdict(
         f"{where}, {row['algorithm']}: half of {peer['tool']}'s time, and less memory",
         seconds <= OF_PEERS_SECONDS and nbytes < 1,
         f"{seconds:.2f} of its {peer['cpu_seconds']:.1f} processor seconds, "
-        f"{nbytes:.2f} of its {peer['peak_nbytes'] / 2**20:.0f} MiB",
+        f"{nbytes:.2f} of its {peer['peak_nbytes'] / 2**20:.0f} MiB{whole}",
     )
 
 
