@@ -94,8 +94,8 @@ def test_a_file_that_was_there_stays_when_the_text_is_too_short(model: Path, tmp
     [
         (["--bits", "9"], "9"),
         (["--bits", "1"], "1"),
-        (["--bits", "4", "--group", "48"], "48"),
-        (["--bits", "4", "--group", "96"], "96"),
+        (["--bits", "4", "--group", "48"], "--group: 48 is none of 128, 64, 32"),
+        (["--bits", "8,4", "--groups", "64,96"], "--groups: 96 is none of 128, 64, 32"),
         (["--format", "gguf:q7_k"], "gguf:q7_k"),
     ],
 )
@@ -104,7 +104,7 @@ def test_a_width_or_group_that_no_format_holds_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    technique = [] if options[0] == "--format" else ["--technique", "quantize"]
+    technique = [] if {"--format", "--groups"} & {*options} else ["--technique", "quantize"]
     monkeypatch.setattr("sys.argv", ["memfit", "fit", str(model), "-o", str(out), *technique, *options])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -380,6 +380,22 @@ def test_an_account_is_measured_where_that_is_asked_for(memfit, model, words):
     assert "measured" in out and "exact" in out
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_measuring_the_machine_tells_how_far_it_is_and_is_remembered(memfit, model, tmp_path, monkeypatch, quiet):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("memfit.outside.run_job", lambda job: {"nbytes": 1 << 20})
+    monkeypatch.setattr("memfit.outside._runtime_nbytes", lambda *given: 300 << 20)
+    words = ("account", model, "--prompt", "16", "--new-tokens", "2", "--json")
+    code, out, err = memfit(*words, "--resident", *(["--quiet"] if quiet else []))
+    told = json.loads(out)
+    assert code == 0 and told["resident_nbytes"] > told["peak_nbytes"] + (300 << 20)
+    lines = [line for line in err.splitlines() if "measuring this machine, once" in line]
+    assert len(lines) == (0 if quiet else 43)
+    assert quiet or ("1 of 43 runs" in lines[0] and "43 of 43 runs" in lines[-1])
+    code, out, err = memfit(*words)
+    assert code == 0 and not err and json.loads(out) == told
+
+
 @pytest.mark.parametrize(
     "words", [("account", "--device", "cuda", "--measure"), ("train", "--data", "x.txt", "--device", "cuda")]
 )

@@ -51,6 +51,35 @@ def test_what_is_there_is_kept_unless_it_may_go(model: Path, tmp_path: Path) -> 
         export(tmp_path / "a.gguf", "gguf:q4_0", tmp_path / "b.gguf")
 
 
+@pytest.mark.parametrize("before", [None, "mine"])
+def test_a_run_that_is_stopped_while_it_compares_leaves_what_was_there(
+    model: Path, text: memfit.Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    file, seen = tmp_path / "a.gguf", []
+    if before is not None:
+        file.write_text(before)
+
+    def stop(written: Path, *given: object, **more: object) -> None:
+        seen.append(gguf.GGUFReader(written).fields["general.name"].contents())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("memfit.export.evaluate", stop)
+        export(model, "gguf:q8_0", file, text=text, overwrite=True, threads=1)
+    assert seen == [model.name]
+    assert [one.read_text() for one in tmp_path.iterdir()] == ([] if before is None else ["mine"])
+    # The same command goes through then, and the file is as of a run that nothing has stopped.
+    export(model, "gguf:q8_0", file, text=text, overwrite=before is not None, threads=1)
+    export(model, "gguf:q8_0", tmp_path / "b.gguf", text=text, threads=1)
+    assert file.read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
+
+
+def test_a_directory_is_not_replaced_by_a_file(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(memfit.UsageError, match="is a directory, and the output is a file"):
+        export(model, "gguf:q8_0", tmp_path, overwrite=True, threads=1)
+
+
 @pytest.mark.parametrize("form", ["gguf", "gguf:q9", "onnx", "q4_k_m"])
 def test_a_form_that_is_not_written_names_those_that_are(form: str) -> None:
     with pytest.raises(memfit.UsageError, match=r"is not written. Known are compressed-tensors, .*gguf:q4_k_m"):

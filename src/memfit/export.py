@@ -84,7 +84,7 @@ def export(
     Args:
         model: a hub id or a directory, with its tokenizer.
         form: `gguf:` and llama.cpp's name of a mixture, as `gguf:q4_k_m`.
-        out: the file; default: `NAME-MIXTURE.gguf` here.
+        out: the file; default: `NAME-MIXTURE.gguf` here. It is there once it is whole and judged, not before.
         text: what weighs the errors, by its first half; the second judges the result. The demo model has its own.
 
     Raises:
@@ -92,32 +92,43 @@ def export(
     """
     mixture = mixture_of(form)
     source = open_source(model)
+    target = Path(out) if out is not None else Path(f"{source.stem}-{mixture.lower()}.gguf")
+    place = target.resolve()
+    if place.is_dir():
+        raise UsageError(f"{target}: is a directory, and the output is a file. Choose another place (--out).")
+    if place.exists() and not overwrite:
+        raise UsageError(f"{target}: is there already. Choose another place (--out), or replace it (--overwrite).")
     check(source)
     if source.checkpoint is None or source.gguf is not None:
         raise UsageError(f"{source.name}: a GGUF file is written of a directory with weights in safetensors.")
     architecture_of(source)
-    target = Path(out) if out is not None else Path(f"{source.stem}-{mixture.lower()}.gguf")
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target}: is there already. Choose another place (--out), or replace it (--overwrite).")
     words = text_of(text, source)
     threads = threads or torch.get_num_threads()
-    with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
-        work = Path(directory)
-        job = job_on(source, work, threads)
+    # Its name is for the file that is whole and judged: one that is stopped before leaves nothing at the target.
+    unjudged = place.with_name(f".{place.stem}.memfit-unjudged.gguf")
+    try:
+        with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
+            work = Path(directory)
+            job = job_on(source, work, threads)
+            if words is not None:
+                progress("calibrating")
+                write_windows(source, words, work)
+                nothing = {"allowed": asdict(Allowed(bits=(), kv_bits=(16,))), "reference": False, "batch": 4}
+                run_job(job | nothing | {"do": "calibrate", "task": asdict(Infer())})
+            with no_collection():
+                predicted = predict_gguf(source, work, mixture)
+            progress(f"writing {target}")
+            # What a killed run has left is written over.
+            told = {"do": "gguf", "target": str(unjudged), "mixture": mixture, "overwrite": True}
+            written = run_job(job | told)
+        quality = None
         if words is not None:
-            progress("calibrating")
-            write_windows(source, words, work)
-            nothing = {"allowed": asdict(Allowed(bits=(), kv_bits=(16,))), "reference": False, "batch": 4}
-            run_job(job | nothing | {"do": "calibrate", "task": asdict(Infer())})
-        with no_collection():
-            predicted = predict_gguf(source, work, mixture)
-        progress(f"writing {target}")
-        told = {"do": "gguf", "target": str(target), "mixture": mixture, "overwrite": overwrite}
-        written = run_job(job | told)
-    quality = None
-    if words is not None:
-        progress("comparing it with the original")
-        quality = evaluate(target, model, words, threads=threads)["quality"]
+            progress("comparing it with the original")
+            quality = evaluate(unjudged, model, words, threads=threads)["quality"]
+        unjudged.replace(place)
+    except BaseException:
+        unjudged.unlink(missing_ok=True)
+        raise
     return Export(
         model=source.name, out=str(target), mixture=mixture, nbytes=target.stat().st_size,
         bits_a_weight=_bits(source, written["nbytes"]), kinds=written["kinds"], predicted=predicted,

@@ -72,6 +72,7 @@ def account(
     device: str = "cpu",
     routing: str = "balanced",
     resident: bool = False,
+    progress: Progress = lambda _: None,
 ) -> Account:
     """Who will hold which bytes, when, if `model` runs `task`. No weights are read.
 
@@ -82,6 +83,7 @@ def account(
         routing: where experts are chosen by data, `balanced` or `worst`.
         resident: predict the process's resident peak too, for which this machine is measured once, in five minutes.
             It is predicted in any case where the machine has been measured before.
+        progress: told how far measuring this machine has come.
 
     Raises:
         BrokenInput: the model is unsafe or broken.
@@ -101,7 +103,8 @@ def account(
             else:
                 task = replace(task, kv_bits=source.kv_bits) if task.kv_bits == 16 else task
                 made = account_of(source, task, device=device)
-        return _with_resident(made, outside_of_machine() if resident and device == "cpu" else known_outside())
+        measures = resident and device == "cpu"
+        return _with_resident(made, outside_of_machine(progress=progress) if measures else known_outside())
     finally:
         ROUTING.reset(token)
 

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -81,7 +81,9 @@ def known_outside(*, threads: int | None = None) -> Outside | None:
     return None if known is None else Outside(**known)
 
 
-def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Outside:
+def outside_of_machine(
+    *, threads: int | None = None, again: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Outside:
     """What processes on this machine hold outside the allocator; measured on the first call, then remembered.
 
     Takes some five minutes, in 43 fresh processes, for each number of threads and version of the libraries.
@@ -89,13 +91,21 @@ def outside_of_machine(*, threads: int | None = None, again: bool = False) -> Ou
     Args:
         threads: of the measured processes; default: torch's own.
         again: measure even if a file remembers.
+        progress: told which of the processes is next.
     """
     known, key = _remembered(), _machine_key(threads)
     if again or key not in known:
+        cases = list(_cases())
+        of = f"of {1 + _RUNS * len(cases)} runs"
+        progress(f"measuring this machine, once: 1 {of}")
         kernel = int(run_job({"do": "kernel_nbytes", "threads": threads})["nbytes"])
         runtime: dict[str, list[int]] = {}
-        for library, model, task, dtype in _cases():
-            runs = sorted(_runtime_nbytes(model, task, dtype, kernel, threads) for _ in range(_RUNS))
+        for number, (library, model, task, dtype) in enumerate(cases):
+            runs = []
+            for run in range(_RUNS):
+                progress(f"measuring this machine, once: {2 + _RUNS * number + run} {of}")
+                runs.append(_runtime_nbytes(model, task, dtype, kernel, threads))
+            runs.sort()
             # The same run differs by some MiB of holes in the heap: halfway from the usual to the most.
             found = (runs[_RUNS // 2] + runs[-1]) // 2
             name = f"{library} {str(dtype).removeprefix('torch.')}"

@@ -200,9 +200,9 @@ def main() -> None:
         if done.code != _INTERRUPTED:
             raise
         stderr().print(
-            "Interrupted; no half-written output is left. What `fit` has finished (calibration, blocks) stays in a "
-            "hidden directory beside the output (.NAME.memfit-work), and the same command goes on from there; `train` "
-            "goes on from its last checkpoint with --resume.",
+            "Interrupted; no half-written output is left. What `fit` has finished of a directory (calibration, blocks) "
+            "stays in a hidden one beside it (.NAME.memfit-work), and the same command goes on from there; a GGUF file "
+            "is begun anew; `train` goes on from its last checkpoint with --resume.",
             soft_wrap=True,
         )
         sys.exit(Interrupted.exit_code)

@@ -148,7 +148,7 @@ def allowed_by(
         )
     sizes = None
     if groups is not None:
-        chosen = _numbers(groups, "--groups", (128, 64, 32))
+        chosen = _numbers(groups, "--groups" if "," in groups else "--group", (128, 64, 32))
         if "mxfp4" in kinds and chosen != (MX_GROUP,):
             raise UsageError(f"--group {groups}: mxfp4 has groups of {MX_GROUP}. Leave --group out, or take nf4.")
         every = {*widths, *(BITS_OF[kind] for kind in kinds if kind in BITS_OF)}

@@ -78,6 +78,7 @@ def account(
     ] = False,
     top: Annotated[int, typer.Option(help="Entries to list.", min=0)] = 10,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say who will hold which bytes, when: to run a model, or to train it plainly. No weights are read for that."""
     import memfit
@@ -89,7 +90,9 @@ def account(
     else:
         chosen = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens, kv_bits=kv_bits)
     share = (routing or Routing.balanced).value
-    first = memfit.account(model, chosen, device=device.value, routing=share, resident=resident)
+    first = memfit.account(
+        model, chosen, device=device.value, routing=share, resident=resident, progress=progress_to(quiet)
+    )
     worst = None
     if routing is None and first.routing is not None:
         worst = memfit.account(model, chosen, device=device.value, routing="worst")
