@@ -304,7 +304,23 @@ def test_an_interrupt_exits_with_75(memfit, model, monkeypatch):
 
     monkeypatch.setattr("memfit.account", stop)
     code, out, err = memfit("account", model)
-    assert code == 75 and not out and "Interrupted" in err
+    assert code == 75 and not out and err.strip() == "Interrupted; no half-written output is left."
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", "demo", "-o", "out"], "stays in a hidden directory beside it, .NAME.memfit-work"),
+        (["fit", "demo", "--format=gguf:q4_k_m"], "A GGUF file is begun anew."),
+        (["train", "demo", "--data", "a.txt"], "from its last checkpoint with --resume"),
+    ],
+)
+def test_an_interrupt_says_how_its_own_command_goes_on(words, told):
+    from memfit.cli.app import _goes_on
+
+    assert told in _goes_on(words)
+    others = ("memfit-work", "GGUF", "checkpoint")
+    assert sum(other in _goes_on(words) for other in others) == 1
 
 
 @pytest.mark.parametrize(("name", "code"), [("OverBudget", 6), ("QualityMissed", 5)])

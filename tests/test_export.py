@@ -42,7 +42,7 @@ def test_a_file_is_written_predicted_and_compared(model: Path, text: memfit.Text
 
 def test_what_is_there_is_kept_unless_it_may_go(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_text("mine")
-    with pytest.raises(memfit.UsageError, match="is there already"):
+    with pytest.raises(memfit.UsageError, match=r"a\.gguf exists\. Choose another place"):
         export(model, "gguf:q8_0", tmp_path / "a.gguf", threads=1)
     assert (tmp_path / "a.gguf").read_text() == "mine"
     made = export(model, "gguf:q8_0", tmp_path / "a.gguf", overwrite=True, threads=1)

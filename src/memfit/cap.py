@@ -108,6 +108,7 @@ class Cap:
                 "predicted_nbytes": account.resident_nbytes,
                 "measured_nbytes": self.measured.get(name, {}).get("peak"),
                 "file_backed_nbytes": self.measured.get(name, {}).get("file"),
+                **({"windows": self.ways[name]} if isinstance(self.ways.get(name), int) else {}),
             }
             for name, account in self.predicted.items()
         }

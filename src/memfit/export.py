@@ -95,9 +95,9 @@ def export(
     target = Path(out) if out is not None else Path(f"{source.stem}-{mixture.lower()}.gguf")
     place = target.resolve()
     if place.is_dir():
-        raise UsageError(f"{target}: is a directory, and the output is a file. Choose another place (--out).")
+        raise UsageError(f"{target} is a directory, and the output is a file. Choose another place (--out).")
     if place.exists() and not overwrite:
-        raise UsageError(f"{target}: is there already. Choose another place (--out), or replace it (--overwrite).")
+        raise UsageError(f"{target} exists. Choose another place (--out), or overwrite it (--overwrite).")
     check(source)
     if source.checkpoint is None or source.gguf is not None:
         raise UsageError(f"{source.name}: a GGUF file is written of a directory with weights in safetensors.")

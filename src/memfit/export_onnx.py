@@ -175,7 +175,7 @@ def _written(
     output.write_text("report.html", render_page(report))
     output.write_text("README.md", model_card(report, base_model=base_model(source), onnx=True))
     export = OnnxExport(
-        out=str(output.target), report=report, written=written, predicted=predicted,
+        out=str(output.told), report=report, written=written, predicted=predicted,
         directory_nbytes=sum(file.stat().st_size for file in fitted.glob("*.safetensors")),
         measured=Account.from_json(wrote["account"]), **proof,
     )  # fmt: skip

@@ -378,7 +378,8 @@ def fit(
     if max_kl is not None and report.quality is not None and (report.quality.kl or 0.0) > max_kl:
         raise QualityMissed(
             f"KL divergence {report.quality.kl:.4f}, at most {max_kl} allowed. {target} is kept. "
-            "A larger budget, or a longer text to calibrate on, brings it down.",
+            f"{'More bits or another algorithm' if plainly else 'A larger budget'}, or a longer text to calibrate on, "
+            "brings it down.",
             report=report,
         )
     return report

@@ -103,8 +103,8 @@ def _windows(tokenizer: Any, text: Text, use: str, words: str, most: int) -> tor
         found = windows(tokenizer, words, length=text.length)[:most].clone()
     except UsageError as error:
         raise UsageError(
-            f"{text.name}: the part to {use} on, half of a file, is too short: {error} (--window sets the length of "
-            "`fit`; `eval` has windows of 256.)"
+            f"{text.name}: the part to {use} on, half of a file, is too short: {error} The other half takes as many; "
+            "--window of `fit` sets the length of a window."
         ) from error
     before, after = (len(tokens) for tokens in special_tokens(tokenizer))
     body = found[:, before : text.length - after]

@@ -67,8 +67,17 @@ def test_what_is_no_model_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match=r"no config\.json"):
         OutputDirectory(tmp_path, overwrite=True)
-    with pytest.raises(UsageError, match="is a file"):
-        OutputDirectory(tmp_path / "thesis.txt", overwrite=True)
+    # Said at once, whether it may be overwritten or not: to be told of --overwrite would be told in vain.
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="is a file"):
+            OutputDirectory(tmp_path / "thesis.txt", overwrite=overwrite)
+
+
+def test_a_message_has_the_path_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"^out exists\. Choose another place \(--out\)"):
+        OutputDirectory("out")
 
 
 def test_a_full_disk_is_said_clearly(tmp_path: Path) -> None:

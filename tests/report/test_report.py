@@ -176,6 +176,26 @@ def test_the_terminal_shows_plan_phases_and_errors() -> None:
     assert re.search(r"parameter +80\.00 MiB +90\.9 %", accounted)
 
 
+def test_the_terminal_says_which_peak_is_predicted_where_both_are_shown() -> None:
+    both, one = (text_of(render_report(report(measured=measured))) for measured in (report().measured, None))
+    assert "Phases, predicted" in both and "At the peak (prefill, predicted)" in both
+    assert "Phases" in one and "At the peak (prefill)" in one and "Phases, predicted" not in one
+    assert "At the peak (prefill)" in text_of(render_account(account(80 * MiB)))
+
+
+@pytest.mark.parametrize(
+    ("windows", "told"),
+    [(1, "Calibrating: one window of"), (2, "Calibrating: 2 windows of"), (None, "Choosing integers: 4 windows of")],
+)
+def test_what_a_cap_made_of_the_windows_is_told(windows: int | None, told: str) -> None:
+    sizes = {"predicted_nbytes": MiB, "measured_nbytes": MiB, "file_backed_nbytes": 0}
+    job = sizes if windows is None else sizes | {"windows": windows}
+    thrift = {"batch": 4, "hold": True, "spill": False}
+    shown = text_of(render_report(report(ram={"cap_nbytes": MiB, "jobs": {"calibrate": job}, "thrift": thrift})))
+    assert f"{told} the text at once" in shown
+    assert ("Calibrating:" in shown) is (windows is not None)
+
+
 def test_page_and_card_say_what_the_terminal_says_of_how_it_was_made() -> None:
     told = "Made by gptq on 16 windows of 256 tokens of notes.txt, judged on 10 others."
     page = render_page(report())
@@ -183,7 +203,7 @@ def test_page_and_card_say_what_the_terminal_says_of_how_it_was_made() -> None:
     assert re.search(r"88\.00 MiB measured, of 100\.00 MiB allowed:\s*<span class=\"good\">it fits", page)
     assert '<th class="number">price</th>' in page and '<td class="number">0.018</td>' in page
     card = model_card(report())
-    assert f"{told} The text's SHA-256 is `{'5e' * 32}`." in card
+    assert f"{told} The SHA-256 of both parts together is `{'5e' * 32}`." in card
     nearest = report(algorithm="rtn", plan=PLAN | {"priced_by": "weights"})
     assert "Made by rtn, without a text, judged on 10 windows of 256 tokens of notes.txt." in render_page(nearest)
     assert "Made by rtn on 16 windows" in render_page(report(algorithm="rtn", plan=PLAN | {"priced_by": "text"}))
@@ -203,6 +223,8 @@ def test_a_card_says_how_to_make_it_again() -> None:
     assert f"`memfit fit MODEL --plan plan.json` makes it again {same}" in model_card(report())
     assert f"`memfit fit MODEL --plan plan.json --format onnx` makes it again {same}" in model_card(report(), onnx=True)
     assert "again of the same model, with the same `--algorithm`." in model_card(report(text=None))
+    capped = model_card(report(ram={"cap_nbytes": 600 * MiB, "jobs": {}}))
+    assert f"`--windows`, `--algorithm`, `--ram {600 * MiB}`." in capped
 
 
 def test_a_plan_that_nothing_priced_has_no_column_of_prices() -> None:

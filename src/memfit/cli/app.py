@@ -25,7 +25,7 @@ app = typer.Typer(
     "\n\n"
     "MODEL is a directory, a .gguf file, a hub id or `demo`. Sizes: 400MiB, 0.5GB, 50% (of the original's peak).\n\n"
     "Exit codes: 0 done, 2 usage, 3 does not fit, 4 unsafe or broken input, 5 quality gate missed, "
-    "6 measured over budget, 75 interrupted.",
+    "6 measured over budget, 75 interrupted, 1 anything else.",
 )
 
 
@@ -199,18 +199,27 @@ def main() -> None:
     except SystemExit as done:
         if done.code != _INTERRUPTED:
             raise
-        stderr().print(
-            "Interrupted; no half-written output is left. What `fit` has finished of a directory (calibration, blocks) "
-            "stays in a hidden one beside it (.NAME.memfit-work), and the same command goes on from there; a GGUF file "
-            "is begun anew; `train` goes on from its last checkpoint with --resume.",
-            soft_wrap=True,
-        )
+        stderr().print(f"Interrupted; no half-written output is left.{_goes_on(sys.argv[1:])}", soft_wrap=True)
         sys.exit(Interrupted.exit_code)
     except ValueError as error:
         _fail(UsageError(str(error)))
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _goes_on(words: list[str]) -> str:
+    """How what a command has done so far is not lost, if that is so."""
+    if words[:1] == ["train"]:
+        return " It goes on from its last checkpoint with --resume."
+    if words[:1] != ["fit"]:
+        return ""
+    if any("gguf:" in word for word in words):
+        return " A GGUF file is begun anew."
+    return (
+        " What is finished of it (calibration, blocks) stays in a hidden directory beside it, .NAME.memfit-work, and "
+        "the same command goes on from there."
+    )
 
 
 def _fail(error: MemfitError) -> None:

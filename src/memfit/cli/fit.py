@@ -96,7 +96,8 @@ def fit(
         typer.Option(
             help="Everything in one setting, plainly, and no plan is searched: quantize with one of --bits, prune with "
             "--sparsity or --pattern 2:4, low-rank with --rank, share (one basis for layers of one input), with --rank "
-            "too; narrow with --blocks, --heads, --channels, --experts."
+            "too; narrow with --blocks, --heads, --channels, --experts. The budget is all of the original's peak then, "
+            "unless one is given."
         ),
     ] = None,
     sparsity: Annotated[

@@ -26,7 +26,7 @@ def read_text(path: str | Path) -> str:
             "Convert it, or name another file."
         ) from error
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise UsageError(f"{path}: cannot be read ({error.strerror}). Name a file of UTF-8 text.") from error
 
 
 def windows(

@@ -37,6 +37,8 @@ class OutputDirectory:
     def __init__(self, target: str | Path, *, overwrite: bool = False) -> None:
         # Resolved, so that a link to a directory keeps pointing to what it points to.
         self.target = Path(target).resolve()
+        self.told = target
+        """As the caller named it, for messages."""
         self.overwrite = overwrite
         self._path: Path | None = None
         self._lock: int | None = None
@@ -52,14 +54,14 @@ class OutputDirectory:
     def _check(self) -> None:
         if not self.target.exists():
             return
-        if not self.overwrite:
-            raise UsageError(f"{self.target} exists. Choose another place, or overwrite it (--overwrite).")
         if not self.target.is_dir():
-            raise UsageError(f"{self.target} is a file, and the output is a directory. Choose another place.")
+            raise UsageError(f"{self.told} is a file, and the output is a directory. Choose another place (--out).")
+        if not self.overwrite:
+            raise UsageError(f"{self.told} exists. Choose another place (--out), or overwrite it (--overwrite).")
         if any(self.target.iterdir()) and not (self.target / "config.json").is_file():
             raise UsageError(
-                f"{self.target} holds other things than a model (no config.json), and is not overwritten. "
-                "Choose another place or empty it."
+                f"{self.told} holds other things than a model (no config.json), and is not overwritten. "
+                "Choose another place (--out) or empty it."
             )
 
     def write_json(self, name: str, data: Any) -> None:

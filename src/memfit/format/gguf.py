@@ -282,7 +282,7 @@ def _whole(target: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
     """
     target = target.resolve()
     if target.is_dir() or (target.exists() and not overwrite):
-        raise UsageError(f"{target} exists. Choose another place, or overwrite it (--overwrite).")
+        raise UsageError(f"{target} exists. Choose another place (--out), or overwrite it (--overwrite).")
     partial = target.with_name(f".{target.name}.memfit-partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

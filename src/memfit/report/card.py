@@ -230,8 +230,11 @@ def _made_with(report: Report, form: str) -> str:
     machine = report.machine.get("cpu")
     lines = [f"Made with {versions}" + (f" on {machine}." if machine else ".")]
     if made := made_line(report):
-        lines.append(f"{made} The text's SHA-256 is `{report.text['sha256']}`." if report.text else made)
+        sha256 = f"The SHA-256 of both parts together is `{report.text['sha256']}`." if report.text else ""
+        lines.append(f"{made} {sha256}".rstrip())
     same = ["`--text`", "`--window`", "`--windows`", "`--algorithm`"] if report.text else ["`--algorithm`"]
+    if report.ram is not None:
+        same.append(f"`--ram {report.ram['cap_nbytes']}`")
     again = f"`memfit fit MODEL --plan plan.json{form}` makes it again of the same model"
     lines.append(f"{again}, with the same {', '.join(same)}.")
     return " ".join(lines)

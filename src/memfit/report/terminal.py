@@ -34,9 +34,14 @@ _BY_WEIGHTS: Final = ("rtn", "magnitude", "svd")
 """Algorithms that look at weights alone."""
 
 
-def render_account(account: Account, *, top: int = 10, budget_nbytes: int | None = None) -> RenderableType:
-    """The phases with their peaks, what was alive at the highest, and the `top` largest entries."""
-    parts: list[RenderableType] = [_phases(account, budget_nbytes), Text(), _at_peak(account)]
+def render_account(
+    account: Account, *, top: int = 10, budget_nbytes: int | None = None, told: str = ""
+) -> RenderableType:
+    """The phases with their peaks, what was alive at the highest, and the `top` largest entries.
+
+    `told`: whether it is predicted or measured, where both stand near each other.
+    """
+    parts: list[RenderableType] = [_phases(account, budget_nbytes, told), Text(), _at_peak(account, told)]
     if account.entries and top:
         parts += [Text(), _entries(account, top)]
     if notes := _notes(account):
@@ -206,7 +211,8 @@ def render_report(report: Report) -> RenderableType:
     if report.rounding is not None:
         parts.append(Text(report.rounding))
     # As predicted, which knows the worst moments; what was measured stands beside it below.
-    parts += [Text(), render_account(report.predicted, top=0, budget_nbytes=report.budget_nbytes)]
+    told = "" if report.measured is None else "predicted"
+    parts += [Text(), render_account(report.predicted, top=0, budget_nbytes=report.budget_nbytes, told=told)]
     if report.measured is not None:
         parts += [Text(), render_comparison(report.predicted, report.measured, title="Running it")]
     if report.predicted_fit is not None and report.measured_fit is not None:
@@ -272,13 +278,19 @@ def _render_ram(ram: Mapping[str, Any]) -> RenderableType:
         table.add_row(name, format_size(told), format_size(found), format_size(job["file_backed_nbytes"]), error)
     thrift = ram.get("thrift")
     lines: list[RenderableType] = [table]
+    if at_once := ram["jobs"].get("calibrate", {}).get("windows"):
+        lines.append(Text(f"Calibrating: {_windows(at_once)} of the text at once."))
     if thrift is not None:
         held = "held" if thrift["hold"] else "read for each use"
         states = "in files" if thrift["spill"] else "in memory"
-        windows = "one window" if thrift["batch"] == 1 else f"{thrift['batch']} windows"
+        windows = _windows(thrift["batch"])
         how = f"{windows} of the text at once, a block's weights {held}, what blocks give each other {states}"
         lines.append(Text(f"Choosing integers: {how}."))
     return Group(*lines)
+
+
+def _windows(count: int) -> str:
+    return "one window" if count == 1 else f"{count} windows"
 
 
 def _table(title: str, *, header: bool = True) -> Table:
@@ -357,8 +369,8 @@ def _of_the_cache(plan: Mapping[str, Any]) -> str:
     return f" ({_nats(rest)} of it by the cache)" if plan.get("kv_bits", 16) < 16 and rest > 1e-6 else ""
 
 
-def _phases(account: Account, budget_nbytes: int | None) -> Table:
-    table = _table("Phases")
+def _phases(account: Account, budget_nbytes: int | None, told: str) -> Table:
+    table = _table(f"Phases{told and f', {told}'}")
     table.add_column("phase")
     table.add_column("peak", justify="right")
     reserves = any(phase.reserved_nbytes is not None for phase in account.phases)
@@ -397,9 +409,9 @@ def _stack(alive: Mapping[str, int], peak_nbytes: int, scale: int) -> Text:
     return bar
 
 
-def _at_peak(account: Account) -> Table:
+def _at_peak(account: Account, told: str) -> Table:
     peak = account.peak
-    title = f"At the peak ({peak.name})"
+    title = f"At the peak ({peak.name}{told and f', {told}'})"
     table = _table(title, header=False)
     table.add_column()
     table.add_column(justify="right")
