@@ -41,7 +41,10 @@ def render_account(
 
     `told`: whether it is predicted or measured, where both stand near each other.
     """
-    parts: list[RenderableType] = [_phases(account, budget_nbytes, told), Text(), _at_peak(account, told)]
+    told = told and f", {told}"
+    # A line of its own: a table's title would be wrapped to the table's width.
+    title = Text(f"At the peak ({account.peak.name}{told})", style="italic")
+    parts: list[RenderableType] = [_phases(account, budget_nbytes, told), Text(), title, _at_peak(account)]
     if account.entries and top:
         parts += [Text(), _entries(account, top)]
     if notes := _notes(account):
@@ -370,7 +373,7 @@ def _of_the_cache(plan: Mapping[str, Any]) -> str:
 
 
 def _phases(account: Account, budget_nbytes: int | None, told: str) -> Table:
-    table = _table(f"Phases{told and f', {told}'}")
+    table = _table(f"Phases{told}")
     table.add_column("phase")
     table.add_column("peak", justify="right")
     reserves = any(phase.reserved_nbytes is not None for phase in account.phases)
@@ -409,10 +412,9 @@ def _stack(alive: Mapping[str, int], peak_nbytes: int, scale: int) -> Text:
     return bar
 
 
-def _at_peak(account: Account, told: str) -> Table:
+def _at_peak(account: Account) -> Table:
     peak = account.peak
-    title = f"At the peak ({peak.name}{told and f', {told}'})"
-    table = _table(title, header=False)
+    table = _table("", header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_column(justify="right", style="dim")
