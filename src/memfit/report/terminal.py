@@ -79,9 +79,7 @@ def render_plan(plan: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def render_comparison(
-    predicted: Account, measured: Account, *, title: str = "Predicted and measured"
-) -> Table:
+def render_comparison(predicted: Account, measured: Account, *, title: str = "Predicted and measured") -> Table:
     """Predicted beside measured, with the error; entries only where they differ."""
     table = _table(title)
     table.add_column("")
@@ -103,17 +101,13 @@ def render_comparison(
     return table
 
 
-def comparison_lines(
-    predicted: Account, measured: Account, *, entries: int = 8
-) -> tuple[list[Difference], int]:
+def comparison_lines(predicted: Account, measured: Account, *, entries: int = 8) -> tuple[list[Difference], int]:
     """Peak, phases, kinds, resident and the worst entries; and how many entries are equal."""
     lines = compare(predicted, measured)
     single = [line for line in lines if line.what.startswith("entry ")]
     differing = [line for line in single if line.predicted_nbytes != line.measured_nbytes]
     differing.sort(key=lambda line: -abs(line.predicted_nbytes - line.measured_nbytes))
-    peak = Difference(
-        what="peak", predicted_nbytes=predicted.peak_nbytes, measured_nbytes=measured.peak_nbytes
-    )
+    peak = Difference(what="peak", predicted_nbytes=predicted.peak_nbytes, measured_nbytes=measured.peak_nbytes)
     rest = [line for line in lines if not line.what.startswith("entry ")]
     return [peak, *rest, *differing[:entries]], len(single) - len(differing)
 
