@@ -95,6 +95,7 @@ def test_a_file_that_was_there_stays_when_the_text_is_too_short(model: Path, tmp
         (["--bits", "9"], "9"),
         (["--bits", "1"], "1"),
         (["--bits", "4", "--group", "48"], "--group: 48 is none of 128, 64, 32"),
+        (["--bits", "4", "--group", "96"], "--group: 96 is none of 128, 64, 32"),
         (["--bits", "8,4", "--groups", "64,96"], "--groups: 96 is none of 128, 64, 32"),
         (["--format", "gguf:q7_k"], "gguf:q7_k"),
     ],

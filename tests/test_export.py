@@ -80,6 +80,12 @@ def test_a_directory_is_not_replaced_by_a_file(model: Path, tmp_path: Path) -> N
         export(model, "gguf:q8_0", tmp_path, overwrite=True, threads=1)
 
 
+def test_a_place_below_a_file_is_told(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(memfit.MemfitError, match="notes: cannot write here"):
+        export(model, "gguf:q8_0", tmp_path / "notes" / "a.gguf", threads=1)
+
+
 @pytest.mark.parametrize("form", ["gguf", "gguf:q9", "onnx", "q4_k_m"])
 def test_a_form_that_is_not_written_names_those_that_are(form: str) -> None:
     with pytest.raises(memfit.UsageError, match=r"is not written. Known are compressed-tensors, .*gguf:q4_k_m"):

@@ -5,6 +5,7 @@ GGUF, in llama.cpp's own mixtures: its widths are the format's, so there is no p
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ from memfit.account.account import Account
 from memfit.account.dry_run import no_collection
 from memfit.errors import UsageError
 from memfit.evaluate.quality import Quality
+from memfit.format.gguf import require_place
 from memfit.format.gguf_mixture import MIXTURES
 from memfit.format.gguf_model import architecture_of
 from memfit.measuring import evaluate
@@ -93,11 +95,7 @@ def export(
     mixture = mixture_of(form)
     source = open_source(model)
     target = Path(out) if out is not None else Path(f"{source.stem}-{mixture.lower()}.gguf")
-    place = target.resolve()
-    if place.is_dir():
-        raise UsageError(f"{target} is a directory, and the output is a file. Choose another place (--out).")
-    if place.exists() and not overwrite:
-        raise UsageError(f"{target} exists. Choose another place (--out), or overwrite it (--overwrite).")
+    require_place(target, overwrite=overwrite)
     check(source)
     if source.checkpoint is None or source.gguf is not None:
         raise UsageError(f"{source.name}: a GGUF file is written of a directory with weights in safetensors.")
@@ -105,6 +103,7 @@ def export(
     words = text_of(text, source)
     threads = threads or torch.get_num_threads()
     # Its name is for the file that is whole and judged: one that is stopped before leaves nothing at the target.
+    place = target.resolve()
     unjudged = place.with_name(f".{place.stem}.memfit-unjudged.gguf")
     try:
         with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
@@ -125,10 +124,12 @@ def export(
         if words is not None:
             progress("comparing it with the original")
             quality = evaluate(unjudged, model, words, threads=threads)["quality"]
+        # Something may have appeared while the file was made.
+        require_place(target, overwrite=overwrite)
         unjudged.replace(place)
-    except BaseException:
-        unjudged.unlink(missing_ok=True)
-        raise
+    finally:
+        with suppress(OSError):  # it has its name, or was never begun: what went wrong then is told
+            unjudged.unlink()
     return Export(
         model=source.name, out=str(target), mixture=mixture, nbytes=target.stat().st_size,
         bits_a_weight=_bits(source, written["nbytes"]), kinds=written["kinds"], predicted=predicted,

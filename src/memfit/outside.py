@@ -96,14 +96,19 @@ def outside_of_machine(
     known, key = _remembered(), _machine_key(threads)
     if again or key not in known:
         cases = list(_cases())
-        of = f"of {1 + _RUNS * len(cases)} runs"
-        progress(f"measuring this machine, once: 1 {of}")
+        count = 1 + _RUNS * len(cases)
+        runs_left = iter(range(1, count + 1))
+
+        def tell() -> None:
+            progress(f"measuring this machine, once: {next(runs_left)} of {count} runs")
+
+        tell()
         kernel = int(run_job({"do": "kernel_nbytes", "threads": threads})["nbytes"])
         runtime: dict[str, list[int]] = {}
-        for number, (library, model, task, dtype) in enumerate(cases):
+        for library, model, task, dtype in cases:
             runs = []
-            for run in range(_RUNS):
-                progress(f"measuring this machine, once: {2 + _RUNS * number + run} {of}")
+            for _ in range(_RUNS):
+                tell()
                 runs.append(_runtime_nbytes(model, task, dtype, kernel, threads))
             runs.sort()
             # The same run differs by some MiB of holes in the heap: halfway from the usual to the most.

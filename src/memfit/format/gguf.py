@@ -274,15 +274,22 @@ def _only_piece(source: Source, parameter: str) -> Piece | None:
     return pieces[0]
 
 
+def require_place(target: Path, *, overwrite: bool) -> None:
+    """Raise UsageError where a file may not be written: a directory is there, or a file that is not to be replaced."""
+    if target.is_dir():
+        raise UsageError(f"{target} is a directory, and the output is a file. Choose another place (--out).")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists. Choose another place (--out), or overwrite it (--overwrite).")
+
+
 @contextmanager
 def _whole(target: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
     """A place beside `target` to build it in; at the end it gets its name, on an error it goes.
 
     The lock tells a run that still writes from what a killed one left, which is written over.
     """
+    require_place(target, overwrite=overwrite)
     target = target.resolve()
-    if target.is_dir() or (target.exists() and not overwrite):
-        raise UsageError(f"{target} exists. Choose another place (--out), or overwrite it (--overwrite).")
     partial = target.with_name(f".{target.name}.memfit-partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
