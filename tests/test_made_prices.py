@@ -11,7 +11,7 @@ from memfit.account.meter import Meter
 from memfit.account.settle import settle
 from memfit.account.watch import Unwatched
 from memfit.compress import calibrate
-from memfit.made_prices import made_prices
+from memfit.made_prices import RIDGE, made_prices
 from memfit.models import load_model
 from memfit.packed.forms import LowRank, Sparse
 from memfit.packed.scheme import Scheme
@@ -67,7 +67,7 @@ def test_a_price_is_what_making_it_errs_by(source: Source) -> None:
     group = next(group for group in inside if group.members[0].endswith("1.self_attn.q_proj"))
     x = heard[group.members[0]]
     hessian = x.t() @ x / len(x)
-    ridge = damping_for(len(hessian), IDS.numel())
+    ridge = damping_for(len(hessian), IDS.numel(), ridge=RIDGE)
     damped = hessian + ridge * hessian.diagonal().mean() * torch.eye(len(hessian))
     for form in schemes[group.name]:
         if not isinstance(form, Scheme | Sparse) and not (isinstance(form, LowRank) and form.base is None):
