@@ -22,7 +22,7 @@ from memfit.source.source import Source, open_source
 from memfit.steps import Algorithm, predict_choosing
 from memfit.study import Study
 from memfit.task.infer import Infer
-from memfit.technique.gptq import DAMPING, damping_for, gptq
+from memfit.technique.gptq import damping_for, gptq
 from memfit.technique.quantize import dequantize, quantize
 
 SIZES = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -136,10 +136,10 @@ def test_the_first_layers_are_those_of_their_inputs(tmp_path: Path) -> None:
 def test_plain_gptq_rounds_layer_after_layer_for_what_it_now_reads(tmp_path: Path) -> None:
     """Beside the algorithm in a few lines, on the whole model at once."""
     source = made("llama", tmp_path / "model")
-    schemes = layers_of(source)
+    schemes, damping = layers_of(source), 0.1
     plain, better = Integers(tmp_path / "plain"), Integers(tmp_path / "corrected")
     for corrects, integers in ((False, plain), (True, better)):
-        compensate(source, windows(), schemes, integers, watch=Unwatched(), corrects=corrects, damping=DAMPING)
+        compensate(source, windows(), schemes, integers, watch=Unwatched(), corrects=corrects, damping=damping)
     model = load_model(source, dtype=torch.bfloat16)
     equal: dict[bool, list[float]] = {True: [], False: []}
     for layer in range(2):
@@ -148,13 +148,13 @@ def test_plain_gptq_rounds_layer_after_layer_for_what_it_now_reads(tmp_path: Pat
             x = read_by(model, names[0]).double()
             for name in names:
                 weight, hessian = model.get_submodule(name).weight, (x.t() @ x / len(x)).float()
-                right = gptq(weight, hessian, SCHEME, damping=DAMPING).quantized
+                right = gptq(weight, hessian, SCHEME, damping=damping).quantized
                 for corrects, integers in ((False, plain), (True, better)):
                     equal[corrects].append(float((integers.read(name, SCHEME).q == right.q).float().mean()))
                 weight.copy_(dequantize(plain.read(name, SCHEME)))
     same, other = (sum(equal[corrects]) / len(equal[corrects]) for corrects in (False, True))
-    assert same > 0.92, "sums in another order alone: of two scales that lose the same, either may be taken"
-    assert other < 0.88, "and to make up for the layers before is something else"
+    assert same > 0.98, "sums in another order alone: a tie may fall otherwise"
+    assert other < 0.9, "and to make up for the layers before is something else"
 
 
 def test_plain_gptq_takes_less_and_that_is_predicted(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ _STRIP: Final = 16
 """Columns of those whose errors go to each other as they come: few, so that they stay in the second-level cache."""
 _ROWS: Final = 2048
 """Rows that are worked on at once: enough that a column's vectors take longer than their calls."""
-_LEAST_RIDGE, _MOST_RIDGE = DAMPING, 0.2
+_MOST_BY_TOKENS: Final = 0.2
 _RAISED_BY: Final = 10.0
 _MOST_DAMPING: Final = 1.0
 
@@ -60,7 +60,7 @@ def damping_for(inputs: int, tokens: int, *, ridge: float = 1.0) -> float:
     less at 3 and 2; its layers by codebooks by 3 to 4 % more at 3 and 2, and by 19 % more at 8 bits. The demo model
     errs by 1 to 4 % more, and with less than 0.01 by 3 % more at 2 bits.
     """
-    return min(max(ridge * inputs / max(tokens, 1), _LEAST_RIDGE), _MOST_RIDGE)
+    return min(max(ridge * inputs / max(tokens, 1), DAMPING), _MOST_BY_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
