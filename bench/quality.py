@@ -146,10 +146,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not ours or not theirs:
             continue
         where = f"{model}, {scope}, {bits} bits"
-        best = min(ours, key=divergence)
-        allowed = OF_OUR_BITS * best["bits_per_meant_weight"]
-        equals = [row for row in theirs if row["bits_per_meant_weight"] <= allowed]
         found += [same_algorithm(where, row, peer) for row in ours for peer in theirs if equal(row, peer)]
+        best, equals = best_and_equals(here)
         if not equals:
             continue
         rival = min(equals, key=divergence)
@@ -163,6 +161,13 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         )
     return found
+
+
+def best_and_equals(here: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of judged rows of one model, scope and width: memfit's best, and all peers' that take no more bits."""
+    best = min((row for row in here if row["tool"] == "memfit"), key=divergence)
+    allowed = OF_OUR_BITS * best["bits_per_meant_weight"]
+    return best, [row for row in here if row["tool"] != "memfit" and row["bits_per_meant_weight"] <= allowed]
 
 
 def equal(row: dict[str, Any], peer: dict[str, Any]) -> bool:
