@@ -11,7 +11,7 @@ import torch
 import memfit
 from memfit import demo
 from memfit.cli import main
-from memfit.errors import MemfitError, UsageError
+from memfit.errors import DoesNotFit, MemfitError, UsageError
 from memfit.export import export
 from memfit.format.directory import OutputDirectory
 from memfit.format.gguf import write_gguf
@@ -49,6 +49,8 @@ TEXTS = {
     "too short to evaluate": (text(WORDS, ""), r"to judge on.* too short: there are 0 tokens, and 64 are needed"),
     "one token to calibrate": (text(" x" * 500, WORDS), r"to calibrate on is one token, ' x', 256 times over"),
     "one token to evaluate": (text(WORDS, " x" * 500), r"to judge on is one token, ' x', \d+ times over"),
+    "a word to calibrate": (text("import " * 500, WORDS), r"to calibrate on repeats itself: of its 228 runs of 8"),
+    "a word to evaluate": (text(WORDS, "import " * 500), r"to judge on repeats itself: .* \d are different"),
 }  # fmt: skip
 
 
@@ -112,6 +114,31 @@ def test_a_width_or_group_that_no_format_holds_is_refused(
     assert ended.value.code == 2
     assert reason in capsys.readouterr().err
     assert not out.exists() and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def odd(make_llama) -> Path:
+    """A model none of whose rows ends on a packed word."""
+    return make_llama(hidden_size=48, intermediate_size=80)
+
+
+def test_a_setting_that_no_weight_can_have_is_refused_and_says_why(odd: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for bits in (8, 4):
+        four = memfit.Allowed(bits=(bits,), groups={bits: (128,)})
+        with pytest.raises(UsageError, match=r"nothing in the model can be .*48 inputs are not a multiple of 32"):
+            memfit.fit(odd, "100%", out, allowed=four, uniform=True, measure=False)
+    kept = memfit.Allowed(bits=(4,), keep=("model", "lm_head"))
+    with pytest.raises(UsageError, match=r"All that could change is kept \(--keep\)"):
+        memfit.fit(odd, "100%", out, allowed=kept, uniform=True, measure=False)
+    with pytest.raises(DoesNotFit, match=r"packed weights 0 B.* Nothing in it can be packed\. .* multiple of 32"):
+        memfit.plan(odd, "60%")
+    assert memfit.plan(odd, "100%", allowed=memfit.Allowed(bits=()), uniform=True).schemes() == {}
+
+
+def test_a_model_that_is_not_there_is_named_with_what_a_model_is(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere: no such directory or file\. A model is a directory with"):
+        memfit.account(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("before", [False, True])

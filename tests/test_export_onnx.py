@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,15 @@ def test_a_plan_is_carried_out_and_proven(made: OnnxExport) -> None:
     assert "onnxruntime.InferenceSession(" in card and "library_name: onnxruntime" in card
     assert "memfit.load" not in card and "compressed-tensors" not in card.split("Made with")[0]
     assert set(json.loads((out / "report.json").read_text())["files"]) == {"model.onnx", "model.onnx.data"}
+
+
+def test_the_code_on_the_card_runs_it(made: OnnxExport) -> None:
+    card = (Path(made.out) / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("DIRECTORY", made.out), names)
+    whole, _ = OnnxModel(Path(made.out) / "model.onnx").run(names["ids"])
+    assert np.abs(names["answers"][0] - whole).max() < 1e-5
 
 
 def test_the_file_is_sound_and_holds_a_tied_table_once(made: OnnxExport) -> None:

@@ -16,7 +16,7 @@ from memfit.compensate import Thrift
 from memfit.errors import DoesNotFit
 from memfit.format.resume import WorkDirectory
 from memfit.plan.plan import Plan
-from memfit.planning import uniform_plan
+from memfit.planning import plainest_plan
 from memfit.source.source import Source
 from memfit.steps import (
     BY_TEXT,
@@ -45,6 +45,11 @@ _PAGES_NBYTES: Final = 4 << 20
 _BATCHES: Final = (4, 2, 1)
 """Windows that calibration runs at once."""
 _FEW_ROWS: Final = 256
+_DOES: Final = {
+    "narrow": "find what is missed least", "calibrate": "calibrate on the text", "choose": "choose integers",
+    "compress": "write the model",
+}  # fmt: skip
+"""What each job does, for people."""
 _ANY: Final = 1 << 62
 """A budget that everything is within."""
 
@@ -144,7 +149,7 @@ def cap_of_jobs(
     """
 
     def find() -> dict[str, Any]:
-        source, plan = study.source, given or uniform_plan(study, _ANY)
+        source, plan = study.source, given or plainest_plan(study, _ANY)
         cap = cap_of(nbytes, job)
         # The original answers with all its weights in memory, or not at all.
         asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
@@ -229,11 +234,14 @@ def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) ->
             least = account
     assert least is not None, "there is always a way to try"
     needed = cap.needed_nbytes(least) + _SPREAD
+    less = " Shorter or fewer windows (--window, --windows) take less."
+    if cap.nbytes < cap.idle_nbytes + _NBYTES or job == "compress":
+        less = ""  # what the text takes is not what binds
     raise DoesNotFit(
-        f"{format_size(cap.nbytes)} allowed (--ram), {format_size(needed)} needed at the least to {job} "
+        f"{format_size(cap.nbytes)} allowed (--ram), {format_size(needed)} needed at the least to {_DOES[job]} "
         f"({format_size(cap.idle_nbytes)} of it Python and its libraries, {format_size(least.peak_nbytes)} tensors, "
         f"{format_size(needed - cap.idle_nbytes - least.peak_nbytes)} for what no prediction tells). The smallest cap "
-        f"that works is {needed} bytes (--ram {needed}). Shorter or fewer windows (--window, --windows) take less.",
+        f"that works is {needed} bytes (--ram {needed}).{less}",
         smallest_nbytes=needed,
         of_cap=True,
     )

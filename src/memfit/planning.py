@@ -21,7 +21,7 @@ from memfit.format.config import model_config
 from memfit.format.output import stored_tensors
 from memfit.models import load_model
 from memfit.packed.forms import Form, LowRank, techniques_of
-from memfit.packed.scheme import BITS
+from memfit.packed.scheme import BITS, Scheme
 from memfit.plan.allowed import Allowed
 from memfit.plan.front import Point, front
 from memfit.plan.plan import Plan
@@ -151,11 +151,24 @@ def fronts(
 
 
 def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
+    """`plainest_plan`, where something comes of it.
+
+    Raises:
+        UsageError: there is something to choose from, and nothing in the model can have it.
+        DoesNotFit: that is more than the budget.
+    """
+    plan = plainest_plan(study, budget_nbytes)
+    if study.allowed.asks_for_less and not plan.schemes():
+        why = _why_nothing(study)
+        raise UsageError(f"nothing in the model can be stored as asked for.{why} Choose another setting or technique.")
+    return plan
+
+
+def plainest_plan(study: Study, budget_nbytes: int) -> Plan:
     """The plan that puts everything in the first scheme that may be chosen, the cache in the first width; no search,
     and no expected loss.
 
     Raises:
-        UsageError: there is something to choose from, and nothing in the model can have it.
         DoesNotFit: that is more than the budget.
     """
     nothing: Prices = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
@@ -166,9 +179,6 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
         group.name: int((form := first_of[group.name]) is not None and group.nbytes(form) <= group.nbytes(None))
         for group in study.groups
     }
-    if study.allowed.techniques != ("quantize",) and not any(chosen.values()):
-        why = _why_nothing(study)
-        raise UsageError(f"nothing in the model can be stored as asked for.{why} Choose another setting or technique.")
     if study.kv_nbytes:
         chosen["kv_cache"] = study.kv_choices().index(next(iter(study.allowed.kv_bits), 16))
     plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")
@@ -187,7 +197,7 @@ def _why_nothing(study: Study) -> str:
     """Why the first group that may change cannot have what one technique was asked for; starts with a space."""
     first = next((group for group in study.groups if not study.allowed.is_kept(group)), None)
     if first is None:
-        return ""
+        return " All that could change is kept (--keep)." if study.groups else " It has no linear layers and no tables."
     shapes = " and ".join(str(list(shape)) for shape in first.shapes)
     larger = next(iter(study.allowed.schemes(first)), None)
     if larger is not None:
@@ -195,6 +205,7 @@ def _why_nothing(study: Study) -> str:
         return f" {first.name}, {shapes}, would be {sizes[0]} in place of {sizes[1]}."
     asked: list[Form] = [LowRank(rank=rank) for rank in study.allowed.ranks if isinstance(rank, int)]
     asked = [*study.allowed.sparse] if "prune" in study.allowed.techniques else asked
+    asked = [Scheme(bits=8, group=None)] if "quantize" in study.allowed.techniques else asked
     reason = next((f": {reason}" for form in asked if (reason := first.why_not(form)) is not None), "")
     return f" {first.name} is {shapes}{reason}."
 
@@ -299,12 +310,14 @@ def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes:
     )
     rest = smallest - packed - whole - kv
     levers = _levers(study, items, least.needed_nbytes)
+    nothing = all(len(items[group.name]) == 1 for group in study.groups)
+    whole_why = f" Nothing in it can be packed.{_why_nothing(study)}" if nothing else ""
     helps = "".join(f" {what} frees {format_size(n)}." for what, n in levers.items() if n > 0)
     return DoesNotFit(
         f"{both_sizes(budget_nbytes, smallest)} needed at the least, in "
         f"{least.moment} (packed weights {format_size(packed)}, KV cache {format_size(kv)}, "
         f"parts that stay in 16 bits {format_size(whole)}, temporary {format_size(max(rest, 0))}). "
-        f"The smallest budget that works is {smallest} bytes (--budget {smallest}).{helps}{_beyond(study)}",
+        f"The smallest budget that works is {smallest} bytes (--budget {smallest}).{whole_why}{helps}{_beyond(study)}",
         smallest_nbytes=smallest,
         levers=levers,
     )

@@ -14,6 +14,10 @@ from memfit.source.source import Source
 
 _LOGITS_NBYTES: Final = 2 << 30
 """The most the original's logits may take on the disk, unless the windows are counted by the caller."""
+_RUN: Final = 8
+"""Tokens in a row by which a text that repeats itself is told."""
+_LEAST_DIFFERENT: Final = 0.02
+"""Share of all such runs: of prose and of programs nearly all are different, of one paragraph over and over fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,5 +117,13 @@ def _windows(tokenizer: Any, text: Text, use: str, words: str, most: int) -> tor
         raise UsageError(
             f"{text.name}: the part to {use} on is one token, {token!r}, {body.numel()} times over: it says nothing of "
             "what the model does with others. Give a text such as the model is used on."
+        )
+    runs = body.unfold(1, _RUN, 1).reshape(-1, _RUN) if body.shape[1] >= _RUN else body
+    different = torch.unique(runs, dim=0).shape[0]
+    if different < _LEAST_DIFFERENT * runs.shape[0]:
+        raise UsageError(
+            f"{text.name}: the part to {use} on repeats itself: of its {runs.shape[0]} runs of {_RUN} tokens "
+            f"{different} are different. It says little of what the model does with others. Give a text such as the "
+            "model is used on."
         )
     return found

@@ -9,7 +9,7 @@ from torch import nn
 from memfit.errors import UsageError
 from memfit.packed.cache import KV_BITS
 from memfit.packed.forms import Form, Sparse
-from memfit.packed.scheme import BITS, VECTORS, Scheme, Values
+from memfit.packed.scheme import BITS, BITS_OF, VECTORS, Scheme, Values
 
 from .groups import Group, candidates
 from .heads import NarrowHeads, narrow_heads, narrowings
@@ -133,6 +133,12 @@ class Allowed:
                 raise UsageError(
                     f"groups[{bits}]: a group has a multiple of 32 inputs, or is None, a whole row; got {bad[0]}."
                 )
+
+    @property
+    def asks_for_less(self) -> bool:
+        """Whether anything is allowed but 16 bits."""
+        fewer = any(bits < 16 for bits in self.bits) or any(kind in BITS_OF for kind in self.values)
+        return fewer or self.techniques != ("quantize",)
 
     def schemes(self, group: Group) -> tuple[Form, ...]:
         """Schemes and other forms for one group; none if it is kept."""

@@ -166,12 +166,23 @@ With ONNX Runtime (`pip install onnxruntime`), which needs neither memfit nor to
 memfit's own run; what ONNX Runtime took is in `onnx.json`.
 
 ```python
+import numpy as np
 import onnxruntime
 
 session = onnxruntime.InferenceSession("DIRECTORY/model.onnx")
-for one in (*session.get_inputs(), *session.get_outputs()):
-    print(one.name, one.type, one.shape)
-```"""
+ids = np.array([[1, 2, 3]])  # [batch, tokens], by the tokenizer that lies beside the model
+given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+given["position_ids"] = np.arange(ids.shape[1])[None].repeat(len(ids), axis=0)
+for one in session.get_inputs():
+    if one.name.startswith("past_key_values."):  # keys and values of the tokens before: none yet
+        given[one.name] = np.zeros((len(ids), one.shape[1], 0, one.shape[3]), np.float32)
+answers = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
+print(answers[0].shape)  # logits, or the last hidden states of an encoder
+```
+
+What a decoder answers after the logits is named `present.N.key` and `present.N.value`: give it to the next call as
+`past_key_values.N.key` and `past_key_values.N.value`, with the new tokens alone, their positions, and a mask that has
+the tokens before in it, too."""
 
 
 def _plan(report: Report) -> str:
