@@ -14,7 +14,7 @@ and writing, and each start of a process, so what both take from the command's s
 `gptq-plain` is the algorithm of a peer's `gptq`; memfit's own makes up for the layers before, too.
 `gptq-capped` makes the bytes of `gptq` within a cap near the least that works; the others have room.
 Times are compared in processor seconds, to which other work on the machine adds little. Results are written after
-every case: the same command goes on where a killed run has ended.
+every case: the same command goes on where a killed run has ended. `quality_table.py` prints README's table of them.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not equals:
             continue
         rival = min(equals, key=divergence)
-        ratio = divergence(best)[0] / max(divergence(rival)[0], 1e-12)
+        ratio = ratio_of(best, rival)
         limit = OF_BEST_PEER.get(bits, 1.0)
         found.append(
             verdict(
@@ -168,6 +168,10 @@ def best_and_equals(here: list[dict[str, Any]]) -> tuple[dict[str, Any], list[di
     best = min((row for row in here if row["tool"] == "memfit"), key=divergence)
     allowed = OF_OUR_BITS * best["bits_per_meant_weight"]
     return best, [row for row in here if row["tool"] != "memfit" and row["bits_per_meant_weight"] <= allowed]
+
+
+def ratio_of(best: dict[str, Any], rival: dict[str, Any]) -> float:
+    return divergence(best)[0] / max(divergence(rival)[0], 1e-12)
 
 
 def equal(row: dict[str, Any], peer: dict[str, Any]) -> bool:

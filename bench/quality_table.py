@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quality import best_and_equals, divergence
+from _common import RESULTS
+from quality import best_and_equals, divergence, ratio_of
 
-RESULTS = Path(__file__).parent / "results" / "quality.json"
 COLUMNS = {
     "memfit GPTQ": ("memfit", "gptq"),
     "GPTQ, codebook": ("memfit", "gptq-codebook"),
@@ -26,7 +26,7 @@ MODELS = {"demo": "demo", "gemma": "Gemma 3 270M", "minilm": "MiniLM (1 - cosine
 
 
 def main() -> None:
-    file = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "quality.json"
     rows = [row for row in json.loads(file.read_text())["rows"] if "quality" in row]
     print(line("", [*COLUMNS, "memfit to the best peer"]))
     print("|" + " --- |" * (2 + len(COLUMNS)))
@@ -46,7 +46,7 @@ def line(first: str, cells: list[str]) -> str:
 
 def share(here: list[dict[str, Any]]) -> str:
     best, equals = best_and_equals(here)
-    return f"{divergence(best)[0] / min(map(divergence, equals))[0]:.2f}" if equals else ""
+    return f"{ratio_of(best, min(equals, key=divergence)):.2f}" if equals else ""
 
 
 def cell(row: dict[str, Any] | None) -> str:

@@ -64,6 +64,8 @@ class Cap:
     """Code of each shape of a product, resident."""
     untouched_nbytes: int = 0
     """And what is reserved for it beyond that, which the system counts and nobody touches."""
+    asking_nbytes: int | None = None
+    """The smallest cap under which the original is asked; None: not found out."""
     predicted: dict[str, Account] = field(default_factory=dict)
     """By job, with the resident peak."""
     measured: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -97,7 +99,8 @@ class Cap:
         predicted = {name: account.to_json() for name, account in self.predicted.items()}
         return {
             "nbytes": self.nbytes, "idle_nbytes": self.idle_nbytes, "kernel_nbytes": self.kernel_nbytes,
-            "untouched_nbytes": self.untouched_nbytes, "predicted": predicted, "ways": ways,
+            "untouched_nbytes": self.untouched_nbytes, "asking_nbytes": self.asking_nbytes, "predicted": predicted,
+            "ways": ways,
         }  # fmt: skip
 
     @classmethod
@@ -120,6 +123,7 @@ class Cap:
         return {
             "cap_nbytes": self.nbytes,
             "idle_nbytes": self.idle_nbytes,
+            "asking_nbytes": self.asking_nbytes,
             "thrift": self.ways["choose"].to_json() if "choose" in self.ways else None,
             "jobs": jobs,
         }
@@ -152,7 +156,8 @@ def cap_of_jobs(
         source, plan = study.source, given or plainest_plan(study, _ANY)
         cap = cap_of(nbytes, job)
         # The original answers with all its weights in memory, or not at all.
-        asks = job["reference"] and cap.needed_nbytes(original) <= cap.nbytes
+        cap.asking_nbytes = cap.needed_nbytes(original)
+        asks = job["reference"] and cap.asking_nbytes <= cap.nbytes
         asked = asked_plainly(job | {"reference": asks}, study, plan, algorithm, uniform=uniform)
         calibrates = asked["do"] == "calibrate"
         smoothed = layers_to_smooth(job, study)
@@ -234,9 +239,8 @@ def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) ->
             least = account
     assert least is not None, "there is always a way to try"
     needed = cap.needed_nbytes(least) + _SPREAD
-    less = " Shorter or fewer windows (--window, --windows) take less."
-    if cap.nbytes < cap.idle_nbytes + _NBYTES or job == "compress":
-        less = ""  # what the text takes is not what binds
+    text_binds = job != "compress" and cap.nbytes >= cap.idle_nbytes + _NBYTES
+    less = " Shorter or fewer windows (--window, --windows) take less." if text_binds else ""
     raise DoesNotFit(
         f"{format_size(cap.nbytes)} allowed (--ram), {format_size(needed)} needed at the least to {_DOES[job]} "
         f"({format_size(cap.idle_nbytes)} of it Python and its libraries, {format_size(least.peak_nbytes)} tensors, "

@@ -157,11 +157,10 @@ def uniform_plan(study: Study, budget_nbytes: int) -> Plan:
         UsageError: there is something to choose from, and nothing in the model can have it.
         DoesNotFit: that is more than the budget.
     """
-    plan = plainest_plan(study, budget_nbytes)
-    if study.allowed.asks_for_less and not plan.schemes():
+    if study.allowed.asks_for_less and not any(_first_choices(study).values()):
         why = _why_nothing(study)
         raise UsageError(f"nothing in the model can be stored as asked for.{why} Choose another setting or technique.")
-    return plan
+    return plainest_plan(study, budget_nbytes)
 
 
 def plainest_plan(study: Study, budget_nbytes: int) -> Plan:
@@ -172,13 +171,7 @@ def plainest_plan(study: Study, budget_nbytes: int) -> Plan:
         DoesNotFit: that is more than the budget.
     """
     nothing: Prices = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
-    # What a group may have by itself comes first: likeness to another block is never taken unasked. What would be
-    # larger so than in 16 bits, as factors of a high rank are, stays.
-    first_of = {group.name: next(iter(study.allowed.schemes(group)), None) for group in study.groups}
-    chosen = {
-        group.name: int((form := first_of[group.name]) is not None and group.nbytes(form) <= group.nbytes(None))
-        for group in study.groups
-    }
+    chosen = _first_choices(study)
     if study.kv_nbytes:
         chosen["kv_cache"] = study.kv_choices().index(next(iter(study.allowed.kv_bits), 16))
     plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")
@@ -193,6 +186,17 @@ def plainest_plan(study: Study, budget_nbytes: int) -> Plan:
     return replace(plan, predicted=predicted.to_json(), expected_kl=None)
 
 
+def _first_choices(study: Study) -> dict[str, int]:
+    """By name of the group 1, its first form, or 0, as it is."""
+    # What a group may have by itself comes first: likeness to another block is never taken unasked. What would be
+    # larger so than in 16 bits, as factors of a high rank are, stays.
+    first_of = {group.name: next(iter(study.allowed.schemes(group)), None) for group in study.groups}
+    return {
+        group.name: int((form := first_of[group.name]) is not None and group.nbytes(form) <= group.nbytes(None))
+        for group in study.groups
+    }
+
+
 def _why_nothing(study: Study) -> str:
     """Why the first group that may change cannot have what one technique was asked for; starts with a space."""
     first = next((group for group in study.groups if not study.allowed.is_kept(group)), None)
@@ -203,9 +207,13 @@ def _why_nothing(study: Study) -> str:
     if larger is not None:
         sizes = [format_size(first.nbytes(form)) for form in (larger, None)]
         return f" {first.name}, {shapes}, would be {sizes[0]} in place of {sizes[1]}."
-    asked: list[Form] = [LowRank(rank=rank) for rank in study.allowed.ranks if isinstance(rank, int)]
-    asked = [*study.allowed.sparse] if "prune" in study.allowed.techniques else asked
-    asked = [Scheme(bits=8, group=None)] if "quantize" in study.allowed.techniques else asked
+    asked: list[Form]
+    if "quantize" in study.allowed.techniques:
+        asked = [Scheme(bits=8, group=None)]
+    elif "prune" in study.allowed.techniques:
+        asked = [*study.allowed.sparse]
+    else:
+        asked = [LowRank(rank=rank) for rank in study.allowed.ranks if isinstance(rank, int)]
     reason = next((f": {reason}" for form in asked if (reason := first.why_not(form)) is not None), "")
     return f" {first.name} is {shapes}{reason}."
 
@@ -311,13 +319,13 @@ def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes:
     rest = smallest - packed - whole - kv
     levers = _levers(study, items, least.needed_nbytes)
     nothing = all(len(items[group.name]) == 1 for group in study.groups)
-    whole_why = f" Nothing in it can be packed.{_why_nothing(study)}" if nothing else ""
+    why = f" Nothing in it can be packed.{_why_nothing(study)}" if nothing else ""
     helps = "".join(f" {what} frees {format_size(n)}." for what, n in levers.items() if n > 0)
     return DoesNotFit(
         f"{both_sizes(budget_nbytes, smallest)} needed at the least, in "
         f"{least.moment} (packed weights {format_size(packed)}, KV cache {format_size(kv)}, "
         f"parts that stay in 16 bits {format_size(whole)}, temporary {format_size(max(rest, 0))}). "
-        f"The smallest budget that works is {smallest} bytes (--budget {smallest}).{whole_why}{helps}{_beyond(study)}",
+        f"The smallest budget that works is {smallest} bytes (--budget {smallest}).{why}{helps}{_beyond(study)}",
         smallest_nbytes=smallest,
         levers=levers,
     )

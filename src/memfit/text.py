@@ -118,11 +118,12 @@ def _windows(tokenizer: Any, text: Text, use: str, words: str, most: int) -> tor
             f"{text.name}: the part to {use} on is one token, {token!r}, {body.numel()} times over: it says nothing of "
             "what the model does with others. Give a text such as the model is used on."
         )
-    runs = body.unfold(1, _RUN, 1).reshape(-1, _RUN) if body.shape[1] >= _RUN else body
+    run = min(_RUN, body.shape[1])
+    runs = body.unfold(1, run, 1).flatten(0, 1)
     different = torch.unique(runs, dim=0).shape[0]
     if different < _LEAST_DIFFERENT * runs.shape[0]:
         raise UsageError(
-            f"{text.name}: the part to {use} on repeats itself: of its {runs.shape[0]} runs of {_RUN} tokens "
+            f"{text.name}: the part to {use} on repeats itself: of its {runs.shape[0]} runs of {run} tokens "
             f"{different} are different. It says little of what the model does with others. Give a text such as the "
             "model is used on."
         )

@@ -337,7 +337,7 @@ def test_each_technique_alone_stands_beside_those_allowed_together() -> None:
     "changes, why",
     [
         ({"measured": None}, "nothing was run (--no-measure)"),
-        ({"ram": {"cap_nbytes": MiB, "idle_nbytes": MiB, "jobs": {}}}, "and the cap is 1.00 MiB"),
+        ({"ram": {"cap_nbytes": MiB, "asking_nbytes": 2 * MiB, "jobs": {}}}, "takes 2.00 MiB, and the cap is 1.00 MiB"),
         ({}, "there was no text. Give --text"),
     ],
 )

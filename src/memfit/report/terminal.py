@@ -246,10 +246,9 @@ def why_not_judged(report: Report) -> str:
     """Of a report without quality: why it has none, and what to do."""
     if report.measured is None:
         return "not judged, as nothing was run (--no-measure). See `memfit eval`."
-    if report.ram is not None and report.text is not None and report.original is not None:
-        takes = format_size(report.ram["idle_nbytes"] + report.original.peak_nbytes)
-        cap = format_size(report.ram["cap_nbytes"])
-        return f"not judged: to ask the original takes about {takes}, and the cap is {cap}. See `memfit eval`."
+    if report.ram is not None and report.text is not None:
+        takes, cap = (format_size(report.ram[key]) for key in ("asking_nbytes", "cap_nbytes"))
+        return f"not judged: to ask the original takes {takes}, and the cap is {cap}. See `memfit eval`."
     return "not judged: there was no text. Give --text, or see `memfit eval`."
 
 
