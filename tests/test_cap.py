@@ -44,6 +44,7 @@ from memfit.steps import asked_plainly, predict_choosing, statistics_read
 from memfit.study import Study
 from memfit.technique.quantize import dequantize, quantize
 from memfit.technique.tune import Tuning
+from memfit.worker import Process
 
 worker = importlib.import_module("memfit.worker")
 ALLOWED = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,), keep=("embeddings", "lm_head"))
@@ -177,9 +178,9 @@ def test_what_smoothing_asks_for_is_gathered_within_a_cap_too(smooth: bool, mode
     study = Study(open_source(model), TASK, allowed)
     job = job_of(model, tmp_path / "work") | {"reference": False, "allowed": asdict(allowed)}
     idle = {"now": 400 * MIB, "kernel_nbytes": MIB, "untouched_nbytes": MIB}
-    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
+    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job, **_: idle)
     with WorkDirectory(tmp_path / "out", key={"smooth": smooth}, resume=False) as work:
-        cap, told = cap_of_jobs(work, 1 << 40, study, None, job, account(0), "rtn", uniform=True)
+        cap, told = cap_of_jobs(work, 1 << 40, study, None, job, account(0), "rtn", uniform=True, process=Process())
     assert told["wanted"] == smooth and (told["do"] == "calibrate") == smooth and told["allowed"] is not None
     assert ("calibrate" in cap.predicted) == smooth
 
@@ -229,9 +230,7 @@ def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:
     assert "resident, within 1.00 GiB" in shown(report)
 
 
-def test_where_the_original_cannot_be_asked_the_fitted_model_is_measured_and_not_judged(
-    model, tmp_path, monkeypatch
-) -> None:
+def test_where_the_original_cannot_be_asked_the_fitted_model_is_measured_alone(model, tmp_path, monkeypatch) -> None:
     fit = importlib.import_module("memfit.fit")
 
     def too_low(*given, **how):
@@ -252,7 +251,7 @@ def shown(report: memfit.Report) -> str:
 
 def test_a_cap_below_the_smallest_is_refused_before_anything_is_written(model, tmp_path, monkeypatch) -> None:
     idle = {"now": 400 << 20, "kernel_nbytes": 1 << 19, "untouched_nbytes": 1 << 19}
-    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job: idle)
+    monkeypatch.setattr(importlib.import_module("memfit.cap"), "run_job", lambda job, **_: idle)
     with pytest.raises(DoesNotFit, match=r"1.00 KiB allowed \(--ram\).*works is \d+ bytes") as refused:
         fitted(model, tmp_path / "out", ram="1KiB")
     assert refused.value.exit_code == 3 and refused.value.smallest_nbytes > 400 << 20 and refused.value.of_cap

@@ -9,6 +9,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from memfit.account.meter import Meter
+from memfit.account.structure import inside_blocks
 from memfit.account.watch import Unwatched
 from memfit.calibrate.collect import arguments_of
 from memfit.compensate import Thrift, compensate
@@ -99,8 +100,9 @@ def test_the_output_is_nearer_than_rounding_brings_it(name: str, tmp_path: Path)
     source = made(name, tmp_path / "model")
     schemes = layers_of(source)
     integers = chosen(source, schemes, tmp_path / "integers")
-    done = {module for module in schemes if module in integers}
+    done = {module for module in schemes if module in integers and module.startswith(inside_blocks(source.build()))}
     assert len(done) >= 6
+    assert set(integers.damping) == done
     for module in done:
         inputs = source.parameters[f"{module}.weight"][0][-1]
         assert integers.damping[module] == damping_for(inputs, windows().numel())
@@ -130,6 +132,30 @@ def test_the_first_layers_are_those_of_their_inputs(tmp_path: Path) -> None:
         found = integers.read(module, SCHEME)
         assert torch.equal(found.scale, right.scale)
         assert (found.q != right.q).float().mean() < 0.01  # sums in another order: a tie may fall otherwise
+
+
+@pytest.mark.parametrize("corrects", [True, False])
+@torch.no_grad()
+def test_a_layer_outside_of_the_blocks_is_searched_for_by_what_comes_to_it(corrects: bool, tmp_path: Path) -> None:
+    """A pooler sees one token a window, a prediction's transformation all: weighed by that, in the model as it is by
+    then."""
+    for kind, name in ((hf.BertModel, "pooler.dense"), (hf.BertForMaskedLM, "cls.predictions.transform.dense")):
+        torch.manual_seed(0)
+        directory = tmp_path / kind.__name__
+        kind(CONFIGS["bert"]).to(torch.bfloat16).save_pretrained(directory / "model")
+        source = open_source(directory / "model")
+        schemes, integers = layers_of(source), Integers(directory / "integers")
+        compensate(source, windows(), schemes, integers, watch=Unwatched(), corrects=corrects)
+        model = load_model(source, dtype=torch.bfloat16)
+        for module in integers.damping:
+            model.get_submodule(module).weight.copy_(dequantize(integers.read(module, SCHEME)))
+        squares = read_by(model, name).double().square().mean(0)
+        wanted = quantize(model.get_submodule(name).weight, SCHEME, importance=squares.float())
+        found = integers.read(name, SCHEME)
+        assert name not in integers.damping
+        assert (found.q != wanted.q).float().mean() < 0.02, "sums in another order alone: a tie may fall otherwise"
+        alike = quantize(model.get_submodule(name).weight, SCHEME)
+        assert (found.q != alike.q).float().mean() > 0.04, "and not as if all inputs were alike"
 
 
 @torch.no_grad()
@@ -197,7 +223,7 @@ def test_rows_looked_up_are_those_of_the_whole_table(tmp_path: Path, monkeypatch
     assert torch.equal(found, right)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "t5"])
+@pytest.mark.parametrize("name", ["gemma3", "t5", "bert"])
 def test_killed_after_any_block_it_goes_on_to_the_same_bytes(name: str, tmp_path: Path, monkeypatch) -> None:
     source = made(name, tmp_path / "model")
     schemes = layers_of(source)

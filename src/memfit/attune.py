@@ -46,7 +46,7 @@ def attune(
     attuning: Attuning, thrift: Thrift | None = None, scratch: Path | None = None,
     weighting: Callable[[str], Weighting | None] = lambda _: None,
 ) -> None:  # fmt: skip
-    """Let what is stored beside the integers of a model's blocks learn; what is learned is kept in `integers`.
+    """Let what is stored beside the integers of a model learn; what is learned is kept in `integers`.
 
     Nothing, if something is kept there already, or there is nothing that could learn. Integers whose scales have no
     free values (`mxfp4`) keep theirs.

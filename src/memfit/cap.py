@@ -31,7 +31,7 @@ from memfit.steps import (
 from memfit.study import Study
 from memfit.technique.smoothing import smoothed_in, smoothing_of_all
 from memfit.units import format_size
-from memfit.worker import run_job
+from memfit.worker import Process, run_job
 
 _SHARE: Final = 0.03
 _SHARE_WAITING: Final = 0.5
@@ -129,9 +129,10 @@ class Cap:
         }
 
 
-def cap_of(nbytes: int, job: Mapping[str, Any]) -> Cap:
-    """The cap for jobs like this one: asks a process of their kind what it holds before it begins."""
-    found = run_job({"do": "idle"} | {key: job[key] for key in ("model", "threads")})
+def cap_of(nbytes: int, job: Mapping[str, Any], process: Process) -> Cap:
+    """The cap for jobs like this one: asks the process that the first of them is to be done in, what it holds before it
+    begins."""
+    found = run_job({"do": "idle"} | {key: job[key] for key in ("model", "threads")}, process=process)
     # Rounded up: from one process to the next it differs by some pages, and what is told to be enough must stay so.
     idle_nbytes = -(-found["now"] // _PAGES_NBYTES) * _PAGES_NBYTES
     each = {key: found[key] for key in ("kernel_nbytes", "untouched_nbytes")}
@@ -140,7 +141,7 @@ def cap_of(nbytes: int, job: Mapping[str, Any]) -> Cap:
 
 def cap_of_jobs(
     work: WorkDirectory, nbytes: int, study: Study, given: Plan | None, job: dict[str, Any], original: Account,
-    algorithm: Algorithm, *, uniform: bool,
+    algorithm: Algorithm, *, uniform: bool, process: Process,
 ) -> tuple[Cap, dict[str, Any]]:  # fmt: skip
     """The cap, and the job of calibration that keeps to it, asked for no more than `asked_plainly` asks for.
 
@@ -154,7 +155,7 @@ def cap_of_jobs(
 
     def find() -> dict[str, Any]:
         source, plan = study.source, given or plainest_plan(study, _ANY)
-        cap = cap_of(nbytes, job)
+        cap = cap_of(nbytes, job, process)
         # The original answers with all its weights in memory, or not at all.
         cap.asking_nbytes = cap.needed_nbytes(original)
         asks = job["reference"] and cap.asking_nbytes <= cap.nbytes

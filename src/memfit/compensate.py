@@ -9,6 +9,9 @@ Plain GPTQ (`corrects` is False) wants what the layer as it was gives for x̂, a
 Where that is asked for, the block's layers then learn together (`tune`). At last the block runs on with its new
 weights, and both are let go.
 
+A linear layer outside of the blocks, as an encoder's pooler, may see too few tokens for H: its integers are searched
+for, weighed by the mean squares of what comes to it.
+
 Legend of shapes: W windows, T time (of inputs: tokens), N outputs, K inputs, S sums of rows with random signs.
 """
 
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memfit.account.malloc import LEVELS
-from memfit.account.structure import structure_of
+from memfit.account.structure import inside_blocks, structure_of
 from memfit.account.watch import Anew, Watch
 from memfit.calibrate.attention import attention_by_products
 from memfit.calibrate.collect import arguments_of
@@ -34,6 +37,7 @@ from memfit.calibrate.moved import Inputs, Moved
 from memfit.calibrate.passes import Pass
 from memfit.calibrate.runs import AllDone, Call, Run, another, shape_alone
 from memfit.calibrate.spill import Spill
+from memfit.calibrate.statistics import Sums
 from memfit.calibrate.stream import Streamed
 from memfit.calibrate.versions import Versions
 from memfit.errors import UsageError
@@ -41,12 +45,13 @@ from memfit.format.integers import Integers
 from memfit.looked_up import LookedUp
 from memfit.packed.fake import is_fake, repeated
 from memfit.packed.forms import Form, LowRank, Narrow, Shared, basis_of, like_of, output_of
+from memfit.packed.scheme import Scheme
 from memfit.plan.price import Weighting
 from memfit.source.source import Source
 from memfit.technique.gptq import Factor, agreement, corrected, damping_for, factor
 from memfit.technique.heads import fitted_output, narrow_heads
 from memfit.technique.made import Made
-from memfit.technique.making import make_for, of_tensors, order_of, tensors_of
+from memfit.technique.making import make, make_for, of_tensors, order_of, tensors_of
 from memfit.technique.quantize import Quantized, dequantize
 from memfit.technique.share import Member, share
 from memfit.technique.tune import Learner, Tuning, is_tunable, relative_error, tune
@@ -95,7 +100,7 @@ def compensate(
     tuning: Tuning | None = None,
     corrects: bool = True,
 ) -> None:
-    """Choose the integers of every linear layer in the model's blocks, and keep them in `integers`.
+    """Choose the integers of every linear layer but the head, and keep them in `integers`.
 
     Blocks that are there already are read and run: a run that was stopped goes on, to the same bytes.
 
@@ -112,7 +117,7 @@ def compensate(
             they need not.
 
     Raises:
-        UsageError: a layer whose inputs are not finite, or all 0: it is named.
+        UsageError: a layer whose inputs are not finite, or all 0 in a block: it is named.
     """
     thrift = thrift or Thrift()
     if thrift.spill and scratch is None:
@@ -191,11 +196,41 @@ def compensate(
             known[kind].append((name, tree_map(shape_alone, out)))
         return out
 
-    streamed.rounded, streamed.visit, streamed.empty = rounded, visit, spill.empty
+    def beside(name: str, x: Tensor) -> None:
+        if name not in outside:
+            return
+        left.discard(name)
+        if not integers.holds(name):
+            _search(name, x[-count:] if x.shape[0] == ids_WT.shape[0] else x, streamed, schemes[name], integers)
+        if not left:
+            raise AllDone
+
+    streamed.rounded, streamed.visit, streamed.empty, streamed.beside = rounded, visit, spill.empty, beside
     streamed.apart = frozenset(f"{name}.weight" for name in schemes)
-    left = set(streamed.blocks)
+    outside = {name for name in schemes if is_searched_for(streamed.model, name, schemes[name])}
+    left = {*streamed.blocks, *outside}
     with Anew(watch, "compensate") as anew, attention_by_products(), suppress(AllDone):
         streamed.model(ids_WT, **arguments_of(streamed.model, ids_WT))
+
+
+def is_searched_for(model: nn.Module, name: str, form: Form) -> bool:
+    """Whether `compensate` searches for a module's integers: a linear layer outside of the blocks, but not the head."""
+    module = model.get_submodule(name)
+    if not isinstance(form, Scheme) or not isinstance(module, nn.Linear) or name.startswith(inside_blocks(model)):
+        return False
+    return module is not getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def _search(name: str, x: Tensor, streamed: Streamed, form: Form, integers: Integers) -> None:
+    """Keep the integers of a layer outside of the blocks, for the inputs x [..., K]."""
+    sums = Sums()
+    sums.add(name, "inputs", x)
+    try:
+        made = make(streamed.weight_of(name), form, importance_K=sums.mean(name, "inputs"))
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
+    integers.add(name, name, made)
+    integers.finish(name, {})
 
 
 def _choose(

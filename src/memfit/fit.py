@@ -285,11 +285,14 @@ def fit(
             job = asked_plainly(job, study, given, by, uniform=plainly)
         else:
             progress("finding out what fits in the cap")
-            cap, job = cap_of_jobs(work, ram_nbytes, study, given, job, original, by, uniform=plainly)
+            cap, job = cap_of_jobs(
+                work, ram_nbytes, study, given, job, original, by, uniform=plainly, process=process
+            )  # fmt: skip
         jobs: dict[str, Any] = {}
         narrowing = None
         if narrow is not None:
             progress("finding what is missed least")
+            process.end()  # it would wait beside the job
             source, narrow, narrowing, jobs["narrow"] = narrow_first(work, whole, narrow, job, cap)
             study = Study(source, task, study.allowed)
             if uniform:
@@ -298,9 +301,9 @@ def fit(
             asked = {"calibrating": job["do"] == "calibrate", "asking the original": job["reference"]}
             first = ", and ".join(what for what, wanted in asked.items() if wanted)
             progress("going on with what a stopped run has calibrated" if work.holds("calibrated") else first)
-        # Within a cap each kind of job is predicted from a process that has done nothing yet.
-        shared = process if cap is None else None
-        calibrated = work.once("calibrated", lambda: run_job(job, process=shared) if job["wanted"] else {})
+        calibrated = work.once("calibrated", lambda: run_job(job, process=process) if job["wanted"] else {})
+        if cap is not None and job["wanted"]:
+            process.end()  # what follows is predicted from a process that has done nothing yet
         lines: dict[str, Any] = {}
         if given is None:
             progress("searching the plan")

@@ -90,14 +90,15 @@ def _seen(watch: Any) -> dict[str, Any]:
 
 
 def _idle(job: dict[str, Any]) -> dict[str, Any]:
-    """What a job of fitting holds before it begins, and what each shape of a product of many tokens adds."""
-    from memfit.account.code import code_of_products
+    """What a job of fitting holds before it begins, and what each shape of a product of many tokens adds: found out in
+    a copy of this process, so that the job can be done in this one."""
+    from memfit.account.code import code_in_a_copy
     from memfit.account.meter import resident_nbytes
 
+    code = code_in_a_copy(lambda: _prepare(job), rows=_ROWS_OF_A_JOB)
     _prepare(job)
     _warm(job)
-    idle, code = resident_nbytes(), code_of_products(rows=_ROWS_OF_A_JOB, gradients=True)
-    return idle | {
+    return resident_nbytes() | {
         "kernel_nbytes": code.resident_nbytes, "untouched_nbytes": code.counted_nbytes - code.resident_nbytes,
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from memfit.account.structure import stacked_blocks
+from memfit.account.structure import inside_blocks
 from memfit.account.watch import Anew, Watch
 from memfit.calibrate.inputs import hear_inputs
 from memfit.packed.fake import is_fake, repeated
@@ -117,7 +117,7 @@ def made_prices(
     kinds = {name: None for one in narrow for name in (one.narrowing.value, one.narrowing.output)} | kinds
     hear_inputs(source, windows_WT, kinds, heard, watch=watch, phase="price", batch=batch, scratch=scratch)
     if is_fake(windows_WT):  # of equal blocks two were heard
-        blocks = tuple(f"{name}." for name, _ in stacked_blocks(source.build(dtype=torch.bfloat16)))
+        blocks = inside_blocks(source.build(dtype=torch.bfloat16))
         inside = [group for group in group_of.values() if all(name.startswith(blocks) for name in group.members)]
         priced = {(group.name, form): 0.0 for group in inside for form in candidates[group.name]}
         return priced | {(name, form): 0.0 for one in narrow for name, forms in one.forms.items() for form in forms}

@@ -20,9 +20,9 @@ from memfit.account.malloc import FAST
 from memfit.account.mend import values_as_usual
 from memfit.account.replay import Blocks
 from memfit.account.settle import settle
-from memfit.account.structure import stacked_blocks
+from memfit.account.structure import inside_blocks
 from memfit.calibrate.statistics import Statistics
-from memfit.compensate import Thrift
+from memfit.compensate import Thrift, is_searched_for
 from memfit.compress import Calibrated, asked_of, calibrate, choose_integers, compress
 from memfit.errors import UsageError
 from memfit.format.companions import save_companions
@@ -228,22 +228,24 @@ def windows_of(job: dict[str, Any]) -> torch.Tensor | None:
 
 Statistic = Literal["none", "weighing", "all"]
 """What making a plan reads of calibration: nothing; how errors of tables and of the head weigh, which see every token,
-so that a part of the text tells it; or more, as of an expert or a pooler, which see few tokens."""
+so that a part of the text tells it; or more, as of an expert, which sees few tokens."""
 
 
 def statistics_read(source: Source, chosen: Plan, algorithm: Algorithm) -> Statistic:
-    """What making what is planned reads of calibration's statistics: scales that are searched do, but for those that
-    GPTQ finds by itself, of the linear layers in blocks; and factors, which are made for what reads their outputs.
+    """What making what is planned reads of calibration's statistics: scales that are searched do, but for those of
+    linear layers, which choosing integers finds by itself; and factors, which are made for what reads their outputs.
     """
     if algorithm not in BY_TEXT:
         return "all" if algorithm == "search" and chosen.schemes() else "none"
     model = source.build(dtype=torch.bfloat16)
-    blocks = tuple(f"{name}." for name, _ in stacked_blocks(model))
+    blocks = inside_blocks(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     found: Statistic = "none"
     for name, form in chosen.schemes().items():
         module, factored = model.get_submodule(name), isinstance(form, LowRank | Shared | Narrow)
         if isinstance(module, torch.nn.Linear) and name.startswith(blocks) and not factored:
+            continue
+        if is_searched_for(model, name, form):
             continue
         if not isinstance(form, Scheme) or not (isinstance(module, torch.nn.Embedding) or module is head):
             return "all"

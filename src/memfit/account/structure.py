@@ -32,6 +32,11 @@ def stacked_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{name}.{number}", block
 
 
+def inside_blocks(model: nn.Module) -> tuple[str, ...]:
+    """What the name of any module in such a block begins with, one of these."""
+    return tuple(f"{name}." for name, _ in stacked_blocks(model))
+
+
 def packed_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that run from packed weights: equal ones recur in blocks that are not equal as a whole."""
     for name, module in model.named_modules():

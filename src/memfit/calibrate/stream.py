@@ -52,6 +52,8 @@ class Streamed:
         self.watched: frozenset[str] = frozenset()
         self.visit: Visit = lambda name, block, forward, args, kwargs: forward(*args, **kwargs)
         """Runs a block while its weights are there."""
+        self.beside: Callable[[str, Tensor], None] = lambda name, x: None
+        """Called before a module outside of blocks that has weights of its own: with its name, and its input."""
         self.rounded: Callable[[str, Tensor], Tensor] | None = None
         """Of a table's name and rows [N, D] that were looked up: what a rounded table would have given."""
         self.apart: frozenset[str] = frozenset()
@@ -130,6 +132,8 @@ class Streamed:
 
     def _leaf(self, name: str, module: nn.Module, own: list[str], forward: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if args and isinstance(args[0], Tensor):
+                self.beside(name, args[0])
             with self._read(name, module, own):
                 out = forward(*args, **kwargs)
             listener = self.listener

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from memfit.errors import DoesNotFit, Interrupted, MemfitError, OverBudget, QualityMissed, UsageError
+from memfit.worker import end_without_collection
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -190,6 +191,7 @@ Threads = Annotated[int | None, typer.Option(help="Threads of what is measured."
 
 def main() -> None:
     """Run the command line; a MemfitError ends it with its own exit code and its message on stderr."""
+    end_without_collection()
     alone = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if alone else None
     try:
