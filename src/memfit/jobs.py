@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ def within(job: dict[str, Any]) -> Iterator[None]:
         if "ram_nbytes" not in job:
             yield
             return
-        _warm(job)
+        _warm(job["model"])
         free = max(0, job["ram_nbytes"] - resident_nbytes()["now"])
         with limited(free, runtime_nbytes=job.get("untouched_nbytes", 0)):
             yield
@@ -49,8 +50,9 @@ def _waiting(nbytes: int | None) -> Iterator[None]:
         malloc.tell(malloc.LEVELS[0])
 
 
-def _warm(job: dict[str, Any]) -> None:
-    """Bring in what every job of fitting brings in: the model's classes, libraries' code and buffers."""
+@cache
+def _warm(model: str) -> None:
+    """Bring in what every job of fitting a model brings in, once: its classes, libraries' code and buffers."""
     import torch
 
     from memfit.account.meter import trim
@@ -59,7 +61,7 @@ def _warm(job: dict[str, Any]) -> None:
     from memfit.source.source import open_source
     from memfit.technique.gptq import Factor, corrected, factor
 
-    Streamed(open_source(job["model"]))
+    Streamed(open_source(model))
     x = torch.randn(512, 1024)
     made: Factor = factor(x.t() @ x, overwrite=True)
     corrected(x, x.clone(), made)
@@ -90,14 +92,13 @@ def _seen(watch: Any) -> dict[str, Any]:
 
 
 def _idle(job: dict[str, Any]) -> dict[str, Any]:
-    """What a job of fitting holds before it begins, and what each shape of a product of many tokens adds: found out in
-    a copy of this process, so that the job can be done in this one."""
+    """What a job of fitting holds before it begins, and what each shape of a product adds, which a copy finds out."""
     from memfit.account.code import code_in_a_copy
     from memfit.account.meter import resident_nbytes
 
     code = code_in_a_copy(lambda: _prepare(job), rows=_ROWS_OF_A_JOB)
     _prepare(job)
-    _warm(job)
+    _warm(job["model"])
     return resident_nbytes() | {
         "kernel_nbytes": code.resident_nbytes, "untouched_nbytes": code.counted_nbytes - code.resident_nbytes,
     }  # fmt: skip

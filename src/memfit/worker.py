@@ -135,6 +135,8 @@ _ERRORS: dict[str, type[MemfitError]] = {
 
 def main() -> None:
     """Read a job, do it, print the answer, until there are no more."""
+    gc.collect()
+    gc.freeze()  # the libraries' own objects stay: no later collection needs to look through them
     end_without_collection()
     for line in sys.stdin:
         job = json.loads(line)
