@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from rich.console import Console
 
 import memfit
@@ -39,8 +38,8 @@ from memfit.plan.allowed import Allowed
 from memfit.plan.plan import dumps
 from memfit.planning import uniform_plan
 from memfit.report.terminal import render_report
-from memfit.source.source import open_source, source_from_config
-from memfit.steps import asked_plainly, predict_choosing, statistics_read
+from memfit.source.source import open_source
+from memfit.steps import asked_plainly, predict_choosing
 from memfit.study import Study
 from memfit.technique.quantize import dequantize, quantize
 from memfit.technique.tune import Tuning
@@ -203,17 +202,6 @@ def test_a_part_of_the_text_is_read_where_tables_alone_are_weighed(
     job = job_of(model, tmp_path / "work") | {"reference": False}
     assert asked_plainly(job, study, given, algorithm, uniform=True)["weighing"] == weighs
     assert "weighing" not in asked_plainly(job, study, given, algorithm, uniform=False), "prices read it all"
-
-
-def test_all_of_the_text_is_read_for_experts_which_see_little_of_it() -> None:
-    config = hf.MixtralConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
-    source, four = source_from_config(config), Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,))
-    for allowed, weighs in ((four, False), (replace(four, keep=("experts",)), True)):
-        given = uniform_plan(Study(source, TASK, allowed), 1 << 40)
-        assert (statistics_read(source, given, "gptq") == "weighing") == weighs
 
 
 def test_a_fit_within_a_cap_keeps_to_it_and_tells(model, tmp_path) -> None:

@@ -228,7 +228,8 @@ def windows_of(job: dict[str, Any]) -> torch.Tensor | None:
 
 Statistic = Literal["none", "weighing", "all"]
 """What making a plan reads of calibration: nothing; how errors of tables and of the head weigh, which see every token,
-so that a part of the text tells it; or more, as of an expert, which sees few tokens."""
+so that a part of the text tells it; or more, as of an expert, which sees few tokens, or of an encoder, whose pooled
+output is of one token a window (all of MiniLM in codebooks of 2 bits: 0.143 by a quarter of the text, 0.126 by all)."""
 
 
 def statistics_read(source: Source, chosen: Plan, algorithm: Algorithm) -> Statistic:
@@ -247,7 +248,8 @@ def statistics_read(source: Source, chosen: Plan, algorithm: Algorithm) -> Stati
             continue
         if is_searched_for(model, name, form):
             continue
-        if not isinstance(form, Scheme) or not (isinstance(module, torch.nn.Embedding) or module is head):
+        weighed = isinstance(module, torch.nn.Embedding) or module is head
+        if head is None or not weighed or not isinstance(form, Scheme):
             return "all"
         found = "weighing"
     return found
