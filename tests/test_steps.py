@@ -15,7 +15,7 @@ from memfit.task.infer import Infer
 FOUR = Allowed(bits=(4,), groups={4: (64,)}, kv_bits=(16,))
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 MIXTRAL = hf.MixtralConfig(num_key_value_heads=1, num_local_experts=2, **SIZES)
-BERT = hf.BertConfig(architectures=["BertModel"], **SIZES)
+BERT = hf.BertConfig(architectures=["BertModel"], **SIZES | {"vocab_size": 4096})
 MASKED = hf.BertConfig(architectures=["BertForMaskedLM"], **SIZES)
 
 
