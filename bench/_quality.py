@@ -218,7 +218,8 @@ def memfit_words(case: Case, model: Model, out: Path, *, group: int, threads: in
 
 
 def memfit_found(out: Path, ran: Ran) -> dict[str, Any]:
-    """Seconds and bytes of the stages that quantize; each begins a process and reads the model, which counts."""
+    """Seconds and bytes of the stages that quantize, reading and writing among them. The first goes on in the process
+    that was asked what it holds; the start of any other counts."""
     own = {name: stage for name, stage in ran.stages.items() if not name.startswith(ASIDE)}
     return {
         "seconds": sum(stage.seconds for stage in own.values()),

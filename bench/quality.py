@@ -10,7 +10,8 @@ the blocks. `whole`: the table of words too. Groups of 128.
 Every case is a fresh process, a peer's in an environment of its own (see peers/README.md). Peers write their weights
 dequantized, and `_judge.py` judges all: KL with its interval, perplexity; of an encoder 1 - cosine of its embeddings.
 A peer's seconds are those of quantizing alone, and its bytes of a file are counted; memfit's seconds include reading
-and writing, and each start of a process, so what both take from the command's start to its end is told beside.
+and writing, and the start of any process after the first, which begins where the cap is found out. So what both take
+from the command's start to its end is told beside.
 `gptq-plain` is the algorithm of a peer's `gptq`; memfit's own makes up for the layers before, too.
 `gptq-capped` makes the bytes of `gptq` within a cap near the least that works; the others have room.
 Times are compared in processor seconds, to which other work on the machine adds little. Results are written after

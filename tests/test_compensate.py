@@ -296,6 +296,16 @@ def test_sparing_memory_changes_no_byte(name: str, tmp_path: Path, one_thread) -
     assert digest(tmp_path / "plain") == digest(tmp_path / "spared")
 
 
+def test_a_layer_outside_of_the_blocks_whose_inputs_are_not_finite_is_named(tmp_path: Path) -> None:
+    """The last norm's weights are finite, and the squares of what they give are not."""
+    source = made("bert", tmp_path / "model")
+    file, norm = tmp_path / "model" / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.weight"
+    tensors = load_file(file)
+    save_file(tensors | {norm: torch.full_like(tensors[norm], 1e30)}, file)
+    with pytest.raises(UsageError, match=r"cls\.predictions\.transform\.dense: .*finite"):
+        chosen(open_source(tmp_path / "model"), layers_of(source), tmp_path / "out")
+
+
 def test_a_layer_that_the_text_tells_nothing_is_named(tmp_path: Path) -> None:
     source = made("llama", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"

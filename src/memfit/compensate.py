@@ -38,7 +38,7 @@ from memfit.calibrate.passes import Pass
 from memfit.calibrate.runs import AllDone, Call, Run, another, shape_alone
 from memfit.calibrate.spill import Spill
 from memfit.calibrate.statistics import Sums
-from memfit.calibrate.stream import Streamed
+from memfit.calibrate.stream import Streamed, head_name
 from memfit.calibrate.versions import Versions
 from memfit.errors import UsageError
 from memfit.format.integers import Integers
@@ -207,18 +207,21 @@ def compensate(
 
     streamed.rounded, streamed.visit, streamed.empty, streamed.beside = rounded, visit, spill.empty, beside
     streamed.apart = frozenset(f"{name}.weight" for name in schemes)
-    outside = {name for name in schemes if is_searched_for(streamed.model, name, schemes[name])}
+    outside = searched_for(streamed.model, schemes)
     left = {*streamed.blocks, *outside}
     with Anew(watch, "compensate") as anew, attention_by_products(), suppress(AllDone):
         streamed.model(ids_WT, **arguments_of(streamed.model, ids_WT))
 
 
-def is_searched_for(model: nn.Module, name: str, form: Form) -> bool:
-    """Whether `compensate` searches for a module's integers: a linear layer outside of the blocks, but not the head."""
-    module = model.get_submodule(name)
-    if not isinstance(form, Scheme) or not isinstance(module, nn.Linear) or name.startswith(inside_blocks(model)):
-        return False
-    return module is not getattr(model, "get_output_embeddings", lambda: None)()
+def searched_for(model: nn.Module, schemes: Mapping[str, Form]) -> set[str]:
+    """The modules whose integers `compensate` searches for: linear layers outside of the blocks, but for the head."""
+    blocks, head = inside_blocks(model), head_name(model)
+    return {
+        name
+        for name, form in schemes.items()
+        if isinstance(form, Scheme) and not name.startswith(blocks) and name != head
+        if isinstance(model.get_submodule(name), nn.Linear)
+    }
 
 
 def _search(name: str, x: Tensor, streamed: Streamed, form: Form, integers: Integers) -> None:

@@ -22,7 +22,8 @@ from memfit.account.replay import Blocks
 from memfit.account.settle import settle
 from memfit.account.structure import inside_blocks
 from memfit.calibrate.statistics import Statistics
-from memfit.compensate import Thrift, is_searched_for
+from memfit.calibrate.stream import head_name
+from memfit.compensate import Thrift, searched_for
 from memfit.compress import Calibrated, asked_of, calibrate, choose_integers, compress
 from memfit.errors import UsageError
 from memfit.format.companions import save_companions
@@ -239,16 +240,16 @@ def statistics_read(source: Source, chosen: Plan, algorithm: Algorithm) -> Stati
     if algorithm not in BY_TEXT:
         return "all" if algorithm == "search" and chosen.schemes() else "none"
     model = source.build(dtype=torch.bfloat16)
-    blocks = inside_blocks(model)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    blocks, head = inside_blocks(model), head_name(model)
+    schemes = chosen.schemes()
+    searched = searched_for(model, schemes)
     found: Statistic = "none"
-    for name, form in chosen.schemes().items():
+    for name, form in schemes.items():
         module, factored = model.get_submodule(name), isinstance(form, LowRank | Shared | Narrow)
-        if isinstance(module, torch.nn.Linear) and name.startswith(blocks) and not factored:
+        chosen_in_block = isinstance(module, torch.nn.Linear) and name.startswith(blocks) and not factored
+        if chosen_in_block or name in searched:
             continue
-        if is_searched_for(model, name, form):
-            continue
-        weighed = isinstance(module, torch.nn.Embedding) or module is head
+        weighed = isinstance(module, torch.nn.Embedding) or name == head
         if head is None or not weighed or not isinstance(form, Scheme):
             return "all"
         found = "weighing"

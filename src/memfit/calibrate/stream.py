@@ -63,7 +63,7 @@ class Streamed:
         with a gradient."""
         self.empty: Empty = lambda shape, dtype: torch.empty(shape, dtype=dtype)
         """Room for rows that were looked up."""
-        self.head = _head_name(self.model)
+        self.head = head_name(self.model)
         config: Any = self.model.config  # the model's own copy
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         """Logits are cap · tanh(logits / cap) (Gemma 2): left to whoever makes them."""
@@ -354,7 +354,7 @@ def _stored_whole(source: Source, parameter: str) -> bool:
     return len(pieces) == 1 and pieces[0].index is None and pieces[0].start is None
 
 
-def _head_name(model: nn.Module) -> str | None:
+def head_name(model: nn.Module) -> str | None:
     """The name of the linear layer that makes the logits; None where there is none."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None

@@ -286,8 +286,9 @@ def _place(value: Tensor, weight: Tensor, scales: tuple[int, int]) -> tuple[Tens
         weighted = weight * k
         fitted = _over(weighted * value) / _over(weighted * k).clamp_min(_TINY)
         fitted = _step(torch.where(fitted == 0, d, fitted))  # fp16 is coarse where weights are small
-        best.offer(_over(weight * (value - fitted * _integers(value, fitted, scales)).square()), fitted, None)
-    return best.scale, _integers(value, best.scale, scales)
+        k = _integers(value, fitted, scales)
+        best.offer(_over(weight * (value - fitted * k).square()), fitted, k)
+    return best.scale, best.minimum
 
 
 def _integers(value: Tensor, d: Tensor, scales: tuple[int, int]) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from memfit.account.structure import stacked_blocks
+from memfit.account.structure import inside_blocks
 from memfit.packed.scheme import Scheme
 from memfit.technique.quantize import dequantize, quantize
 
@@ -50,12 +50,8 @@ def find_feeds(model: nn.Module, run: Callable[[], Any]) -> tuple[Feed, ...]:
         model: on tensors of any kind.
         run: calls it; its result counts as read by someone.
     """
-    inside = {name for name, _ in stacked_blocks(model)}
-    named = {
-        name: module
-        for name, module in model.named_modules()
-        if any(name.startswith(f"{block}.") for block in inside)
-    }
+    inside = inside_blocks(model)
+    named = {name: module for name, module in model.named_modules() if name.startswith(inside)}
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
