@@ -139,6 +139,10 @@ def test_a_setting_that_no_weight_can_have_is_refused_and_says_why(odd: Path, tm
 def test_a_model_that_is_not_there_is_named_with_what_a_model_is(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such directory or file\. A model is a directory with"):
         memfit.account(str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match=r"nowhere\.gguf: no such directory or file\."):
+        memfit.account("nowhere.gguf")
+    with pytest.raises(UsageError, match=r"--keep lm_heed: no tensor has this in its name\. There is model\."):
+        memfit.plan(demo.model_directory(), "100%", allowed=memfit.Allowed(keep=("lm_heed",)))
 
 
 @pytest.mark.parametrize("before", [False, True])

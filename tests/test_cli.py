@@ -141,6 +141,7 @@ def test_progress_goes_to_stderr(memfit, model, monkeypatch):
         ("fit", "{model}", "--format", "gguf:q4_k_m", "--bits", "4"),
         ("fit", "{model}", "--format", "gguf:q4_k_m", "--dry-run"),
         ("fit", "{model}", "--technique", "quantize", "--bits", "8,4"),
+        ("fit", "{model}", "--technique", "quantize", "--bits", "16"),
         ("fit", "{model}", "--technique", "prune", "--bits", "4"),
         ("fit", "{model}", "--technique", "prune", "--sparsity", "0.5", "--algorithm", "gptq-plain"),
         ("fit", "{model}", "--technique", "quantize", "--values", "nf4,fp8"),

@@ -1,14 +1,17 @@
 """A model in a file for other programs: written, predicted, compared, and nothing lost where it cannot be."""
 
+import re
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from rich.console import Console
 
 import memfit
 from memfit import demo
 from memfit.export import export, mixture_of
+from memfit.report.exported import render_export
 from memfit.source.source import open_source
 
 
@@ -38,6 +41,11 @@ def test_a_file_is_written_predicted_and_compared(model: Path, text: memfit.Text
     assert made.predicted.peak_nbytes == pytest.approx(made.measured.peak_nbytes, rel=0.03)
     assert made.quality is not None and made.quality.kl is not None and 0 < made.quality.kl < 0.1
     assert made.to_json()["quality"]["kl"] == made.quality.kl
+    assert made.text is not None and (made.text["window"], made.text["calibration_windows"]) == (64, 4)
+    console = Console(width=100, color_system=None)
+    with console.capture() as shown:
+        console.print(render_export(made.to_json()))
+    assert re.search(r"made +on 4 windows of 64 tokens of .+, judged on 4 others", shown.get())
 
 
 def test_what_is_there_is_kept_unless_it_may_go(model: Path, tmp_path: Path) -> None:

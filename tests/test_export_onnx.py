@@ -84,6 +84,16 @@ def test_a_plan_is_carried_out_and_proven(made: OnnxExport) -> None:
     assert set(json.loads((out / "report.json").read_text())["files"]) == {"model.onnx", "model.onnx.data"}
 
 
+def test_its_report_tells_of_onnx_runtime_too(made: OnnxExport, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["report", made.out])
+    assert shown.exit_code == 0 and "in ONNX Runtime  " in shown.output and "MatMulNBits 4" in shown.output
+    shutil.copyfile(Path(made.out) / "report.json", tmp_path / "report.json")
+    assert "ONNX" not in CliRunner().invoke(app, ["report", str(tmp_path)]).output
+    (tmp_path / "onnx.json").write_text("{}", encoding="utf-8")
+    broken = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert isinstance(broken.exception, memfit.UsageError) and "onnx.json: not what" in str(broken.exception)
+
+
 def test_the_code_on_the_card_runs_it(made: OnnxExport) -> None:
     card = (Path(made.out) / "README.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)

@@ -249,7 +249,7 @@ def test_a_config_without_weights_cannot_be_fitted(tmp_path):
     with pytest.raises(UsageError, match="`load` needs the weights"):
         memfit.load(tmp_path / "m")
     with pytest.raises(UsageError, match="`eval` needs the weights"):
-        memfit.evaluate(tmp_path / "m", demo.model_directory(), text())
+        memfit.evaluate(tmp_path / "m", demo.model_directory())
     (tmp_path / "m" / "model.onnx").touch()
     with pytest.raises(UsageError, match="ONNX Runtime in place of weights"):
         memfit.load(tmp_path / "m")
@@ -400,9 +400,9 @@ def test_gptq_is_what_a_text_brings_and_is_predicted_and_told(fitted, model, pla
         memfit.fit(model, out=tmp_path / "other", given=plan, algorithm="best")
 
 
-def test_plain_gptq_is_for_integers_alone(model, tmp_path):
+def test_plain_gptq_is_to_quantize_alone(model, tmp_path):
     both = replace(ALLOWED, techniques=("quantize", "low-rank"))
-    with pytest.raises(UsageError, match="gptq-plain is for integers alone, and low-rank is allowed"):
+    with pytest.raises(UsageError, match="gptq-plain is to quantize alone, and low-rank is allowed"):
         memfit.fit(model, "75%", tmp_path / "out", task=TASK, text=text(), allowed=both, algorithm="gptq-plain")
     with pytest.raises(QualityMissed, match="More bits or another algorithm, or a longer text") as missed:
         memfit.fit(

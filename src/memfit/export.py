@@ -4,7 +4,7 @@ GGUF, in llama.cpp's own mixtures: its widths are the format's, so there is no p
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from memfit.source.check import check
 from memfit.source.source import Source, open_source
 from memfit.steps import job_on, predict_gguf
 from memfit.task.infer import Infer
-from memfit.text import Text, text_of, write_windows
+from memfit.text import Text, text_of, told_of, write_windows
 from memfit.worker import run_job
 
 GGUF: Final = "gguf:"
@@ -47,14 +47,16 @@ class Export:
     predicted: Account
     """Of writing it: allocated bytes."""
     measured: Account
+    text: Mapping[str, Any] | None
+    """What it was made and judged on, as a report has it; None without a text."""
     quality: Quality | None
-    """None without a text."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model, "out": self.out, "mixture": self.mixture, "nbytes": self.nbytes,
             "bits_a_weight": self.bits_a_weight, "kinds": self.kinds, "predicted": self.predicted.to_json(),
-            "measured": self.measured.to_json(), "quality": None if self.quality is None else self.quality.to_json(),
+            "measured": self.measured.to_json(), "text": None if self.text is None else dict(self.text),
+            "quality": None if self.quality is None else self.quality.to_json(),
         }  # fmt: skip
 
 
@@ -109,9 +111,11 @@ def export(
         with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
             work = Path(directory)
             job = job_on(source, work, threads)
+            said = None
             if words is not None:
                 progress("calibrating")
                 write_windows(source, words, work)
+                said = told_of(words, work)
                 nothing = {"allowed": asdict(Allowed(bits=(), kv_bits=(16,))), "reference": False, "batch": 4}
                 run_job(job | nothing | {"do": "calibrate", "task": asdict(Infer())})
             with no_collection():
@@ -133,7 +137,7 @@ def export(
     return Export(
         model=source.name, out=str(target), mixture=mixture, nbytes=target.stat().st_size,
         bits_a_weight=_bits(source, written["nbytes"]), kinds=written["kinds"], predicted=predicted,
-        measured=Account.from_json(written["account"]), quality=quality,
+        measured=Account.from_json(written["account"]), text=said, quality=quality,
     )  # fmt: skip
 
 

@@ -224,7 +224,7 @@ def fit(
         learned: how it was made, for the report.
         algorithm: `rtn`: to the nearest of the scale that the largest weight asks for; `search`: of the scale that
             loses least; `gptq`: of that, and linear layers make up for the errors of those before them, on the text;
-            `gptq-plain`: each makes up for its own alone, in two thirds of the time, integers only;
+            `gptq-plain`: each makes up for its own alone, in two thirds of the time, to quantize only;
             `tuned`: and each block, then the whole, learns on it, in ten to twenty times the time.
             Pruning calls them `magnitude`, `wanda`, `sparsegpt`, factors `svd`, `scaled`, `whitened`.
             Default: `gptq` where there is a text, else `search`.
@@ -358,6 +358,7 @@ def fit(
             predicted_fit=predicted_fit,
             measured_fit=account_of_all(jobs, made.values()) if cap is None else None,
             ram=None if cap is None else cap.to_json(),
+            resumed=work.resumed,
             algorithm=called(by, chosen) if chosen.schemes() else None,
             text=None if texts is None else told_of(texts, work.path),
             rounding="\n".join(line for line in (learned, taken.rounding) if line) or None,

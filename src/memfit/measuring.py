@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from memfit.account.account import Account
+from memfit.errors import UsageError
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
 from memfit.models import require_device
@@ -16,7 +17,7 @@ from memfit.source.check import check, require_weights
 from memfit.source.source import open_source
 from memfit.steps import job_on, proof_job
 from memfit.task.infer import Infer
-from memfit.text import Text, write_windows
+from memfit.text import Text, text_of, write_windows
 from memfit.train.task import Train
 from memfit.worker import run_job
 
@@ -24,7 +25,7 @@ from memfit.worker import run_job
 def evaluate(
     model: str | Path,
     reference: str | Path,
-    text: Text | str | Path,
+    text: Text | str | Path | None = None,
     *,
     task: Infer | None = None,
     threads: int | None = None,
@@ -34,6 +35,14 @@ def evaluate(
 
     The two are never in memory together.
 
+    Args:
+        model: a fitted one, or any other.
+        reference: the original.
+        text: UTF-8. The demo model as reference has its own.
+        task: what is measured; default: one prompt of 512 tokens and 32 new ones.
+        threads: of both; default: torch's own.
+        progress: told what is done next.
+
     Returns: `account` (an `Account`), `quality` (a `Quality`), `speed` and `speed_original` (a `Speed`
     each), `kernels`.
     """
@@ -41,10 +50,12 @@ def evaluate(
     for one in (fitted, source):
         check(one)
         require_weights(one, "eval")
+    judged = text_of(text, source)
+    if judged is None:
+        raise UsageError(f"{source.name} is judged on a text, and there is none. Give one (--text FILE).")
     task = replace(task or Infer(), kv_bits=fitted.kv_bits)
     with tempfile.TemporaryDirectory(prefix="memfit-") as directory:
         work = Path(directory)
-        judged = text if isinstance(text, Text) else Text.from_file(text)
         write_windows(source, judged, work, calibrates=False)
         job = job_on(source, work, threads) | {"reference": True}
         progress("asking the reference")

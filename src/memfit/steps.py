@@ -77,7 +77,7 @@ def algorithm_of(name: str | None, *, text: bool, techniques: Sequence[str] = ("
             f"GPTQ chooses integers for a text (--algorithm {name}), and there is none. Give one (--text FILE)."
         )
     if found == "gptq-plain" and (others := [technique for technique in techniques if technique != "quantize"]):
-        raise UsageError(f"--algorithm {name} is for integers alone, and {others[0]} is allowed. Take gptq.")
+        raise UsageError(f"--algorithm {name} is to quantize alone, and {others[0]} is allowed. Take gptq.")
     return cast(Algorithm, found)
 
 
@@ -329,7 +329,7 @@ def rounding_line(chosen: Plan, found: Mapping[str, Any], algorithm: Algorithm) 
     variant = variant_of(algorithm)
     told += ", errors of the layers before not made up for" if algorithm == "gptq-plain" else ""
     if "tuning" in variant:
-        told += f"; then {variant['tuning'].steps} steps of learning for each block"
+        told += f"\nThen {variant['tuning'].steps} steps of learning for each block"
     if (lost := found.get("attuned")) is not None:
         kept = "" if lost["after"] <= lost["before"] else ", which was not kept"
         told += (

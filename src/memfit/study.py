@@ -62,7 +62,9 @@ class Study:
         for part in allowed.keep:
             if not any(allowed.keeps(part, group) for group in self.groups):
                 sample = self.groups[0].name if self.groups else "none at all"
-                raise UsageError(f"{part!r} is to stay in 16 bits, and no tensor's name has it; one is {sample}.")
+                raise UsageError(
+                    f"--keep {part}: no tensor has this in its name. There is {sample}; `embeddings` means all tables."
+                )
         self.loaded = Loaded(
             lambda: load_model(source, dtype=torch.bfloat16), device=device, products=self.products
         )

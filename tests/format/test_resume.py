@@ -15,7 +15,7 @@ def test_what_was_made_once_is_there_after_an_interrupt(tmp_path):
         assert work.once("it", lambda: {"n": 1}) == {"n": 1}
         raise KeyboardInterrupt
     with WorkDirectory(tmp_path / "out", key={"a": 1}) as work:
-        assert work.holds("it") and work.once("it", lambda: {"n": 2}) == {"n": 1}
+        assert work.resumed and work.holds("it") and work.once("it", lambda: {"n": 2}) == {"n": 1}
     assert hidden(tmp_path) == []
 
 
@@ -31,8 +31,10 @@ def test_another_key_starts_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt), WorkDirectory(tmp_path / "out", key={"a": 1}) as work:
         (work.path / "more").mkdir()
         work.once("it", lambda: {"n": 1})
+        assert not work.resumed
         raise KeyboardInterrupt
     with WorkDirectory(tmp_path / "out", key={"a": 2}) as work:
+        assert not work.resumed
         assert not (work.path / "more").exists()
         assert work.once("it", lambda: {"n": 2}) == {"n": 2}
 

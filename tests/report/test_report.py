@@ -176,6 +176,24 @@ def test_the_terminal_shows_plan_phases_and_errors() -> None:
     assert re.search(r"parameter +80\.00 MiB +90\.9 %", accounted)
 
 
+def test_a_cache_that_is_never_long_enough_to_be_packed_is_told() -> None:
+    tasks = [{"task": "infer", "batch": 1, "prompt": 95, "new_tokens": new} for new in (4, 5)]
+    short, long = (text_of(render_plan({**PLAN, "task": task})) for task in tasks)
+    assert "The KV cache has 8 bits from 100 tokens on; the 99 of this task stay in 16." in short
+    assert "stay in 16." not in long
+    assert "stay in 16." not in text_of(render_plan({**PLAN, "task": tasks[0], "kv_bits": 16}))
+
+
+def test_a_run_that_went_on_says_what_was_not_measured() -> None:
+    line = "It went on where a stopped run was: what was done before is predicted here, and not measured."
+    fitted = account(MiB)
+    went_on = report(resumed=True, predicted_fit=fitted, measured_fit=fitted)
+    assert line in text_of(render_report(went_on)) and line in render_page(went_on)
+    assert Report.from_json(went_on.to_json()).resumed
+    for other in (report(predicted_fit=fitted, measured_fit=fitted), report(resumed=True, measured_fit=None)):
+        assert line not in text_of(render_report(other)) and line not in render_page(other)
+
+
 def test_the_terminal_says_which_peak_is_predicted_where_both_are_shown() -> None:
     both, one = (text_of(render_report(report(measured=measured))) for measured in (report().measured, None))
     assert "Phases, predicted" in both and "At the peak (prefill, predicted)" in both

@@ -54,6 +54,8 @@ def require_one_setting(bits: str, groups: str | None, kv_bits: str, values: str
     ):  # fmt: skip
         if not given or "," in given:
             raise UsageError(f"--technique quantize has one setting: give one {option}, got {given or 'none'}.")
+    if bits == "16":
+        raise UsageError("--bits 16 beside --technique quantize: nothing would change. Take 8 to 2 bits.")
 
 
 def techniques_in(allow: str) -> tuple[str, ...]:

@@ -175,7 +175,8 @@ def fit(
     from memfit.export_onnx import export_onnx, require_widths
     from memfit.plan.plan import read_plan
     from memfit.regain import fit_and_distil
-    from memfit.report.terminal import onnx_lines, render_plan, render_report
+    from memfit.report.exported import onnx_lines
+    from memfit.report.terminal import render_plan, render_report
     from memfit.source.source import open_source
     from memfit.steps import default_output
 
@@ -300,7 +301,7 @@ def _export(
 ) -> None:
     """Write a file for another program, and show what it is."""
     from memfit.export import export, mixture_of
-    from memfit.report.terminal import render_export
+    from memfit.report.exported import render_export
 
     mixture_of(form)
     for name in _OF_A_PLAN:

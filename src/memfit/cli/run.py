@@ -189,7 +189,10 @@ def plan(
 def evaluate(
     model: Model,
     reference: Annotated[str, typer.Option(help="The original model.", show_default=False)],
-    text: Annotated[Path, typer.Option(help="UTF-8 text; its second half is used.", show_default=False)],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text; its second half is used. The demo model has its own.", show_default=False),
+    ] = None,
     batch: Batch = 1,
     prompt: Prompt = 512,
     new_tokens: NewTokens = 32,
@@ -199,7 +202,7 @@ def evaluate(
 ) -> None:
     """Judge a model beside its original: KL divergence, perplexity, agreement, speed, measured bytes."""
     import memfit
-    from memfit.report.terminal import render_account, render_quality
+    from memfit.report.terminal import render_account, render_quality, speed_lines
 
     task = memfit.Infer(batch=batch, prompt=prompt, new_tokens=new_tokens)
     found = memfit.evaluate(model, reference, text, task=task, threads=threads, progress=progress_to(quiet))
@@ -217,9 +220,9 @@ def evaluate(
         )
         return
     show(render_quality(found["quality"]))
-    show(render_account(found["account"], top=0))
-    from memfit.report.terminal import speed_lines
-
+    show("")
+    show(render_account(found["account"], top=0, told="measured"))
+    show("")
     for name, value in speed_lines(found["speed"], found["speed_original"]):
         show(f"{name}  {value}")
 
@@ -251,6 +254,22 @@ def report(
         print_json(data)
     else:
         show(shown)
+        for line in _of_onnx(directory):
+            show(line)
+
+
+def _of_onnx(directory: Path) -> list[str]:
+    """What came of the ONNX files of a directory that has some."""
+    from memfit.report.exported import onnx_lines
+
+    file = directory / "onnx.json"
+    try:
+        lines = onnx_lines(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file}: not what `memfit fit --format onnx` writes ({error}). Make it anew.") from error
+    return [f"{name}  {value}" for name, value in lines]
 
 
 _OF_RUNNING = (

@@ -27,6 +27,9 @@ class WorkDirectory:
         target: OUT.
         key: all that what is kept depends on, as JSON. A directory that another key has left is emptied.
         resume: False: it is emptied whatever has left it.
+
+    Attributes:
+        resumed: whether a run before has left something here for this one.
     """
 
     def __init__(self, target: str | Path, *, key: Mapping[str, Any], resume: bool = True) -> None:
@@ -43,7 +46,9 @@ class WorkDirectory:
         except OSError as error:
             os.close(self._lock)
             raise UsageError(f"{self.path}: another run is at work on the same output. Choose another.") from error
-        if self._found() != self._key or not self._resume:
+        same = self._found() == self._key and self._resume
+        self.resumed = same and any(file.name != _KEY for file in self.path.iterdir())
+        if not same:
             for file in self.path.iterdir():
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
             self._write(_KEY, self._key)

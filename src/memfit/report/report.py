@@ -46,6 +46,8 @@ class Report:
     """What is to be told of how integers were chosen, if not by scales alone."""
     ram: Mapping[str, Any] | None = None
     """Of a fit within a cap: the cap, how it was kept to, and the resident peak of each job, predicted and measured."""
+    resumed: bool = False
+    """Whether it went on where a stopped run was: `measured_fit` is of what was left to do then."""
     fronts: Mapping[str, Any] = field(default_factory=dict)
     """Technique -> points of bytes at the peak and expected KL, and which other technique is nowhere worse."""
     tried: Mapping[str, float] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class Report:
             "fronts": dict(self.fronts),
             "tried": dict(self.tried),
             "ram": None if self.ram is None else dict(self.ram),
+            "resumed": self.resumed,
             "files": dict(self.files),
             "created": self.created,
         }
@@ -131,6 +134,7 @@ class Report:
             text=data.get("text"),
             rounding=data.get("rounding"),
             ram=data.get("ram"),
+            resumed=data.get("resumed", False),
             fronts=data.get("fronts") or {},
             tried=data.get("tried") or {},
             files=data["files"],

@@ -11,6 +11,7 @@ from rich.text import Text
 from memfit.account.account import Account, Difference, compare
 from memfit.evaluate.quality import Quality
 from memfit.evaluate.speed import Speed
+from memfit.packed.kv_states import least_window
 from memfit.report.choices import narrowed_line, rows, smoothed_line
 from memfit.report.report import Report
 from memfit.report.techniques import HEAD, LEGEND, technique_rows, tried_line
@@ -73,6 +74,8 @@ def render_plan(plan: Mapping[str, Any]) -> RenderableType:
         parts.append(Text(f"Activations of 8 bits. {smoothed_line(smoothed)}"))
     if narrowed := plan.get("narrowed"):
         parts.append(Text(narrowed_line(narrowed)))
+    if (short := _short_line(plan)) is not None:
+        parts.append(Text(short))
     if predicted := plan.get("predicted"):
         account = Account.from_json(dict(predicted))
         parts += [Text(), render_account(account, top=0, budget_nbytes=plan.get("budget_nbytes"))]
@@ -127,38 +130,6 @@ def render_quality(quality: Quality) -> Table:
     for name, text in quality_lines(quality):
         table.add_row(name, text)
     return table
-
-
-def render_export(made: Mapping[str, Any]) -> RenderableType:
-    """A file for another program: its size, its types, what writing it took, how near it is."""
-    table = _table("", header=False)
-    kinds = ", ".join(f"{kind} ({count})" for kind, count in made["kinds"].items())
-    told, measured = made["predicted"]["peak_nbytes"], made["measured"]["peak_nbytes"]
-    for name, what in (
-        ("size", f"{format_size(made['nbytes'])}, {made['bits_a_weight']:.2f} bits a weight"),
-        ("tensors", kinds),
-        ("peak of writing", f"{format_size(told)} predicted, {format_size(measured)} measured"),
-    ):
-        table.add_row(name, what)
-    parts: list[RenderableType] = [Text(f"Written: {made['out']}, {made['mixture']}", style="bold"), table]
-    if made["quality"] is not None:
-        parts += [Text(), render_quality(Quality.from_json(dict(made["quality"])))]
-    return Group(*parts)
-
-
-def onnx_lines(made: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and figure of what came of an ONNX file: its JSON."""
-    operators = ", ".join(f"{name} ({count})" for name, count in made["operators"].items())
-    told, measured = made["predicted"]["peak_nbytes"], made["measured"]["peak_nbytes"]
-    speed = f"{made['prompt_tokens_per_s']:.1f} tokens/s of the prompt"
-    if made["decode_tokens_per_s"] is not None:
-        speed += f", {made['decode_tokens_per_s']:.1f} tokens/s of new ones"
-    return [
-        ("ONNX files", f"{format_size(made['nbytes'])}: {operators}"),
-        ("peak of writing their weights", f"{format_size(told)} predicted, {format_size(measured)} measured"),
-        ("largest difference from memfit's float32", f"{made['difference']:.1e}"),
-        ("in ONNX Runtime", f"{format_size(made['resident_nbytes'])} resident, {speed}"),
-    ]
 
 
 def quality_lines(quality: Quality) -> list[tuple[str, str]]:
@@ -216,6 +187,8 @@ def render_report(report: Report) -> RenderableType:
         parts += [Text(), render_comparison(report.predicted_fit, report.measured_fit, title="Fitting it")]
     if report.ram is not None:
         parts += [Text(), _render_ram(report.ram)]
+    if (resumed := resumed_line(report)) is not None:
+        parts.append(Text(resumed, style="dim"))
     if report.quality is not None:
         parts += [Text(), render_quality(report.quality)]
     else:
@@ -250,6 +223,22 @@ def why_not_judged(report: Report) -> str:
         takes, cap = (format_size(report.ram[key]) for key in ("asking_nbytes", "cap_nbytes"))
         return f"not judged: to ask the original takes {takes}, and the cap is {cap}. See `memfit eval`."
     return "not judged: there was no text. Give --text, or see `memfit eval`."
+
+
+def resumed_line(report: Report) -> str | None:
+    """Of a run that went on where another was stopped: why fitting it took less than predicted."""
+    if not report.resumed or (report.measured_fit is None and report.ram is None):
+        return None
+    return "It went on where a stopped run was: what was done before is predicted here, and not measured."
+
+
+def _short_line(plan: Mapping[str, Any]) -> str | None:
+    """Of a plan whose KV cache is never long enough to be packed: from when on it is."""
+    bits, task = plan.get("kv_bits", 16), plan.get("task") or {}
+    tokens = task.get("prompt", 0) + task.get("new_tokens", 0)
+    if bits == 16 or not task or tokens >= least_window():
+        return None
+    return f"The KV cache has {bits} bits from {least_window()} tokens on; the {tokens} of this task stay in 16."
 
 
 def _expected_line(report: Report) -> str | None:
@@ -375,7 +364,9 @@ def _phases(account: Account, budget_nbytes: int | None, told: str) -> Table:
     if reserves:
         table.add_column("reserved", justify="right")
     table.add_column("")
-    table.add_column("worst moment", style="dim")
+    moments = any(phase.at for phase in account.phases)
+    if moments:
+        table.add_column("worst moment", style="dim")
     scale = max(account.peak_nbytes, budget_nbytes or 0, 1)
     for phase in account.phases:
         over = budget_nbytes is not None and phase.peak_nbytes > budget_nbytes
@@ -383,11 +374,11 @@ def _phases(account: Account, budget_nbytes: int | None, told: str) -> Table:
         bar = _stack(phase.alive, phase.peak_nbytes, scale)
         size = Text(format_size(phase.peak_nbytes), style=style)
         segments = [format_size(phase.reserved_nbytes or 0)] if reserves else []
-        table.add_row(Text(phase.name, style=style), size, *segments, bar, phase.at)
+        table.add_row(Text(phase.name, style=style), size, *segments, bar, *([phase.at] if moments else []))
     if budget_nbytes is not None:
         table.add_row(
             "budget", format_size(budget_nbytes), *([""] if reserves else []),
-            Text("▏".rjust(round(_BAR * budget_nbytes / scale))), "",
+            Text("▏".rjust(round(_BAR * budget_nbytes / scale))),
         )
     return table
 

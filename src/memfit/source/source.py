@@ -412,7 +412,8 @@ def _fetch(model: str, *, weights: bool) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if model.count("/") > 1 or model.startswith((".", "/", "~")) or os.sep * 2 in model:
+    is_file = model.lower().endswith((".gguf", ".safetensors", ".bin", ".json"))
+    if is_file or model.count("/") > 1 or model.startswith((".", "/", "~")) or os.sep * 2 in model:
         raise UsageError(
             f"{model}: no such directory or file. A model is a directory with config.json and safetensors, a .gguf "
             "file, `demo`, or a hub id (owner/name)."
