@@ -208,6 +208,7 @@ def test_one_setting_that_does_not_fit_names_the_budget_that_does(memfit, model)
     code, out, err = memfit(*words, "--budget", "10KiB")
     smallest = json.loads(out)["smallest_nbytes"]
     assert code == 3 and f"Give that budget (--budget {smallest})" in err
+    assert "(parameter " in err and "kv_cache " in err and "--kv-bits and a shorter --prompt" in err
     assert memfit(*words, "--budget", str(smallest))[0] == 0
 
 

@@ -177,10 +177,12 @@ def plainest_plan(study: Study, budget_nbytes: int) -> Plan:
     plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")
     predicted = predict_with(study, plan)
     if predicted.peak_nbytes > budget_nbytes:
-        needed = predicted.peak_nbytes
+        needed, alive = predicted.peak_nbytes, sorted(predicted.peak.alive.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{kind} {format_size(nbytes)}" for kind, nbytes in alive if nbytes)
+        cache = " --kv-bits and a shorter --prompt make the KV cache smaller." if study.kv_nbytes else ""
         raise DoesNotFit(
-            f"{both_sizes(budget_nbytes, needed)} needed with this setting, in {predicted.peak_phase}. Give that "
-            f"budget (--budget {needed}), or a setting that keeps less.",
+            f"{both_sizes(budget_nbytes, needed)} needed with this setting, in {predicted.peak_phase} ({parts}). "
+            f"Give that budget (--budget {needed}), or a setting that keeps less.{cache}",
             smallest_nbytes=needed,
         )
     return replace(plan, predicted=predicted.to_json(), expected_kl=None)
