@@ -255,6 +255,11 @@ def test_a_config_without_weights_cannot_be_fitted(tmp_path):
         memfit.load(tmp_path / "m")
 
 
+def test_a_model_is_judged_on_a_text(fitted, model):
+    with pytest.raises(UsageError, match=r"is judged on a text, and there is none\. Give one \(--text FILE\)"):
+        memfit.evaluate(fitted[1], model)
+
+
 def test_a_fitted_model_is_accounted_with_its_own_cache(fitted):
     report, out, _ = fitted
     found = memfit.account(out, TASK)

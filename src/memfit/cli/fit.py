@@ -249,7 +249,7 @@ def fit(
         if form == ONNX:
             exported = export_onnx(source, budget, out, **how)
             out, report, told = Path(exported.out), exported.report, exported.to_json()
-            lines = [f"{name}  {value}" for name, value in onnx_lines(told["onnx"])]
+            lines = onnx_lines(told["onnx"])
         else:
             out = out or default_output(open_source(source))
             if distil is None:

@@ -264,12 +264,11 @@ def _of_onnx(directory: Path) -> list[str]:
 
     file = directory / "onnx.json"
     try:
-        lines = onnx_lines(json.loads(file.read_text(encoding="utf-8")))
+        return onnx_lines(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file}: not what `memfit fit --format onnx` writes ({error}). Make it anew.") from error
-    return [f"{name}  {value}" for name, value in lines]
 
 
 _OF_RUNNING = (

@@ -316,12 +316,21 @@ def made_line(report: Report) -> str:
     made = f"Made by {report.algorithm}" if report.algorithm else "Made"
     if (text := report.text) is None:
         return f"{made}, without a text." if report.algorithm else ""
-    of = f"windows of {text['window']} tokens of {text['name']}"
     judged = report.quality is not None
     if report.algorithm in _BY_WEIGHTS and (report.plan or {}).get("priced_by") != "text":
-        return f"{made}, without a text" + (f", judged on {text['evaluation_windows']} {of}." if judged else ".")
+        windows = f"{text['evaluation_windows']} {_windows_of(text)}"
+        return f"{made}, without a text" + (f", judged on {windows}." if judged else ".")
+    return f"{made} {on_text(text, judged=judged)}."
+
+
+def on_text(text: Mapping[str, Any], *, judged: bool) -> str:
+    """On what of a text, as a report has it, a model was made, and judged."""
     others = f", judged on {text['evaluation_windows']} others" if judged else ""
-    return f"{made} on {text['calibration_windows']} {of}{others}."
+    return f"on {text['calibration_windows']} {_windows_of(text)}{others}"
+
+
+def _windows_of(text: Mapping[str, Any]) -> str:
+    return f"windows of {text['window']} tokens of {text['name']}"
 
 
 def plan_title(plan: Mapping[str, Any]) -> str:

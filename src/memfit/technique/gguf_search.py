@@ -279,7 +279,7 @@ def _place(value: Tensor, weight: Tensor, scales: tuple[int, int]) -> tuple[Tens
     at = value.abs().argmax(dim=1, keepdim=True)
     peak = value.gather(1, at)
     outermost = scales[0] if scales[0] < 0 else scales[1]
-    best = _Best()
+    kept = _Kept()
     for part in blocks_to_run([1.008 - 0.42 * n / _PLACES for n in range(_PLACES)]):
         d = peak / (outermost * part)
         k = _integers(value, d, scales)
@@ -287,8 +287,8 @@ def _place(value: Tensor, weight: Tensor, scales: tuple[int, int]) -> tuple[Tens
         fitted = _over(weighted * value) / _over(weighted * k).clamp_min(_TINY)
         fitted = _step(torch.where(fitted == 0, d, fitted))  # fp16 is coarse where weights are small
         k = _integers(value, fitted, scales)
-        best.offer(_over(weight * (value - fitted * k).square()), fitted, k)
-    return best.scale, best.minimum
+        kept.offer(_over(weight * (value - fitted * k).square()), fitted, k)
+    return kept.d, kept.k
 
 
 def _integers(value: Tensor, d: Tensor, scales: tuple[int, int]) -> Tensor:
