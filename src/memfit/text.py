@@ -104,7 +104,7 @@ def told_of(text: Text, work: Path) -> dict[str, Any]:
 def _windows(tokenizer: Any, text: Text, use: str, words: str, most: int) -> torch.Tensor:
     """As many windows as a part of the text has, up to `most`."""
     try:
-        found = windows(tokenizer, words, length=text.length)[:most].clone()
+        found = windows(tokenizer, words, length=text.length, most=most)
     except UsageError as error:
         raise UsageError(
             f"{text.name}: the part to {use} on, half of a file, is too short: {error} The other half takes as many; "

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memfit.errors import UsageError
-from memfit.evaluate.text import read_text, windows
+from memfit.evaluate.text import first_tokens, read_text, windows
 
 
 class Letters:
@@ -55,6 +55,34 @@ def test_the_demo_tokenizer_cuts_windows() -> None:
     text = (files("memfit") / "demo" / "heldout.txt").read_text(encoding="utf-8")
     found = windows(tokenizer, text, length=64, count=3)
     assert found.shape == (3, 64)
+
+
+def test_of_a_long_text_no_more_is_read_than_is_asked_for_and_the_tokens_are_those_of_all_of_it() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(files("memfit") / "demo" / "model"))
+    text = (files("memfit") / "demo" / "heldout.txt").read_text(encoding="utf-8") * 8
+    seen: list[int] = []
+
+    def watched(text: str, **options: Any) -> Any:
+        seen.append(len(text))
+        return tokenizer(text, **options)
+
+    whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for most in (1, 100, 4096, len(whole), 2 * len(whole)):
+        assert first_tokens(watched, text, most) == whole[:most]
+    assert first_tokens(watched, text) == whole
+    assert seen[0] < len(text) // 8 and seen[-1] == len(text)
+    assert torch.equal(windows(watched, text, length=64, most=3), windows(tokenizer, text, length=64)[:3])
+    assert windows(watched, "a b " * 100, length=64, most=300).shape[0] < 300
+
+
+def test_where_tokens_have_many_letters_more_is_read_until_there_are_enough() -> None:
+    def by_hundreds(text: str, **_: Any) -> dict[str, Any]:
+        return {"input_ids": list(range(len(text) // 100))}
+
+    assert first_tokens(by_hundreds, "x" * 1_000_000, 500) == list(range(500))
+    assert first_tokens(by_hundreds, "x" * 10_000, 500) == list(range(100))
 
 
 def test_a_file_that_is_no_utf8_is_refused_with_the_offset(tmp_path: Path) -> None:

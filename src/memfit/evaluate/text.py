@@ -1,12 +1,17 @@
 """Text into windows of tokens."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import LongTensor, Tensor
 
 from memfit.errors import UsageError
+
+_CHARACTERS: Final = 6
+"""Of a token, at first sight; prose has four."""
+_SPARE: Final = 1024
+"""Tokens between those that are used and where a text is cut, which might change the last ones before it."""
 
 
 def read_text(path: str | Path) -> str:
@@ -30,15 +35,15 @@ def read_text(path: str | Path) -> str:
 
 
 def windows(
-    tokenizer: Any, text: str, *, length: int = 512, count: int | None = None, skip: int = 0
+    tokenizer: Any, text: str, *, length: int = 512, count: int | None = None, skip: int = 0, most: int | None = None
 ) -> LongTensor:
     """Consecutive windows of the text's tokens, [W, length], each with the special tokens the model expects.
 
     Where the tokenizer begins a text with a special token (BOS, [CLS]) or ends it with one, every window has
     it too: models such as Gemma are far off their training without. What does not fill a window is left out.
 
-    `skip`: windows left out at the start, as those that a calibration has seen. `count`: how many at most;
-    None: all.
+    `skip`: windows left out at the start, as those that a calibration has seen. `count`: how many; None: all that
+    there are, `most` of them.
 
     Raises:
         UsageError: the text has fewer tokens than asked for.
@@ -53,8 +58,9 @@ def windows(
         raise UsageError(
             f"windows of {length} tokens leave no room beside {len(prefix) + len(suffix)} special ones."
         )
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     wanted = skip + (1 if count is None else count)
+    last_wanted = wanted if count is not None else None if most is None else skip + most
+    ids = first_tokens(tokenizer, text, None if last_wanted is None else last_wanted * body)
     if len(ids) < wanted * body:
         raise UsageError(
             f"there are {len(ids)} tokens, and {wanted * body} are needed for "
@@ -66,6 +72,21 @@ def windows(
     rows = [prefix + ids[start * body : (start + 1) * body] + suffix for start in range(skip, last)]
     result: Tensor = torch.tensor(rows, dtype=torch.long)
     return result  # type: ignore[return-value]  # torch types LongTensor as a class of its own
+
+
+def first_tokens(tokenizer: Any, text: str, most: int | None = None) -> list[int]:
+    """The first `most` tokens of a text, without special ones; all if it has fewer, or for None.
+
+    No more of the text is read than has them and some to spare: a tokenizer takes 200 bytes for each token.
+    """
+    end = len(text) if most is None else _CHARACTERS * (most + _SPARE)
+    while True:
+        ids: list[int] = tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
+        if most is None or end >= len(text):
+            return ids[:most]
+        if len(ids) >= most + _SPARE:
+            return ids[:most]
+        end *= 2
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
