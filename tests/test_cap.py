@@ -21,7 +21,7 @@ from rich.console import Console
 import memfit
 from memfit import demo
 from memfit.account.account import Account, Phase
-from memfit.account.malloc import FAST
+from memfit.account.malloc import FAST, LEVELS
 from memfit.account.meter import Meter
 from memfit.account.watch import Unwatched
 from memfit.cap import _SPREAD, Cap, cap_of_jobs, keep
@@ -129,8 +129,9 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
     room = importlib.import_module("memfit.cap")
 
     def choosing(source, plan, windows, thrift: Thrift, *, algorithm: str) -> Account:
-        spared = 100 * thrift.wait + 200 * thrift.hold + 100 * (not thrift.spill) + 300 * (thrift.waiting_nbytes > MIB)
-        return account((200 + 25 * thrift.batch + spared) * MIB)
+        spared = 100 * thrift.wait + 200 * thrift.hold + 100 * (not thrift.spill)
+        waiting = {LEVELS[0]: 0, LEVELS[1]: 100, FAST: 300}[thrift.waiting_nbytes]
+        return account((200 + 25 * thrift.batch + spared + waiting) * MIB)
 
     monkeypatch.setattr(room, "predict_choosing", choosing)
     monkeypatch.setattr(room, "predict_compressing", lambda *_, **__: account(50 * MIB))
@@ -148,6 +149,7 @@ def test_the_fastest_way_that_keeps_to_the_cap_is_taken(planned, model, tmp_path
     assert much.told("choose") == told | {"thrift": fast.to_json(), "waiting_nbytes": FAST}
     assert much.told("calibrate") == told | {"batch": 4, "spill": True}
     assert much.predicted["choose"].resident_nbytes == 1300 * MIB
+    assert kept(1600 * MIB).ways["choose"] == Thrift(batch=4, waiting_nbytes=LEVELS[1])
     less = kept(1200 * MIB)
     assert less.ways["choose"] == Thrift(batch=4) and less.told("choose")["waiting_nbytes"] == MIB
     assert less.predicted["choose"].resident_nbytes == 1000 * MIB
@@ -278,7 +280,6 @@ def test_a_disk_that_fills_is_told_and_nothing_called_done(call, model, planned,
     told = job | {"do": "choose", "integers": str(integers), "thrift": Thrift(spill=True).to_json()}
     monkeypatch.setattr(os, call, full)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(told)))
-    monkeypatch.setattr(worker, "_end_with", lambda parent: None)
     worker.main()
     said = capsys.readouterr().out
     answer = json.loads(next(line for line in said.splitlines() if "{" in line).partition(":")[2])
@@ -355,7 +356,7 @@ def test_a_job_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
     """Else the same command, run again after a kill, would meet a job that still writes."""
     code = (
         "import os, signal, subprocess, sys\n"
-        "child = 'import os, sys, time; from memfit.worker import _end_with; _end_with(int(sys.argv[1])); "
+        "child = 'import os, sys, time; from memfit.copies import end_with; end_with(int(sys.argv[1])); "
         "print(os.getpid(), flush=True); time.sleep(60)'\n"
         "made = subprocess.Popen([sys.executable, '-c', child, str(os.getpid())], stdout=subprocess.PIPE, text=True)\n"
         "print(made.stdout.readline(), flush=True)\n"

@@ -4,6 +4,8 @@ A job's process is resident with what it holds when it is idle, which a process 
 oneDNN makes for each shape of a product; and with what the job's dry run tells, heap included.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,6 +74,8 @@ class Cap:
     """By job: `peak` and `file` of the process, resident bytes."""
     ways: dict[str, Any] = field(default_factory=dict)
     """By job, how it keeps to the cap: a `Thrift`, or windows at once."""
+    planned: str = ""
+    """Of what forms they make (`_forms_of`)."""
 
     def needed_nbytes(self, account: Account, way: object = None) -> int:
         """The smallest cap under which a job with this prediction is run."""
@@ -100,7 +104,7 @@ class Cap:
         return {
             "nbytes": self.nbytes, "idle_nbytes": self.idle_nbytes, "kernel_nbytes": self.kernel_nbytes,
             "untouched_nbytes": self.untouched_nbytes, "asking_nbytes": self.asking_nbytes, "predicted": predicted,
-            "ways": ways,
+            "ways": ways, "planned": self.planned,
         }  # fmt: skip
 
     @classmethod
@@ -181,7 +185,8 @@ def keep_as_planned(
     """
 
     def find() -> dict[str, Any]:
-        keep(cap, source, plan, job, algorithm, calibrates=False, read=smoothed_in(Path(job["work"]), source))
+        if job["wanted"] or cap.planned != _forms_of(plan):  # else nothing has been found out since
+            keep(cap, source, plan, job, algorithm, calibrates=False, read=smoothed_in(Path(job["work"]), source))
         return cap.kept()
 
     found = Cap.of_kept(work.once("cap-as-planned", find))
@@ -224,6 +229,7 @@ def keep(
             refusals.append(refusal)
     if refusals:
         raise max(refusals, key=lambda refusal: refusal.smallest_nbytes)
+    cap.planned = _forms_of(plan)
 
 
 def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) -> tuple[Account, Any]:
@@ -252,6 +258,12 @@ def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) ->
     )
 
 
+def _forms_of(plan: Plan) -> str:
+    """All of a plan that its jobs' accounts depend on: the form of each module."""
+    forms = json.dumps([[name, form.to_json()] for name, form in plan.schemes().items()])
+    return hashlib.sha256(forms.encode()).hexdigest()
+
+
 def _compressing(cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm) -> Account:
     """It goes on in the process that has chosen integers, which keeps the code of its products."""
     account = predict_compressing(source, plan, job, algorithm=algorithm)
@@ -277,7 +289,10 @@ def _ways(windows: int) -> Iterator[Thrift]:
     """From the fastest to the one that holds least."""
     some = min(windows, 4)
     yield Thrift(batch=some, waiting_nbytes=FAST)
+    yield Thrift(batch=some, waiting_nbytes=LEVELS[1])
     yield Thrift(batch=some)
+    yield Thrift(batch=some, wait=False, waiting_nbytes=LEVELS[1])
+    yield Thrift(batch=some, wait=False, spill=True, waiting_nbytes=LEVELS[1])
     yield Thrift(batch=some, wait=False)
     yield Thrift(batch=some, wait=False, spill=True)
     yield Thrift(batch=some, wait=False, spill=True, hold=False)
