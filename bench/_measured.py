@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 STAGE = re.compile(r"^\s*\d+ s  (.+) \.\.\.$")
 """A line in which `memfit fit` says what it does next."""
@@ -84,17 +83,24 @@ def run(words: list[str], *, cwd: Path, env: Mapping[str, str] | None = None) ->
 
 
 def resident_nbytes(pid: int) -> int:
-    """Private bytes of a process and its children, and once the pages of files that they share."""
-    anonymous, files = 0, [0]
-    for one in tree(pid):
+    """Private bytes of a process and its children, and once the pages that they share: of files those of the process
+    that has most, and of what was copied by fork(2) to each its part (`Pss_Anon`, proc(5))."""
+    anonymous, files = [], [0]
+    processes = tree(pid)
+    for one in processes:
         with suppress(OSError):  # it may have ended meanwhile
-            found: dict[str, Any] = dict(
-                line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text().splitlines() if ":" in line
-            )
+            found = _table(Path(f"/proc/{one}/status"))
             if "RssAnon" in found:
-                anonymous += int(found["RssAnon"].split()[0]) * 1024
-                files.append(int(found["RssFile"].split()[0]) * 1024)
-    return anonymous + max(files)
+                private = _table(Path(f"/proc/{one}/smaps_rollup"))["Pss_Anon"] if len(processes) > 1 else None
+                anonymous.append(found["RssAnon"] if private is None else private)
+                files.append(found["RssFile"])
+    return sum(anonymous) + max(files)
+
+
+def _table(file: Path) -> dict[str, int]:
+    """The lines `name: number kB` of a file of /proc, in bytes."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {line[0].removesuffix(":"): int(line[1]) * 1024 for line in lines if line[-1:] == ["kB"]}
 
 
 def cpu_seconds(pid: int) -> float:

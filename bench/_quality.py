@@ -208,7 +208,7 @@ def memfit_words(case: Case, model: Model, out: Path, *, group: int, threads: in
     if case.algorithm.endswith(CODEBOOK):
         options += ["--values", "codebook"]
     return [
-        sys.executable, "-c", "from memfit.cli import main; main()", "fit", str(model.directory),
+        sys.executable, "-c", "from memfit_command import main; main()", "fit", str(model.directory),
         "--technique", "quantize", "--bits", str(case.bits), "--group", str(group), "--no-measure",
         "--ram", CAPS[case.model] if case.algorithm.endswith(CAPPED) else ROOM,
         "--algorithm", case.algorithm.removesuffix(CODEBOOK).removesuffix(CAPPED),
@@ -256,7 +256,7 @@ def peer_found(out: Path) -> dict[str, Any]:
 def judged(words: list[str], work: Path) -> dict[str, Any]:
     """What `_judge.py` answers; RuntimeError with its last lines if it does not."""
     from _judge import ANSWER
-    from memfit.worker import QUIET
+    from memfit_command import QUIET
 
     ran = run([sys.executable, str(HERE / "_judge.py"), *words], cwd=work, env=os.environ | QUIET)
     for line in ran.lines:

@@ -40,8 +40,8 @@ from memfit.text import Text, write_windows
 
 def command(out: Path, ram: str) -> list[str]:
     return [
-        sys.executable, "-c", "from memfit.cli import main; main()", "fit", "--technique", "quantize", "--bits", "4",
-        "--groups", "128", "--keep", "embeddings", "--windows", "8", "--ram", ram, "--no-measure", "--resume",
+        sys.executable, "-c", "from memfit_command import main; main()", "fit", "--technique", "quantize", "--bits",
+        "4", "--groups", "128", "--keep", "embeddings", "--windows", "8", "--ram", ram, "--no-measure", "--resume",
         "--threads", "1", "--out", str(out),
     ]  # fmt: skip
 

@@ -106,7 +106,7 @@ def words_of(case: Case, model: Model, out: Path, threads: int) -> list[str]:
     if case.technique != "search":
         options += ["--technique", case.technique, "--keep", "embeddings", "--budget", "200%"]
     return [
-        sys.executable, "-c", "from memfit.cli import main; main()", "fit", str(model.directory), *options,
+        sys.executable, "-c", "from memfit_command import main; main()", "fit", str(model.directory), *options,
         "--window", str(TOKENS), "--windows", str(WINDOWS), "--text", str(model.text), "--threads", str(threads),
         "-o", str(out),
     ]  # fmt: skip

@@ -104,7 +104,7 @@ def fit(model: Path, out: Path, algorithm: str, ram: str, text: Path) -> dict[st
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", "from memfit.cli import main; main()", *words], stdout=subprocess.PIPE, check=False
+        [sys.executable, "-c", "from memfit_command import main; main()", *words], stdout=subprocess.PIPE, check=False
     )
     seconds = time.monotonic() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -275,7 +275,7 @@ def main() -> None:
 
 def together(kinds: list[str], words: list[str]) -> list[dict[str, Any]]:
     """The runs, each in a process of its own, a step of each in turn."""
-    from memfit.worker import QUIET
+    from memfit_command import QUIET
 
     children = [
         subprocess.Popen(

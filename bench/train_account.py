@@ -255,7 +255,7 @@ def measure_resident(name: str, label: str) -> dict[str, Any] | None:
 
 def fresh(*words: str) -> Any:
     """What a fresh process of this file answers."""
-    from memfit.worker import QUIET
+    from memfit_command import QUIET
 
     done = subprocess.run(
         [sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | QUIET

@@ -245,6 +245,7 @@ def fit(
     if model is None:
         model, text = demo.model_directory(), text or Text.of_demo()
     task = task or Infer()
+    process = Process()  # now: there are no threads yet
     progress("reading the model's shapes")
     source = open_source(model)
     check_original(source, "fitted again", needed_by="fit")
@@ -277,7 +278,7 @@ def fit(
         key["schemes"] = [[name, form.to_json()] for name, form in given.schemes().items()]
     key |= {} if beside is None else {"beside": str(beside)}
     work = WorkDirectory(target, key=key, resume=resume)
-    with _threads(threads), output, work, Process() as process:
+    with _threads(threads), output, work, process:
         job = calibration_job(study, texts, work.path, reference=measure, threads=threads, algorithm=by)
         job |= {} if beside is None else {"beside": str(beside)}
         cap = None

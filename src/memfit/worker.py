@@ -6,50 +6,41 @@ each takes of a small model. The first of them within a cap goes on in the proce
 """
 
 import atexit
-import ctypes
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from typing import Any, Final
+from typing import Any, TextIO
 
-from memfit.account.malloc import LEVELS, trim_threshold
 from memfit.account.meter import trim
+from memfit.copies import Copied, end_with, may_be_copied
 from memfit.errors import BrokenInput, Interrupted, MemfitError, OverBudget, UsageError, disk_full
 from memfit.jobs import JOBS
 from memfit.limits import runtime_nbytes_of
+from memfit_command import QUIET, is_quiet
 
-QUIET: Final = {
-    # A thread that waits sleeps: where another process wants the core too, spinning at every barrier made the
-    # decode of a small model 90 times slower.
-    "OMP_WAIT_POLICY": "passive",
-    # Blocks from 1 MiB come from the system and go back to it, so that resident follows allocated.
-    "MALLOC_MMAP_THRESHOLD_": str(LEVELS[0]),
-    "MALLOC_TRIM_THRESHOLD_": str(trim_threshold(LEVELS[0])),
-    "MALLOC_ARENA_MAX": "2",
-    # Small chunks that wait in caches lie between holes that would be one: a tenth more was resident, and chance.
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 _ANSWER = "memfit-answer:"
-_PR_SET_PDEATHSIG: Final = 1
+Begun = Copied | subprocess.Popen[str]
+"""A process with pipes to its stdin and from its stdout."""
 
 
 class Process:
     """A process that does jobs, one after the other. It begins with the first; ended, it begins anew with the next.
 
-    What a job has held goes back to the system before the next begins; code that oneDNN has made stays.
+    What a job has held goes back to the system before the next begins; code that oneDNN has made stays. Where this
+    process is one whose memory may be measured, and has no other threads, the first is a copy of it as it is when this
+    is made, and shares with it what libraries hold.
     """
 
     def __init__(self) -> None:
-        self._made: subprocess.Popen[str] | None = None
+        self._made: Begun | None = None
         self._errors: Any = None
+        if is_quiet() and may_be_copied():
+            self._begin(lambda errors: Copied(main, errors=errors))
 
     def __enter__(self) -> "Process":
         return self
@@ -61,13 +52,7 @@ class Process:
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any] | None:
         """What it answers to a job; None if it has ended instead (see `last_words`)."""
-        if self._made is None:
-            self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`end` closes it)
-            self._made = subprocess.Popen(
-                [sys.executable, "-c", "from memfit.worker import main; main()"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=os.environ | QUIET,
-            )  # fmt: skip
-        made = self._made
+        made = self._made or self._begin(_anew)
         assert made.stdin is not None and made.stdout is not None, "both are pipes"
         with suppress(BrokenPipeError):  # it has ended: its last words say how
             made.stdin.write(json.dumps(job) + "\n")
@@ -94,6 +79,19 @@ class Process:
         self._errors.close()
         self._made = None
 
+    def _begin(self, begin: Callable[[TextIO], Begun]) -> Begun:
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`end` closes it)
+        self._made = made = begin(self._errors)
+        return made
+
+
+def _anew(errors: TextIO) -> Begun:
+    """A process that brings libraries in itself."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from memfit.worker import main; main({os.getpid()})"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | QUIET,
+    )  # fmt: skip
+
 
 def run_job(
     job: dict[str, Any], *, enforce_nbytes: int | None = None, kernels: int = 0, process: Process | None = None
@@ -110,7 +108,6 @@ def run_job(
         MemfitError: what the job raised, by its class and message.
         OverBudget: the enforced limit was hit.
     """
-    job = job | {"parent": os.getpid()}
     if enforce_nbytes is not None:
         job = job | {"enforce_nbytes": enforce_nbytes, "runtime_nbytes": runtime_nbytes_of(kernels)}
     trim()  # what this process had for a tokenizer or a dry run, hundreds of MiB, is not to wait beside the job
@@ -133,15 +130,15 @@ _ERRORS: dict[str, type[MemfitError]] = {
 }
 
 
-def main() -> None:
-    """Read a job, do it, print the answer, until there are no more."""
+def main(parent: int | None = None) -> None:
+    """Read a job, do it, print the answer, until there are no more, or `parent`, the process that asks, has ended."""
+    if parent is not None:
+        end_with(parent)
     gc.collect()
     gc.freeze()  # the libraries' own objects stay: no later collection needs to look through them
     end_without_collection()
     for line in sys.stdin:
-        job = json.loads(line)
-        _end_with(job.get("parent", os.getppid()))
-        print(_ANSWER + json.dumps(_answer_to(job)), flush=True)
+        print(_ANSWER + json.dumps(_answer_to(json.loads(line))), flush=True)
 
 
 def end_without_collection() -> None:
@@ -177,11 +174,3 @@ def _answer_to(job: dict[str, Any]) -> dict[str, Any]:
             raise
         answer = {"error": "Interrupted" if fits else "MemfitError", "message": str(clear)}
     return answer
-
-
-def _end_with(parent: int) -> None:
-    """Let the system kill this process when `parent` ends, however that ends (prctl(2), PR_SET_PDEATHSIG): the same
-    command, run again, is not to meet a job that still writes."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -17,7 +17,7 @@ from memfit.account.heap import Heap, heap_nbytes
 from memfit.account.ledger import Ledger, Storage
 from memfit.account.malloc import FAST, LEVELS, trim_threshold
 from memfit.account.watch import Watch
-from memfit.worker import QUIET
+from memfit_command import QUIET
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memfit.account import malloc
 from memfit.account.malloc import LEVELS
 from memfit.train.freed import Freed
-from memfit.worker import QUIET
+from memfit_command import QUIET
 
 GIB = 1 << 30
 

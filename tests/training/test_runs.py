@@ -100,7 +100,7 @@ def test_sigterm_saves_and_the_run_goes_on(model, text, plan, plain, tmp_path, w
 
 def test_the_command_ends_with_75_when_it_is_told_to_end(model, text, tmp_path):
     command = [
-        sys.executable, "-c", "from memfit.cli import main; main()", "train", str(model), "--data", str(text), "-o",
+        sys.executable, "-c", "from memfit_command import main; main()", "train", str(model), "--data", str(text), "-o",
         str(tmp_path / "out"), "--batch", "4", "--sequence", "32", "--steps", "100000",
     ]  # fmt: skip
     log = tmp_path / "out.training" / "log.jsonl"

@@ -1,8 +1,8 @@
 """glibc's malloc, as arithmetic: what the C heap and whole pages add to the bytes that were asked for.
 
-After malloc/malloc.c of glibc 2.36, as memfit's measured processes set it up (`worker.QUIET`: no caches of small
-chunks, thresholds that stay): a block is cut from the smallest hole that it fits into, else from the heap's end, and
-holes beside each other are one. Which of several holes of one size is taken decides what can join later, so malloc's
+After malloc/malloc.c of glibc 2.36, as memfit's measured processes set it up (`memfit_command.QUIET`: no caches of
+small chunks, thresholds that stay): a block is cut from the smallest hole that it fits into, else from the heap's end,
+and holes beside each other are one. Which of several holes of one size is taken decides what can join later, so its
 order is kept: fresh holes wait, the oldest that fits to the byte is taken, and the others join those of their size.
 Where neither a hole nor the end serves, a block of `waiting_nbytes` or more is pages of its own, which go back when it
 ends; the heap gives back its end alone. So a small block that stays keeps all that lies below it.

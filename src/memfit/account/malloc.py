@@ -12,7 +12,8 @@ from typing import Final
 from .meter import trim
 
 LEVELS: Final = (1 << 20, 4 << 20, 12 << 20, 32 << 20)
-"""Blocks of fewer bytes wait (mallopt(3), M_MMAP_THRESHOLD): from what `worker.QUIET` sets to the most glibc takes."""
+"""Blocks of fewer bytes wait (mallopt(3), M_MMAP_THRESHOLD): from what `memfit_command.QUIET` sets to the most that
+glibc takes."""
 FAST: Final = LEVELS[2]
 """Where no budget is near: most of the time is won there, and the heap told to some per cent (see `heap`)."""
 _M_TRIM_THRESHOLD: Final = -1
@@ -34,7 +35,7 @@ def tell(waiting_nbytes: int) -> None:
 
 def trim_threshold(waiting_nbytes: int) -> int:
     """Free bytes at the heap's end from which on it is given back: twice as many, as glibc's own rule has it; at the
-    first level as `worker.QUIET` sets it."""
+    first level as `memfit_command.QUIET` sets it."""
     return waiting_nbytes if waiting_nbytes <= LEVELS[0] else 2 * waiting_nbytes
 
 

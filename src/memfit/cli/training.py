@@ -1,8 +1,6 @@
 """The command that trains a model within a budget."""
 
 import json
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +31,6 @@ from .app import (
 )
 from .panels import Panelled
 
-_ALONE = "MEMFIT_ALONE"
 """Set in the process that trains."""
 _IN_THE_PLAN = (
     "budget", "batch", "sequence", "lr", "weight_decay", "clip", "optimizer", "full", "adapters", "slowdown", "teacher",
@@ -164,7 +161,6 @@ def train(
     distil = distillation(context, teacher)
     if resume:
         _refuse_other_settings(context, out or Path(f"{Path(model).name.removesuffix('.gguf')}-trained"))
-    _in_a_process_of_its_own()
     import torch
 
     from memfit.report.training import render_training
@@ -229,16 +225,6 @@ def _refuse_other_settings(context: typer.Context, out: Path) -> None:
                 f"--{name.replace('_', '-')} {now} with --resume: the run was begun with {before}. Leave it out to go "
                 "on, or begin anew with --overwrite."
             )
-
-
-def _in_a_process_of_its_own() -> None:
-    """Begin again where the allocator gives large blocks back, so that resident follows allocated."""
-    from memfit.worker import QUIET
-
-    if os.environ.get(_ALONE) or not sys.argv[0] or "pytest" in sys.modules:
-        return
-    arguments = [sys.executable, "-c", "from memfit.cli import main; main()", *sys.argv[1:]]
-    os.execve(sys.executable, arguments, os.environ | QUIET | {_ALONE: "1"})
 
 
 __all__ = ["show_training_plan", "train", "training_task"]

@@ -1,0 +1,162 @@
+"""A copy of a process answers, fails and ends as one that was begun anew does, and shares what libraries hold."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import memfit_command
+from memfit.account.malloc import LEVELS, trim_threshold
+from memfit.copies import may_be_copied
+from memfit_command import QUIET, is_quiet
+
+BEGIN = """
+import json, os, sys, tempfile, time
+import torch
+from memfit.account.meter import resident_nbytes
+from memfit.copies import Copied, may_be_copied
+assert may_be_copied()
+errors = tempfile.TemporaryFile("w+")
+"""
+ANSWERS = """
+def works():
+    for line in sys.stdin:
+        print(int(line) + 1, flush=True)
+
+with_it = Copied(works, errors=errors)
+for number in (1, 41):
+    with_it.stdin.write(f"{number}\\n")
+    with_it.stdin.flush()
+    assert with_it.stdout.readline() == f"{number + 1}\\n"
+with_it.__exit__()
+assert with_it.wait() == 0
+
+def fails():
+    raise ValueError("what is off")
+
+failed = Copied(fails, errors=errors)
+assert failed.stdout.read() == "" and failed.wait() == 1
+errors.seek(0)
+assert "ValueError: what is off" in errors.read()
+
+killed = Copied(works, errors=errors)
+killed.kill()
+assert killed.wait() == -9
+killed.kill()
+print("end")
+"""
+SHARES = """
+def table(name):
+    lines = (line.split() for line in open(f"/proc/self/{name}"))
+    return {line[0]: int(line[1]) for line in lines if line[-1] == "kB"}
+
+def works():
+    print(json.dumps(table("status") | table("smaps_rollup")), flush=True)
+
+own = table("status")
+other = json.loads(Copied(works, errors=errors).stdout.readline())
+assert other["RssFile:"] > 0.98 * own["RssFile:"], (own, other)
+assert abs(other["VmRSS:"] / own["VmRSS:"] - 1) < 0.05, (own, other)
+assert other["Pss_Anon:"] < 0.65 * other["RssAnon:"], other  # two processes have most of it
+print("end")
+"""
+ENDS = """
+import signal
+def works():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+print(Copied(works, errors=errors).stdout.readline(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+BY_JOBS = """
+from memfit import worker
+from memfit.worker import Process, run_job
+seen = []
+worker.JOBS.update(count=lambda job: seen.append(1) or {"seen": len(seen), "parent": os.getppid()})
+begun = []
+begin = worker._anew
+worker._anew = lambda errors: begun.append(1) or begin(errors)
+with Process() as process:
+    for number in (1, 2):
+        assert run_job({"do": "count"}, process=process) == {"seen": number, "parent": os.getpid()}
+    assert not begun and not seen
+    process.end()
+    kernel = run_job({"do": "kernel_nbytes", "threads": 1}, process=process)
+    assert begun and kernel["nbytes"] >= 0
+try:
+    with Process() as process:
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print("end")
+"""
+
+
+def run(code: str) -> str:
+    """What a process that began with `QUIET` prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + code], env=os.environ | QUIET, capture_output=True, text=True, check=False
+    )
+    assert not done.stderr, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("code", [ANSWERS, SHARES, BY_JOBS], ids=["answers", "shares", "by jobs"])
+def test_a_copy_is_as_a_process_that_was_begun(code: str) -> None:
+    assert run(code) == "end"
+
+
+def test_a_copy_ends_with_the_process_that_made_it() -> None:
+    copy = int(run(ENDS))
+    with pytest.raises((ProcessLookupError, FileNotFoundError)):
+        for _ in range(200):
+            os.kill(copy, 0)
+            with open(f"/proc/{copy}/stat", encoding="utf-8") as stat:
+                if stat.read().rpartition(")")[2].split()[0] == "Z":
+                    raise ProcessLookupError
+            threading.Event().wait(0.05)
+
+
+def test_a_process_with_another_thread_is_not_copied() -> None:
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    assert not may_be_copied()
+    done.set()
+    other.join()
+
+
+def test_the_command_begins_again_with_what_measured_processes_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Replaced(Exception):
+        pass
+
+    def execve(program: str, words: list[str], environment: dict[str, str]) -> None:
+        raise Replaced(program, words, environment)
+
+    monkeypatch.setattr(os, "execve", execve)
+    for words in (["fit", "--help"], ["train"]):
+        monkeypatch.setattr(sys, "argv", ["memfit", *words])
+        with pytest.raises(Replaced) as replaced:
+            memfit_command.main()
+        program, again, environment = replaced.value.args
+        assert program == sys.executable and again[1:] == ["-P", "-m", "memfit_command", *words]
+        assert environment == dict(os.environ) | QUIET and not is_quiet()
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    assert is_quiet()
+    monkeypatch.setattr(sys, "argv", ["memfit", "fit", "--bits"])
+    with pytest.raises(SystemExit):  # the command itself: it is not begun once more
+        memfit_command.main()
+
+
+def test_the_command_sets_what_the_simulated_heap_takes_as_given() -> None:
+    assert QUIET["MALLOC_MMAP_THRESHOLD_"] == str(LEVELS[0])
+    assert QUIET["MALLOC_TRIM_THRESHOLD_"] == str(trim_threshold(LEVELS[0]))
+
+
+def test_where_the_command_begins_no_library_is_brought_in() -> None:
+    code = "import sys; before = set(sys.modules); import memfit_command; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "memfit_command" in done.stdout.split() and not {"torch", "numpy", "memfit"} & set(done.stdout.split())
