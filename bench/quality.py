@@ -13,7 +13,7 @@ A peer's seconds are those of quantizing alone, and its bytes of a file are coun
 and writing, and the start of any process after the first, which begins where the cap is found out. So what both take
 from the command's start to its end is told beside.
 `gptq-plain` is the algorithm of a peer's `gptq`; memfit's own makes up for the layers before, too.
-`gptq-capped` makes the bytes of `gptq` within a cap near the least that works; the others have room.
+`gptq-capped` and `gptq-plain-capped` make the same bytes within a cap; the others have room.
 Times are compared in processor seconds, to which other work on the machine adds little. Results are written after
 every case: the same command goes on where a killed run has ended. `quality_table.py` prints README's table of them.
 """

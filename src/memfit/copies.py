@@ -22,10 +22,12 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def may_be_copied() -> bool:
-    """Whether a copy would be whole: no thread runs beside this one, which the copy would lack."""
+    """Whether a copy would be whole: no thread runs beside this one, which the copy would lack. It wants Linux's /proc,
+    which a sandbox may not show."""
     streams = all(stream is not None for stream in (sys.stdin, sys.stdout, sys.stderr))
     threads = Path("/proc/self/task")
-    return streams and threads.is_dir() and len(list(threads.iterdir())) == 1
+    seen = threads.is_dir() and os.access("/proc/self/pagemap", os.R_OK)
+    return streams and seen and len(list(threads.iterdir())) == 1
 
 
 def copy_that(does: Callable[[], object]) -> int:

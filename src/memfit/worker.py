@@ -1,8 +1,9 @@
 """What runs in a process of its own: jobs in, as JSON, a line each, on stdin; their answers out, as JSON, on stdout.
 
-A fresh process has a resident size that only the job explains, and a limit on it cannot hurt the caller. Calibrating,
-choosing integers and writing them share a process, but for calibrating within a cap: to begin one takes longer than
-each takes of a small model. The first of them within a cap goes on in the process that was asked what it holds idle.
+It is fresh, or a copy of a fresh one: its resident size is explained by the job, and a limit cannot hurt the caller.
+Calibrating, choosing integers and writing them share a process, but for calibrating within a cap: to begin one takes
+longer than each takes of a small model. The first of them within a cap goes on in the process that was asked what it
+holds idle.
 """
 
 import atexit

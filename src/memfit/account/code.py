@@ -7,12 +7,13 @@ and makes resident what was written. On a processor with AMX, MiB a shape: 0.6 r
 
 import json
 import os
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Final
 
 import torch
+
+from memfit.copies import copy_that
 
 from .meter import resident_nbytes
 
@@ -57,17 +58,12 @@ def code_in_a_copy(begin: Callable[[], None], *, rows: int) -> Code:
         RuntimeError: the copy has ended without an answer; stderr tells why.
     """
     reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            begin()
-            os.write(writing, json.dumps(asdict(code_of_products(rows=rows, gradients=True))).encode())
-            code = 0
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(code)  # and nothing that this process is to do at its end
+
+    def measure() -> None:
+        begin()
+        os.write(writing, json.dumps(asdict(code_of_products(rows=rows, gradients=True))).encode())
+
+    child = copy_that(measure)
     os.close(writing)
     with open(reading, encoding="utf-8") as pipe:
         answer = pipe.read()
