@@ -45,4 +45,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "memfit"  # what help and errors call it
     main()

@@ -151,6 +151,12 @@ def test_the_command_begins_again_with_what_measured_processes_have(monkeypatch:
         memfit_command.main()
 
 
+def test_the_command_has_its_name_when_it_has_begun_again() -> None:
+    words = [sys.executable, "-m", "memfit_command", "fit", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "Usage: memfit fit " in done.stdout
+
+
 def test_the_command_sets_what_the_simulated_heap_takes_as_given() -> None:
     assert QUIET["MALLOC_MMAP_THRESHOLD_"] == str(LEVELS[0])
     assert QUIET["MALLOC_TRIM_THRESHOLD_"] == str(trim_threshold(LEVELS[0]))
