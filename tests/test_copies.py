@@ -15,7 +15,6 @@ from memfit_command import QUIET, is_quiet
 BEGIN = """
 import json, os, sys, tempfile, time
 import torch
-from memfit.account.meter import resident_nbytes
 from memfit.copies import Copied, may_be_copied
 assert may_be_copied()
 errors = tempfile.TemporaryFile("w+")
@@ -79,15 +78,16 @@ worker.JOBS.update(count=lambda job: seen.append(1) or {"seen": len(seen), "pare
 begun = []
 begin = worker._anew
 worker._anew = lambda errors: begun.append(1) or begin(errors)
-with Process() as process:
+with Process(copied=True) as process:
     for number in (1, 2):
         assert run_job({"do": "count"}, process=process) == {"seen": number, "parent": os.getpid()}
     assert not begun and not seen
     process.end()
     kernel = run_job({"do": "kernel_nbytes", "threads": 1}, process=process)
     assert begun and kernel["nbytes"] >= 0
+assert run_job({"do": "kernel_nbytes", "threads": 1})["nbytes"] >= 0 and len(begun) == 2  # unless it is asked for
 try:
-    with Process() as process:
+    with Process(copied=True) as process:
         raise KeyboardInterrupt
 except KeyboardInterrupt:
     print("end")

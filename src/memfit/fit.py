@@ -245,7 +245,7 @@ def fit(
     if model is None:
         model, text = demo.model_directory(), text or Text.of_demo()
     task = task or Infer()
-    process = Process()  # now: there are no threads yet
+    process = Process(copied=True)
     progress("reading the model's shapes")
     source = open_source(model)
     check_original(source, "fitted again", needed_by="fit")

@@ -32,15 +32,16 @@ Begun = Copied | subprocess.Popen[str]
 class Process:
     """A process that does jobs, one after the other. It begins with the first; ended, it begins anew with the next.
 
-    What a job has held goes back to the system before the next begins; code that oneDNN has made stays. Where this
-    process is one whose memory may be measured, and has no other threads, the first is a copy of it as it is when this
-    is made, and shares with it what libraries hold.
+    What a job has held goes back to the system before the next begins; code that oneDNN has made stays. The first may
+    be a copy of this process as it is now, which shares with it what libraries hold.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, copied: bool = False) -> None:
+        """copied: whether the first is a copy, if this process is one whose memory may be measured and has no other
+        threads. It holds what this one holds, so ask for it before anything is done."""
         self._made: Begun | None = None
         self._errors: Any = None
-        if is_quiet() and may_be_copied():
+        if copied and is_quiet() and may_be_copied():
             self._begin(lambda errors: Copied(main, errors=errors))
 
     def __enter__(self) -> "Process":
