@@ -24,7 +24,7 @@ from memfit.account.account import Account, Phase
 from memfit.account.malloc import FAST, LEVELS
 from memfit.account.meter import Meter
 from memfit.account.watch import Unwatched
-from memfit.cap import _SPREAD, Cap, cap_of_jobs, keep
+from memfit.cap import _SPREAD, Cap, cap_of_jobs, keep, keep_as_planned
 from memfit.compensate import Thrift, compensate
 from memfit.compress import compress
 from memfit.errors import DoesNotFit, OverBudget
@@ -184,6 +184,21 @@ def test_what_smoothing_asks_for_is_gathered_within_a_cap_too(smooth: bool, mode
         cap, told = cap_of_jobs(work, 1 << 40, study, None, job, account(0), "rtn", uniform=True, process=Process())
     assert told["wanted"] == smooth and (told["do"] == "calibrate") == smooth and told["allowed"] is not None
     assert ("calibrate" in cap.predicted) == smooth
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_fits_is_found_out_again_only_where_something_was_found_out_since(
+    wanted: bool, planned, model, tmp_path, monkeypatch
+) -> None:
+    source, plan = planned
+    job = job_of(model, tmp_path / "work") | {"wanted": wanted}
+    monkeypatch.setattr(importlib.import_module("memfit.cap"), "predict_compressing", lambda *_, **__: account(5 * MIB))
+    found = {"compress": replace(account(9 * MIB), resident_nbytes=11 * MIB)}
+    cap = Cap(nbytes=1 << 40, idle_nbytes=MIB, kernel_nbytes=0, predicted=found, ways={"compress": None})
+    with WorkDirectory(tmp_path / "out", key={"wanted": wanted}, resume=False) as work:
+        kept = keep_as_planned(work, cap, source, plan, job, "rtn")
+    assert kept.peak_nbytes == (5 if wanted else 9) * MIB
+    assert kept.resident_nbytes == cap.predicted["compress"].resident_nbytes == (6 if wanted else 11) * MIB
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ A job's process is resident with what it holds when it is idle, which a process 
 oneDNN makes for each shape of a product; and with what the job's dry run tells, heap included.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,8 +72,6 @@ class Cap:
     """By job: `peak` and `file` of the process, resident bytes."""
     ways: dict[str, Any] = field(default_factory=dict)
     """By job, how it keeps to the cap: a `Thrift`, or windows at once."""
-    planned: str = ""
-    """Of what forms they make (`_forms_of`)."""
 
     def needed_nbytes(self, account: Account, way: object = None) -> int:
         """The smallest cap under which a job with this prediction is run."""
@@ -104,7 +100,7 @@ class Cap:
         return {
             "nbytes": self.nbytes, "idle_nbytes": self.idle_nbytes, "kernel_nbytes": self.kernel_nbytes,
             "untouched_nbytes": self.untouched_nbytes, "asking_nbytes": self.asking_nbytes, "predicted": predicted,
-            "ways": ways, "planned": self.planned,
+            "ways": ways,
         }  # fmt: skip
 
     @classmethod
@@ -185,7 +181,7 @@ def keep_as_planned(
     """
 
     def find() -> dict[str, Any]:
-        if job["wanted"] or cap.planned != _forms_of(plan):  # else nothing has been found out since
+        if job["wanted"]:  # else the plan is the one that was given, and nothing has been found out since
             keep(cap, source, plan, job, algorithm, calibrates=False, read=smoothed_in(Path(job["work"]), source))
         return cap.kept()
 
@@ -229,7 +225,6 @@ def keep(
             refusals.append(refusal)
     if refusals:
         raise max(refusals, key=lambda refusal: refusal.smallest_nbytes)
-    cap.planned = _forms_of(plan)
 
 
 def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) -> tuple[Account, Any]:
@@ -256,12 +251,6 @@ def first_that_keeps(cap: Cap, job: str, ways: Iterator[tuple[Account, Any]]) ->
         smallest_nbytes=needed,
         of_cap=True,
     )
-
-
-def _forms_of(plan: Plan) -> str:
-    """All of a plan that its jobs' accounts depend on: the form of each module."""
-    forms = json.dumps([[name, form.to_json()] for name, form in plan.schemes().items()])
-    return hashlib.sha256(forms.encode()).hexdigest()
 
 
 def _compressing(cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm) -> Account:

@@ -31,7 +31,6 @@ from .app import (
 )
 from .panels import Panelled
 
-"""Set in the process that trains."""
 _IN_THE_PLAN = (
     "budget", "batch", "sequence", "lr", "weight_decay", "clip", "optimizer", "full", "adapters", "slowdown", "teacher",
 )  # fmt: skip

@@ -59,8 +59,8 @@ def windows(
             f"windows of {length} tokens leave no room beside {len(prefix) + len(suffix)} special ones."
         )
     wanted = skip + (1 if count is None else count)
-    last_wanted = wanted if count is not None else None if most is None else skip + most
-    ids = first_tokens(tokenizer, text, None if last_wanted is None else last_wanted * body)
+    upto = most if count is None else count
+    ids = first_tokens(tokenizer, text, None if upto is None else (skip + upto) * body)
     if len(ids) < wanted * body:
         raise UsageError(
             f"there are {len(ids)} tokens, and {wanted * body} are needed for "
@@ -82,9 +82,7 @@ def first_tokens(tokenizer: Any, text: str, most: int | None = None) -> list[int
     end = len(text) if most is None else _CHARACTERS * (most + _SPARE)
     while True:
         ids: list[int] = tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"]
-        if most is None or end >= len(text):
-            return ids[:most]
-        if len(ids) >= most + _SPARE:
+        if most is None or end >= len(text) or len(ids) >= most + _SPARE:
             return ids[:most]
         end *= 2
 
