@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -365,29 +364,6 @@ def test_a_compression_killed_goes_on_to_the_same_bytes(planned, tmp_path: Path,
             kills += 1
     assert kills >= 2 and found == wanted
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
-
-
-def test_a_job_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
-    """Else the same command, run again after a kill, would meet a job that still writes."""
-    code = (
-        "import os, signal, subprocess, sys\n"
-        "child = 'import os, sys, time; from memfit.copies import end_with; end_with(int(sys.argv[1])); "
-        "print(os.getpid(), flush=True); time.sleep(60)'\n"
-        "made = subprocess.Popen([sys.executable, '-c', child, str(os.getpid())], stdout=subprocess.PIPE, text=True)\n"
-        "print(made.stdout.readline(), flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    child = int(done.stdout)
-    for _ in range(200):
-        try:
-            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return
-        if state == "Z":
-            return
-        time.sleep(0.05)
-    raise AssertionError("the job still runs")
 
 
 def test_a_block_is_done_when_all_its_modules_are_there(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -108,15 +110,35 @@ def test_a_copy_is_as_a_process_that_was_begun(code: str) -> None:
     assert run(code) == "end"
 
 
+def require_end(process: int) -> None:
+    """Wait until a process has ended; one that nobody waits for is a zombie."""
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the job still runs")
+
+
 def test_a_copy_ends_with_the_process_that_made_it() -> None:
-    copy = int(run(ENDS))
-    with pytest.raises((ProcessLookupError, FileNotFoundError)):
-        for _ in range(200):
-            os.kill(copy, 0)
-            with open(f"/proc/{copy}/stat", encoding="utf-8") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "Z":
-                    raise ProcessLookupError
-            threading.Event().wait(0.05)
+    require_end(int(run(ENDS)))
+
+
+def test_a_job_ends_with_the_process_that_asked_for_it() -> None:
+    """Else the same command, run again after a kill, would meet a job that still writes."""
+    code = (
+        "import os, signal, subprocess, sys\n"
+        "child = 'import os, sys, time; from memfit.copies import end_with; end_with(int(sys.argv[1])); "
+        "print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "made = subprocess.Popen([sys.executable, '-c', child, str(os.getpid())], stdout=subprocess.PIPE, text=True)\n"
+        "print(made.stdout.readline(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    require_end(int(done.stdout))
 
 
 def test_a_process_with_another_thread_is_not_copied() -> None:
