@@ -48,6 +48,10 @@ WEIGHING_TOKENS: Final = 4096
 """Tokens of statistics that do no more than weigh the errors of tables and heads against each other: diagonals alone,
 known well from so few. The gradients of a head of many words take most of calibrating."""
 
+_FEW_NBYTES: Final = 1 << 19
+"""Of rows that are passed over but a few times: less than what the heap gives back to the system, so that no block's
+pages are asked for anew."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
@@ -266,7 +270,8 @@ def _write_plain(writer: Writer, source: Source, model: torch.nn.Module, name: s
         if len(spec.shape) < 2:
             writer.write(name, source.read_parameter(name, dtype=spec.dtype))
         else:  # a table can be the largest tensor there is
-            writer.write_parts(name, (rows.view(-1) for _, rows in rows_of(source, name, dtype=spec.dtype)))
+            blocks = rows_of(source, name, dtype=spec.dtype, nbytes=_FEW_NBYTES)
+            writer.write_parts(name, (rows.view(-1) for _, rows in blocks))
     else:
         owner, _, leaf = name.rpartition(".")
         writer.write(name, getattr(model.get_submodule(owner), leaf).to(spec.dtype).contiguous())
@@ -281,7 +286,8 @@ def _rounded(
     """
     everything = (block for _, block in rows_of(source, parameter, dtype=torch.bfloat16))
     table = learned(scheme, everything, importance)
-    for start, block in rows_of(source, parameter, dtype=torch.bfloat16):
+    nbytes = None if search else _FEW_NBYTES
+    for start, block in rows_of(source, parameter, dtype=torch.bfloat16, nbytes=nbytes):
         yield start, quantize(block, scheme, importance=importance, search=search, table=table)
         del block
 

@@ -313,10 +313,13 @@ def _those_within(ids: Tensor, start: int, count: int) -> Tensor:
     return ((ids >= start) & (ids < start + count)).nonzero().squeeze(1)
 
 
-def rows_of(source: Source, parameter: str, *, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows [R, K] in `dtype`) of a parameter [N, K], all dimensions but the last taken as one."""
+def rows_of(
+    source: Source, parameter: str, *, dtype: torch.dtype, nbytes: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows [R, K] in `dtype`) of a parameter [N, K], all dimensions but the last taken as one; as many rows
+    as `nbytes` hold, by default `ROWS_NBYTES`, but one at least."""
     total, width = row_shape(source, parameter)
-    step = max(1, ROWS_NBYTES // (width * dtype.itemsize))
+    step = max(1, (nbytes or ROWS_NBYTES) // (width * dtype.itemsize))
     step -= step % _TOGETHER if step > _TOGETHER else 0
     whole = (
         None

@@ -27,7 +27,8 @@ from memfit.technique.quantize import Quantized, dequantize
 
 from .safetensors import TensorSpec, Writer
 
-_ROWS_NBYTES: Final = 8 << 20
+_ROWS_NBYTES: Final = 1 << 18
+"""Of integers read at a time: less than what the heap gives back to the system."""
 _DAMPING: Final = "damping.json"
 _UNFINISHED: Final = ".part"
 _ATTUNED: Final = "attuned.safetensors"

@@ -16,26 +16,32 @@ PLANES: Final[dict[int, tuple[int, ...]]] = {
 }  # fmt: skip
 """Widths of the planes of each b, the most significant bits first; widths that divide a byte unpack fast."""
 
+_WIDEST: Final = {2: torch.int16, 4: torch.int32}
+"""By b, what holds all b bytes of eight values at once: such bytes are copied fastest."""
+
 
 def pack_values(q: Tensor, bits: int) -> Tensor:
     """int8 q [..., K] → int32 words [..., ⌈K·b/32⌉], dense across words, least significant bits first.
 
     The layout of compressed-tensors' `pack-quantized` (compressors/pack_quantized/helpers.py,
-    `pack_to_int32`). Eight values fill b bytes exactly, so all is done on bytes; K is padded to whole words
-    of 32 values.
+    `pack_to_int32`). Eight values fill b bytes exactly: they close up in a word of 64 bits, in pairs, fours, and all
+    eight. K is padded to whole words of 32 values.
     """
     *lead, inputs = q.shape
     u = q.view(torch.uint8) + (1 << (bits - 1))  # wraps, as it should for 8 bits
     if inputs % 32:
         u = F.pad(u, (0, 32 - inputs % 32))
-    octets = u.view(*lead, -1, 8)
-    packed = u.new_zeros(*lead, octets.shape[-2], bits)
-    for i in range(8):
-        byte, offset = divmod(i * bits, 8)
-        packed[..., byte].bitwise_or_(octets[..., i] << offset)
-        if offset + bits > 8:
-            packed[..., byte + 1].bitwise_or_(octets[..., i] >> (8 - offset))
-    words = packed.view(*lead, -1).view(torch.int32)
+    if bits < 8:
+        eights = u.view(-1).view(torch.int64)  # flat: a dimension of one entry may have any stride
+        upper = torch.empty_like(eights)
+        for double in range(3):
+            lane, held = 8 << double, bits << double
+            lower = sum(((1 << held) - 1) << at for at in range(0, 64, 2 * lane))
+            torch.bitwise_and(eights, lower << lane, out=upper)
+            eights.bitwise_and_(lower).bitwise_or_(upper.bitwise_right_shift_(lane - held))
+        widest = _WIDEST.get(bits, torch.uint8)
+        u = eights.view(widest).view(-1, 8 // widest.itemsize)[:, : bits // widest.itemsize].contiguous()
+    words = u.view(-1).view(torch.int32).view(*lead, -1)
     needed = math.ceil(inputs * bits / 32)
     return words if words.shape[-1] == needed else words[..., :needed].contiguous()
 

@@ -15,18 +15,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from memfit.packed.fake import blocks_to_run, is_fake
+from memfit.packed.fake import blocks_to_run
 from memfit.packed.levels import exponents, level_table
 from memfit.packed.scheme import Scheme
+
+from .nearest import SMALLEST, require_held, stored
 
 WORKSPACE_NBYTES: Final = 8 * 2**20
 """Most bytes of temporaries at one moment, but never less than one row takes and the tables (0.3 MiB)."""
 _FLOATS_A_WEIGHT: Final = 8
 """fp32 values of workspace for each weight of a block."""
-_LARGEST: Final = 2.0**120
-"""Larger weights are refused, as those of integers are."""
-SMALLEST: Final = 2.0**-100
-"""Groups that nowhere exceed this are stored as zeros; where no level is 0, as less than this."""
 _ALTERNATIONS: Final = 2
 
 # Scales to start from, in units of the one that puts the largest weight at the outermost level. With them the error is
@@ -134,8 +132,7 @@ def normal_groups(rows: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     u = rows.to(torch.float32, copy=True).view(rows.shape[0], groups, -1)
     low, high = u.aminmax(dim=2, keepdim=True)
     peak = torch.maximum(-low, high)
-    if not is_fake(peak) and not bool((peak <= _LARGEST).all()):  # false for NaN too
-        raise ValueError("the weight has entries that are not finite or larger than 2^120")
+    require_held(peak)
     alive = peak > SMALLEST
     power = torch.where(alive, (peak.view(torch.int32) & 0x7F800000).view(torch.float32), 1.0)
     u.mul_(alive / power)
@@ -240,8 +237,3 @@ class _Block:
         del index
         read = level.mul_(scale).to(torch.bfloat16)
         return torch.sub(self.u, read, out=self.t).square_().mul_(self.a).sum(dim=2, keepdim=True)
-
-
-def stored(scale: Tensor) -> Tensor:
-    """The nearest bf16 number, as float32."""
-    return scale.to(torch.bfloat16).to(torch.float32)

@@ -30,7 +30,8 @@ from memfit.packed.levels import expand
 from memfit.packed.scheme import Scheme
 
 from .codebook import learn
-from .float_values import find_levels, stored
+from .float_values import find_levels
+from .nearest import SMALLEST, require_held, round_to_nearest, stored
 from .vectors import find_vectors, learn_vectors
 
 WORKSPACE_NBYTES: Final = 8 * 2**20
@@ -43,11 +44,6 @@ elementwise pass takes 0.1 ns a weight and core instead of 0.15 to 0.5.
 _FLOATS_A_WEIGHT: Final = 6.25
 """fp32 values of workspace for each weight of a block: u, a·u and two buffers, a bf16 copy, and what is kept
 for each group (some twenty values, of 32 weights at least). Measured: 5.7 to 6.2."""
-
-_LARGEST: Final = 2.0**120
-"""Larger weights are refused: the outermost level, up to 2 steps of RTN away, could overflow bf16."""
-_SMALLEST: Final = 2.0**-100
-"""Groups that nowhere exceed this are stored as zeros: their scales would be subnormal."""
 
 # Where the largest magnitude of a group is put, in steps: symmetric RTN puts it at (2^b − 1)/2; what is put
 # beyond the outermost level is clipped. Measured with these grids on normal, Laplace and t(4) weights, error
@@ -164,12 +160,16 @@ def quantize(
             else:
                 q, scale = find_levels(weight, scheme, a, table=table, search=search)
         return Quantized(scheme=scheme, q=q, scale=scale, zero=None, table=table)
+    if not search:
+        with _threads_that_pay():
+            q, scale, zero = round_to_nearest(weight, scheme)
+        return Quantized(scheme=scheme, q=q, scale=scale, zero=zero)
     q = torch.empty(rows, inputs, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows, groups, dtype=torch.bfloat16, device=weight.device)
     zero = None if scheme.symmetric else torch.empty(rows, groups, dtype=torch.int8, device=weight.device)
     with _threads_that_pay():
         for block in blocks_to_run(_blocks(rows, inputs)):
-            _quantize_block(weight, q, scale, zero, block, scheme=scheme, a=a, search=search)
+            _quantize_block(weight, q, scale, zero, block, scheme=scheme, a=a)
     return Quantized(scheme=scheme, q=q, scale=scale, zero=zero)
 
 
@@ -277,9 +277,8 @@ class _Block:
         self.u = self.u.view(groups, -1, count)
         low, high = self.u.amin(dim=1, keepdim=True), self.u.amax(dim=1, keepdim=True)
         peak = torch.maximum(-low, high)
-        if not is_fake(peak) and not bool((peak <= _LARGEST).all()):  # false for NaN too
-            raise ValueError("the weight has entries that are not finite or larger than 2^120")
-        alive = peak > _SMALLEST
+        require_held(peak)
+        alive = peak > SMALLEST
         exponent = (peak.view(torch.int32) & 0x7F800000).view(torch.float32)
         self.power = torch.where(alive, exponent, 1.0)
         # Symmetric integers have one level more on the negative side: where the largest weight is positive
@@ -367,7 +366,6 @@ def _quantize_block(
     *,
     scheme: Scheme,
     a: Tensor | None,
-    search: bool,
 ) -> None:
     """Fill some rows of q, scale and zero."""
     span, half = 2**scheme.bits - 1, 2 ** (scheme.bits - 1)
@@ -378,15 +376,14 @@ def _quantize_block(
     else:
         step = stored(block.range / span)
         lowest = (block.low / step).round_().clamp_(-span, 0)
-    if search:
-        plain = _Best(block.error(step, lowest, span), step, lowest)
-        candidates = _search(block, scheme=scheme)
-        if scheme.symmetric:
-            turned = 1 - 2 * half - lowest
-            plain.offer(block.error(step, turned, span), step, turned)
-        for step, lowest in candidates:
-            plain.offer(block.error(step, lowest, span), step, lowest)
-        step, lowest = plain.step, plain.lowest
+    plain = _Best(block.error(step, lowest, span), step, lowest)
+    candidates = _search(block, scheme=scheme)
+    if scheme.symmetric:
+        turned = 1 - 2 * half - lowest
+        plain.offer(block.error(step, turned, span), step, turned)
+    for step, lowest in candidates:
+        plain.offer(block.error(step, lowest, span), step, lowest)
+    step, lowest = plain.step, plain.lowest
     d = block.levels(step, lowest, span)
     step = step * block.power
     if scheme.symmetric:

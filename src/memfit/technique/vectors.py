@@ -25,7 +25,8 @@ from memfit.packed.levels import digits
 from memfit.packed.scheme import Scheme
 
 from .codebook import relative
-from .float_values import SMALLEST, normal_groups, stored
+from .float_values import normal_groups
+from .nearest import SMALLEST, stored
 
 WORKSPACE_NBYTES: Final = 16 << 20
 """fp32 bytes of the rows that are worked on at once, but never less than `_FEWEST` of them; six times that is taken."""
