@@ -84,14 +84,14 @@ def best_plan(
     merged, tried, excess = merge(items), budget_nbytes, 0
     for n in range(_TIGHTER):
         tried -= excess << max(n - 1, 0)
-        solution = solve(merged, bases=study.bases, budget_nbytes=tried)
+        solution = solve(merged, bases=study.traced.bases, budget_nbytes=tried)
         if solution is None:
             break
         plan, excess = traced(solution.chosen)
         if excess <= 0:
             return plan
         # The rows of the search are bounds from parts; where the whole is a little over, ask for less.
-    plan, excess = traced(smallest_budget(merged, bases=study.bases).chosen)
+    plan, excess = traced(smallest_budget(merged, bases=study.traced.bases).chosen)
     return plan if excess <= 0 else None
 
 
@@ -103,7 +103,7 @@ def best_alone(
 
     def expected(name: str) -> float:
         items = merge(_options_of(study, prices, costs, name)[0])
-        found = solve(items, bases=study.bases, budget_nbytes=budget_nbytes)
+        found = solve(items, bases=study.traced.bases, budget_nbytes=budget_nbytes)
         return math.inf if found is None else found.price
 
     for name in sorted(study.allowed.techniques, key=expected):
@@ -144,7 +144,8 @@ def fronts(
     names = study.allowed.techniques if len(study.allowed.techniques) > 1 else ()
     return {
         name or ALL_TOGETHER: front(
-            merge(_options_of(study, prices, costs, name)[0]), bases=study.bases, count=count, also=(budget_nbytes,)
+            merge(_options_of(study, prices, costs, name)[0]), bases=study.traced.bases, count=count,
+            also=(budget_nbytes,),
         )
         for name in (*names, None)
     }
@@ -172,14 +173,14 @@ def plainest_plan(study: Study, budget_nbytes: int) -> Plan:
     """
     nothing: Prices = {(name, scheme): 0.0 for name, schemes in study.schemes.items() for scheme in schemes}
     chosen = _first_choices(study)
-    if study.kv_nbytes:
+    if study.traced.kv_nbytes:
         chosen["kv_cache"] = study.kv_choices().index(next(iter(study.allowed.kv_bits), 16))
     plan = study.plan(chosen, nothing, budget_nbytes, KV_PRICES, "weights")
     predicted = predict_with(study, plan)
     if predicted.peak_nbytes > budget_nbytes:
         needed, alive = predicted.peak_nbytes, sorted(predicted.peak.alive.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{kind} {format_size(nbytes)}" for kind, nbytes in alive if nbytes)
-        cache = " --kv-bits and a shorter --prompt make the KV cache smaller." if study.kv_nbytes else ""
+        cache = " --kv-bits and a shorter --prompt make the KV cache smaller." if study.traced.kv_nbytes else ""
         raise DoesNotFit(
             f"{both_sizes(budget_nbytes, needed)} needed with this setting, in {predicted.peak_phase} ({parts}). "
             f"Give that budget (--budget {needed}), or a setting that keeps less.{cache}",
@@ -227,7 +228,7 @@ def require_fit(study: Study, budget_nbytes: int) -> None:
         DoesNotFit: as `make_plan` would.
     """
     items = study.items_for_nothing()
-    if smallest_budget(merge(items), bases=study.bases).needed_nbytes > budget_nbytes:
+    if smallest_budget(merge(items), bases=study.traced.bases).needed_nbytes > budget_nbytes:
         refusal = _refusal(study, items, budget_nbytes)
         if refusal.smallest_nbytes > budget_nbytes:
             raise refusal
@@ -307,11 +308,11 @@ def plan_files(
 
 def _refusal(study: Study, items: Mapping[str, Sequence[Option]], budget_nbytes: int) -> DoesNotFit:
     """The error: what binds, the smallest budget that works, and what each lever would free."""
-    least = smallest_budget(merge(dict(items)), bases=study.bases)
+    least = smallest_budget(merge(dict(items)), bases=study.traced.bases)
     smallest = _traced_smallest(study, least.chosen)
     held = {group.name: items[group.name][least.chosen[group.name]].persistent_nbytes for group in study.groups}
     # The first option of each is to stay as it is.
-    whole = study.fixed + sum(nbytes for name, nbytes in held.items() if least.chosen[name] == 0)
+    whole = study.traced.fixed + sum(nbytes for name, nbytes in held.items() if least.chosen[name] == 0)
     packed = sum(nbytes for name, nbytes in held.items() if least.chosen[name] != 0)
     kv = (
         items["kv_cache"][least.chosen["kv_cache"]].held.get(least.moment, 0)
@@ -360,7 +361,7 @@ def _levers(study: Study, items: Mapping[str, Sequence[Option]], needed: int) ->
     for what, changed in shorter.items():
         found[what] = needed - _least(study.source, changed, study.allowed, study.device)
     for bits in (4, 2):
-        if study.kv_nbytes and bits < min(study.kv_choices()):
+        if study.traced.kv_nbytes and bits < min(study.kv_choices()):
             more = replace(study.allowed, kv_bits=(*study.allowed.kv_bits, bits))
             found[f"A KV cache of {bits} bits (--kv-bits)"] = needed - _least(study.source, task, more, study.device)
     if study.allowed.keep:
@@ -379,4 +380,4 @@ def _levers(study: Study, items: Mapping[str, Sequence[Option]], needed: int) ->
 def _least(source: Source, task: Infer, allowed: Allowed, device: str) -> int:
     """The smallest budget, as the search sees it."""
     study = Study(source, task, allowed, device=device)
-    return smallest_budget(merge(study.items_for_nothing()), bases=study.bases).needed_nbytes
+    return smallest_budget(merge(study.items_for_nothing()), bases=study.traced.bases).needed_nbytes

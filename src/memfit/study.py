@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -43,6 +44,38 @@ _WORKSPACES_NBYTES: Final = 64 << 20
 """More than any packed module takes beside its inputs and outputs."""
 
 
+class Traced:
+    """What a trace of the original under a task says."""
+
+    def __init__(
+        self, source: Source, task: Infer, groups: tuple[Group, ...], *, device: str, products: Products
+    ) -> None:
+        self._owner = {member: group.name for group in groups for member in group.members}
+        self._loaded = Loaded(lambda: load_model(source, dtype=torch.bfloat16), device=device, products=products)
+        self._task = task
+        ledger = self._loaded.run(replace(task, kv_bits=16))
+        self.fixed, self.rest, self.running, self.kv_nbytes = moments(ledger, self._owner)
+        self.bases = {phase: self.fixed + self.rest[phase] for phase in self.rest}
+        self.calls = {(phase, kind_of(module)): arguments for (phase, module), arguments in ledger.calls.items()}
+        # Weights of a tensor to the moment when packed ones of so many are loaded. The largest come first, and what
+        # stays in 16 bits last: of what comes later nothing is there yet.
+        sizes = sorted({_largest(group) for group in groups}, reverse=True)
+        self.loads = {size: f"load of tensors of {size:,} weights" for size in sizes}
+        full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
+        for (phase, _), nbytes in self.running.items():
+            full[phase] = max(full[phase], nbytes + self.kv_nbytes.get(phase, 0))
+        # Where a phase is so far below another that no workspace makes up for it, what runs in it matters not.
+        self.binding = [phase for phase in full if full[phase] + _WORKSPACES_NBYTES >= max(full.values())]
+        if "load" in self.binding:
+            self.bases |= dict.fromkeys(self.loads.values(), 0)
+
+    def cache(self, bits: int) -> Option:
+        """A KV cache of so many bits, its price left out."""
+        _, rest, _, kv_nbytes = moments(self._loaded.run(replace(self._task, kv_bits=bits)), self._owner)
+        over = {phase: max(0, rest[phase] - self.rest[phase]) for phase in rest}
+        return Option(price=0.0, held=kv_nbytes, transient=over)
+
+
 class Study:
     """What the search needs to know of one model under one task."""
 
@@ -65,41 +98,22 @@ class Study:
                 raise UsageError(
                     f"--keep {part}: no tensor has this in its name. There is {sample}; `embeddings` means all tables."
                 )
-        self.loaded = Loaded(
-            lambda: load_model(source, dtype=torch.bfloat16), device=device, products=self.products
-        )
-        self.ledger = self.loaded.run(replace(task, kv_bits=16))
-        owner = {member: group.name for group in self.groups for member in group.members}
-        self.fixed, self.rest, self.running, self.kv_nbytes = moments(self.ledger, owner)
-        self.bases = {phase: self.fixed + self.rest[phase] for phase in self.rest}
-        self._calls = {
-            (phase, kind_of(module)): arguments for (phase, module), arguments in self.ledger.calls.items()
-        }
         self._alone: dict[Any, int] = {}
         self._builds: dict[str, Any] = {}
         self._caches: dict[int, Option] = {}
         self._transients: dict[tuple[str, Form | None], dict[str, int]] = {}
-        self._loads = self._load_moments()
-        full = {phase: rest + self.kv_nbytes.get(phase, 0) for phase, rest in self.rest.items()}
-        for (phase, _), nbytes in self.running.items():
-            full[phase] = max(full[phase], nbytes + self.kv_nbytes.get(phase, 0))
-        # Where a phase is so far below another that no workspace makes up for it, what runs in it matters not.
-        self._binding = [phase for phase in full if full[phase] + _WORKSPACES_NBYTES >= max(full.values())]
-        if "load" in self._binding:
-            self.bases |= dict.fromkeys(self._loads.values(), 0)
 
-    def _load_moments(self) -> dict[int, str]:
-        """Weights of a tensor to the moment when packed ones of so many are loaded. The largest come first, and what
-        stays in 16 bits last: of what comes later nothing is there yet."""
-        sizes = sorted({_largest(group) for group in self.groups}, reverse=True)
-        return {size: f"load of tensors of {size:,} weights" for size in sizes}
+    @cached_property
+    def traced(self) -> "Traced":
+        """The original under the task: traced when that is first asked for, as who only carries a plan out need not."""
+        return Traced(self.source, self.task, self.groups, device=self.device, products=self.products)
 
     # -- options ---------------------------------------------------------------------------------
 
     def items(self, prices: Prices, kv_prices: Mapping[int, float]) -> dict[str, list[Option]]:
         """Options by group name, 16 bits first; the KV cache, where there is one, is the item `kv_cache`."""
         items = {group.name: self._options(group, prices) for group in self.groups}
-        if self.kv_nbytes:
+        if self.traced.kv_nbytes:
             items["kv_cache"] = [self._kv_option(bits, kv_prices[bits]) for bits in self.kv_choices()]
         return items
 
@@ -125,13 +139,13 @@ class Study:
     def _option(self, group: Group, form: Form | None, prices: Prices) -> Option:
         transient = self._transient(group, form)
         if form is None:
-            absent = frozenset(self._loads.values()).intersection(self.bases)
+            absent = frozenset(self.traced.loads.values()).intersection(self.traced.bases)
             return Option(price=0.0, absent=absent, persistent_nbytes=2 * group.weights, transient=transient)
         parts = zip(group.forms(form), group.shapes, strict=True)
-        before = {moment for size, moment in self._loads.items() if size > _largest(group)}
+        before = {moment for size, moment in self.traced.loads.items() if size > _largest(group)}
         return Option(
             price=prices[group.name, form],
-            absent=frozenset(before).intersection(self.bases),
+            absent=frozenset(before).intersection(self.traced.bases),
             persistent_nbytes=sum(2 * math.prod(s) if own is None else runtime_nbytes(own, s) for own, s in parts),
             transient=transient,
             tied=f"{self._ties[group.name]} {form.kept}" if isinstance(form, Narrow) else None,
@@ -146,17 +160,17 @@ class Study:
 
     def _over_base(self, group: Group, scheme: Form | None) -> dict[str, int]:
         over = {}
-        for phase, rest in self.rest.items():
-            if phase not in self._binding:
+        for phase, rest in self.traced.rest.items():
+            if phase not in self.traced.binding:
                 over[phase] = 0
                 continue
             if phase == "load":
                 over[phase] = 0
-                over[self._loads[_largest(group)]] = self._loading(group, scheme)
+                over[self.traced.loads[_largest(group)]] = self._loading(group, scheme)
                 continue
             most = 0
             for member in group.members:
-                traced = self.running.get((phase, member))
+                traced = self.traced.running.get((phase, member))
                 if traced is None:
                     continue
                 if (own := _own(scheme, member)) is not None:
@@ -205,7 +219,7 @@ class Study:
     def alone(self, member: str, phase: str, scheme: Form | None) -> int:
         """Peak bytes of one module run alone on the inputs it has in `phase`, weights and inputs left out."""
         scheme = _standing_alone(scheme)
-        arguments = self._calls.get((phase, kind_of(member)))
+        arguments = self.traced.calls.get((phase, kind_of(member)))
         if arguments is None:
             return 0
         key = (self._build_of(member), arguments, scheme)
@@ -247,13 +261,9 @@ class Study:
 
     def _kv_option(self, bits: int, price: float) -> Option:
         if bits == 16:
-            return Option(price=price, held=dict(self.kv_nbytes))
+            return Option(price=price, held=dict(self.traced.kv_nbytes))
         if bits not in self._caches:
-            ledger = self.loaded.run(replace(self.task, kv_bits=bits))
-            owner = {member: group.name for group in self.groups for member in group.members}
-            _, rest, _, kv_nbytes = moments(ledger, owner)
-            over = {phase: max(0, rest[phase] - self.rest[phase]) for phase in rest}
-            self._caches[bits] = Option(price=0.0, held=kv_nbytes, transient=over)
+            self._caches[bits] = self.traced.cache(bits)
         return replace(self._caches[bits], price=price)
 
     def adopt(self, given: Plan, prices: Prices, kv_prices: Mapping[int, float]) -> Plan:
@@ -334,7 +344,7 @@ class Study:
                 )
             )
         kv_bits = self.kv_choices()[chosen["kv_cache"]] if "kv_cache" in chosen else 16
-        expected = sum(choice.price for choice in choices) + (kv_prices[kv_bits] if self.kv_nbytes else 0.0)
+        expected = sum(choice.price for choice in choices) + (kv_prices[kv_bits] if self.traced.kv_nbytes else 0.0)
         return Plan(
             model=self.source.name,
             task=replace(self.task, kv_bits=kv_bits).to_json(),
