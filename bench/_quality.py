@@ -34,7 +34,7 @@ PEERS: dict[str, tuple[str, ...]] = {
 }
 ASIDE = (
     "start", "reading the model", "asking the original", "finding out", "searching", "predicting", "measuring",
-    "proving",
+    "proving", "writing plan",
 )  # fmt: skip
 """Beginnings of stages of `memfit fit` that no peer has: they plan, and prove."""
 CANNOT = 3

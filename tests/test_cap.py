@@ -195,7 +195,7 @@ def test_what_fits_is_found_out_again_only_where_something_was_found_out_since(
     found = {"compress": replace(account(9 * MIB), resident_nbytes=11 * MIB)}
     cap = Cap(nbytes=1 << 40, idle_nbytes=MIB, kernel_nbytes=0, predicted=found, ways={"compress": None})
     with WorkDirectory(tmp_path / "out", key={"wanted": wanted}, resume=False) as work:
-        kept = keep_as_planned(work, cap, source, plan, job, "rtn")
+        kept = keep_as_planned(work, cap, source, plan, job, "rtn", process=Process())
     assert kept.peak_nbytes == (5 if wanted else 9) * MIB
     assert kept.resident_nbytes == cap.predicted["compress"].resident_nbytes == (6 if wanted else 11) * MIB
 

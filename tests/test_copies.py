@@ -95,6 +95,55 @@ except KeyboardInterrupt:
     print("end")
 """
 
+ASIDE = """
+import pytest
+from memfit.copies import aside
+from memfit.errors import DoesNotFit, UsageError
+parent, seen = os.getpid(), []
+
+def works():
+    seen.append(os.getppid())
+    torch.ones(1 << 22).sum()  # by as many threads as there are
+    return {"seen": seen, "table": torch.arange(3)}
+
+given = aside(works)
+assert given["seen"] == [parent] and not seen and given["table"].tolist() == [0, 1, 2]
+assert may_be_copied(), "its threads ended with it"
+
+def is_too_large():
+    raise DoesNotFit("what is off", smallest_nbytes=7, levers={"shorter": 3}, of_cap=True)
+
+with pytest.raises(DoesNotFit, match="what is off") as found:
+    aside(is_too_large)
+assert (found.value.smallest_nbytes, found.value.levers, found.value.of_cap) == (7, {"shorter": 3}, True)
+
+def has_a_mistake():
+    return {}["nowhere"]
+
+with pytest.raises(KeyError, match="nowhere") as found:
+    aside(has_a_mistake)
+assert "in has_a_mistake" in "".join(found.value.__notes__)
+with pytest.raises(Exception, match="pickle"):
+    aside(lambda: lambda: 1)
+with pytest.raises(ChildProcessError, match="ended with -9 and no answer"):
+    aside(lambda: os.kill(os.getpid(), 9))
+with pytest.raises(ChildProcessError, match="no answer"):
+    aside(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+with pytest.raises(ChildProcessError):
+    os.waitpid(-1, os.WNOHANG)  # nobody is left to wait for
+print("end")
+"""
+ASIDE_OF_JOBS = """
+from memfit.worker import Process, run_job
+with Process(copied=True) as process:
+    assert process.aside(os.getppid) == os.getpid()
+    assert process.aside(lambda: run_job({"do": "kernel_nbytes", "threads": 1}, process=process))["nbytes"] >= 0
+    torch.ones(1 << 22).sum()
+    assert not may_be_copied() and process.aside(os.getpid) == os.getpid()
+assert Process().aside(os.getpid) == os.getpid()
+print("end")
+"""
+
 
 def run(code: str) -> str:
     """What a process that began with `QUIET` prints."""
@@ -105,7 +154,10 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("code", [ANSWERS, SHARES, BY_JOBS], ids=["answers", "shares", "by jobs"])
+@pytest.mark.parametrize(
+    "code", [ANSWERS, SHARES, BY_JOBS, ASIDE, ASIDE_OF_JOBS],
+    ids=["answers", "shares", "by jobs", "aside", "aside of jobs"],
+)  # fmt: skip
 def test_a_copy_is_as_a_process_that_was_begun(code: str) -> None:
     assert run(code) == "end"
 

@@ -167,13 +167,14 @@ def cap_of_jobs(
         asked |= cap.told("calibrate") if calibrates else {}
         return {"cap": cap.kept(), "changes": {key: asked[key] for key in asked if job.get(key) != asked[key]}}
 
-    found = work.once("cap", find)
+    found = work.once("cap", lambda: process.aside(find))
     return Cap.of_kept(found["cap"]), job | found["changes"]
 
 
 def keep_as_planned(
-    work: WorkDirectory, cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm
-) -> Account:
+    work: WorkDirectory, cap: Cap, source: Source, plan: Plan, job: dict[str, Any], algorithm: Algorithm, *,
+    process: Process,
+) -> Account:  # fmt: skip
     """Find how the jobs of the plan that was chosen keep to the cap; one account of them all.
 
     Raises:
@@ -185,7 +186,7 @@ def keep_as_planned(
             keep(cap, source, plan, job, algorithm, calibrates=False, read=smoothed_in(Path(job["work"]), source))
         return cap.kept()
 
-    found = Cap.of_kept(work.once("cap-as-planned", find))
+    found = Cap.of_kept(work.once("cap-as-planned", lambda: process.aside(find)))
     cap.predicted, cap.ways = found.predicted, found.ways
     made = list(cap.predicted.values())
     return replace(

@@ -6,12 +6,14 @@ Two processes that each bring libraries in hold what these make of themselves tw
 import ctypes
 import gc
 import os
+import pickle
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final, TextIO, TypeVar
 
 import numpy as np
 
@@ -19,6 +21,7 @@ _PRESENT, _OF_A_FILE = 1 << 63, 1 << 61
 """Bits of an entry of /proc/PID/pagemap, eight bytes a page (proc(5))."""
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _PR_SET_PDEATHSIG: Final = 1
+_Given = TypeVar("_Given")
 
 
 def may_be_copied() -> bool:
@@ -48,6 +51,46 @@ def copy_that(does: Callable[[], object]) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def aside(does: Callable[[], _Given]) -> _Given:
+    """What `does` gives, done in a copy of this process that ends with it: what else it has made ends too, and of what
+    it has changed only files stay. What it gives, or raises, must be such that pickle takes it.
+
+    Raises:
+        ChildProcessError: the copy ended before it gave anything.
+    """
+    given, giving = os.pipe()
+    parent = os.getpid()
+
+    def give() -> None:
+        end_with(parent)
+        os.close(given)
+        with suppress(KeyboardInterrupt):  # the process that asked is interrupted, too, and tells of it
+            try:
+                answer = pickle.dumps((does(), None))
+            except Exception as error:
+                error.add_note(traceback.format_exc())  # pickle leaves the traceback behind
+                answer = pickle.dumps((None, error))
+            with open(giving, "wb") as pipe:
+                pipe.write(answer)
+
+    copy = copy_that(give)
+    os.close(giving)
+    try:
+        with open(given, "rb") as pipe:
+            answer = pipe.read()
+    except BaseException:
+        os.kill(copy, signal.SIGKILL)  # there is nobody to do it for
+        raise
+    finally:
+        _, status = os.waitpid(copy, 0)
+    if not answer:
+        raise ChildProcessError(f"a copy of this process ended with {os.waitstatus_to_exitcode(status)} and no answer")
+    result, error = pickle.loads(answer)
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
 
 
 class Copied:

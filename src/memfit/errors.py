@@ -22,6 +22,14 @@ class MemfitError(Exception):
 
     exit_code = 1
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as it is: not made anew, for which it may want more than its message."""
+        return _as_it_was, (type(self), self.args), self.__dict__
+
+
+def _as_it_was(kind: type[MemfitError], args: tuple[object, ...]) -> MemfitError:
+    return kind.__new__(kind, *args)
+
 
 class UsageError(MemfitError):
     """The call cannot be carried out as written."""

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -245,10 +246,10 @@ def fit(
     if model is None:
         model, text = demo.model_directory(), text or Text.of_demo()
     task = task or Infer()
-    process = Process(copied=True)
     progress("reading the model's shapes")
     source = open_source(model)
     check_original(source, "fitted again", needed_by="fit")
+    process = Process(copied=True)  # so what a class of models brings in is there once
     target = Path(out) if out is not None else default_output(source)
     output = OutputDirectory(target, overwrite=overwrite)
     if max_kl is not None and not measure:
@@ -260,14 +261,14 @@ def fit(
     texts, narrow, whole = text_of(text, source), narrow_as_asked(narrow, given), source
     require_text(narrow, source, texts)
     with _threads(threads):
-        original = account_of(source if beside is None else open_source(beside), task)
+        original = process.aside(lambda: account_of(source if beside is None else open_source(beside), task))
         source = announced(source, narrow)
         nbytes = given.budget_nbytes if given else parse_size(budget, whole_nbytes=original.peak_nbytes)
         study = Study(source, task, allowed or allowed_by(given))
         if given is not None:
-            given = adopted(study, given)
+            given = process.aside(partial(adopted, study, given))
         elif uniform:
-            given = uniform_plan(study, nbytes)
+            given = process.aside(lambda: uniform_plan(study, nbytes))
         else:
             require_fit(study, nbytes)
     by = algorithm_of(algorithm, text=texts is not None, techniques=study.allowed.techniques)
@@ -279,7 +280,9 @@ def fit(
     key |= {} if beside is None else {"beside": str(beside)}
     work = WorkDirectory(target, key=key, resume=resume)
     with _threads(threads), output, work, process:
-        job = calibration_job(study, texts, work.path, reference=measure, threads=threads, algorithm=by)
+        job = process.aside(
+            lambda: calibration_job(study, texts, work.path, reference=measure, threads=threads, algorithm=by)
+        )
         job |= {} if beside is None else {"beside": str(beside)}
         cap = None
         if ram_nbytes is None:
@@ -321,9 +324,9 @@ def fit(
             plans = {ALL_TOGETHER: chosen}
         progress("predicting the fitting itself")
         if cap is not None:
-            predicted_fit = keep_as_planned(work, cap, source, chosen, job, by)
+            predicted_fit = keep_as_planned(work, cap, source, chosen, job, by, process=process)
         else:
-            each = [predict_fit(source, plan, job, algorithm=by) for plan in plans.values()]
+            each = [process.aside(partial(predict_fit, source, plan, job, algorithm=by)) for plan in plans.values()]
             predicted_fit = joined(*([] if narrowing is None else [narrowing]), *each)
         jobs |= {"calibrate": calibrated} if "account" in calibrated else {}
         made: dict[str, Made] = {}
@@ -345,6 +348,7 @@ def fit(
             limit: dict[str, Any] = {"enforce_nbytes": nbytes, "kernels": predicted.kernels} if enforce else {}
             ran = {key: value for key, value in chosen.task.items() if key != "task"}
             proof = run_job(proof_job(output.path, ran, job), **limit)
+        progress("writing plan and report")
         lineage = source if beside is None else open_source(beside)
         chosen = chosen if beside is None else replace(chosen, model=lineage.name)
         report = Report(
@@ -424,6 +428,9 @@ def load(model: str | Path, plan: TrainPlan | None = None, *, device: str = "cpu
 def _threads(count: int) -> Iterator[None]:
     """Inside, torch runs on `count` threads, as what is measured will: kernels take scratch for each of them."""
     before = torch.get_num_threads()
+    if count == before:  # to set them begins some, and a process that has threads can not be copied
+        yield
+        return
     torch.set_num_threads(count)
     try:
         yield

@@ -15,16 +15,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from memfit.account.meter import trim
-from memfit.copies import Copied, end_with, may_be_copied
+from memfit.copies import Copied, aside, end_with, may_be_copied
 from memfit.errors import BrokenInput, Interrupted, MemfitError, OverBudget, UsageError, disk_full
 from memfit.jobs import JOBS
 from memfit.limits import runtime_nbytes_of
 from memfit_command import QUIET, is_quiet
 
 _ANSWER = "memfit-answer:"
+_Given = TypeVar("_Given")
 Begun = Copied | subprocess.Popen[str]
 """A process with pipes to its stdin and from its stdout."""
 
@@ -38,10 +39,11 @@ class Process:
 
     def __init__(self, *, copied: bool = False) -> None:
         """copied: whether the first is a copy, if this process is one whose memory may be measured and has no other
-        threads. It holds what this one holds, so ask for it before anything is done."""
+        threads. It holds what this one holds, so ask for it before anything is planned."""
         self._made: Begun | None = None
         self._errors: Any = None
-        if copied and is_quiet() and may_be_copied():
+        self._copied = copied and is_quiet() and may_be_copied()
+        if self._copied:
             self._begin(lambda errors: Copied(main, errors=errors))
 
     def __enter__(self) -> "Process":
@@ -64,6 +66,11 @@ class Process:
                 found: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
                 return found
         return None
+
+    def aside(self, does: Callable[[], _Given]) -> _Given:
+        """What `does` gives. Where the first job's process is a copy, another does it (`copies.aside`): what planning
+        leaves, up to 80 MiB, would else stand beside the jobs."""
+        return aside(does) if self._copied and may_be_copied() else does()
 
     def last_words(self) -> tuple[int, str]:
         """Its exit code, once it has ended, and the end of what it said on stderr."""
