@@ -55,8 +55,8 @@ def test_a_plan_has_a_rival_unless_it_is_the_same_or_far_better(
     study = Study(source, TASK, ALLOWED)
     told = answer(study, of_one=1.0, of_both=of_both)
     found = {(name, form_of(form)): price for name, form, price in told["prices"]}
-    smallest, *_, largest = fronts(study, 0, prices=found, kv_prices={})["quantize"]
-    nbytes = (3 * smallest.needed_nbytes + largest.needed_nbytes) // 4
+    smallest, *larger = (point.needed_nbytes for point in fronts(study, 0, prices=found, kv_prices={})["quantize"])
+    nbytes = next(needed for needed in larger if needed > smallest) - 1  # of one technique there is but one plan
     chosen = best_plan(study, nbytes, prices=found, kv_prices={}, priced_by="text")
     alone = best_plan(study, nbytes, prices=found, kv_prices={}, priced_by="text", technique="quantize")
     assert chosen is not None and alone is not None

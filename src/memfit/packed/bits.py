@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fake import blocks_to_run
+
 PLANES: Final[dict[int, tuple[int, ...]]] = {
     8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,),
 }  # fmt: skip
@@ -18,14 +20,16 @@ PLANES: Final[dict[int, tuple[int, ...]]] = {
 
 _WIDEST: Final = {2: torch.int16, 4: torch.int32}
 """By b, what holds all b bytes of eight values at once: such bytes are copied fastest."""
+_TOGETHER: Final = 1 << 14
+"""Words of eight values that close up at once: half of a second-level cache holds what that takes."""
 
 
 def pack_values(q: Tensor, bits: int) -> Tensor:
     """int8 q [..., K] → int32 words [..., ⌈K·b/32⌉], dense across words, least significant bits first.
 
     The layout of compressed-tensors' `pack-quantized` (compressors/pack_quantized/helpers.py,
-    `pack_to_int32`). Eight values fill b bytes exactly: they close up in a word of 64 bits, in pairs, fours, and all
-    eight. K is padded to whole words of 32 values.
+    `pack_to_int32`). Eight values fill b bytes exactly, so they close up in words of 64 bits. K is padded to whole
+    words of 32 values.
     """
     *lead, inputs = q.shape
     u = q.view(torch.uint8) + (1 << (bits - 1))  # wraps, as it should for 8 bits
@@ -33,17 +37,22 @@ def pack_values(q: Tensor, bits: int) -> Tensor:
         u = F.pad(u, (0, 32 - inputs % 32))
     if bits < 8:
         eights = u.view(-1).view(torch.int64)  # flat: a dimension of one entry may have any stride
-        upper = torch.empty_like(eights)
-        for double in range(3):
-            lane, held = 8 << double, bits << double
-            lower = sum(((1 << held) - 1) << at for at in range(0, 64, 2 * lane))
-            torch.bitwise_and(eights, lower << lane, out=upper)
-            eights.bitwise_and_(lower).bitwise_or_(upper.bitwise_right_shift_(lane - held))
+        for start in blocks_to_run(range(0, eights.shape[0], _TOGETHER)):
+            _close_up(eights[start : start + _TOGETHER], bits)
         widest = _WIDEST.get(bits, torch.uint8)
         u = eights.view(widest).view(-1, 8 // widest.itemsize)[:, : bits // widest.itemsize].contiguous()
     words = u.view(-1).view(torch.int32).view(*lead, -1)
     needed = math.ceil(inputs * bits / 32)
     return words if words.shape[-1] == needed else words[..., :needed].contiguous()
+
+
+def _close_up(eights: Tensor, bits: int) -> None:
+    """Let the values of eight bytes, b bits of each, follow each other, in place: in pairs, in fours, all."""
+    for double in range(3):
+        lane, held = 8 << double, bits << double
+        lower = sum(((1 << held) - 1) << at for at in range(0, 64, 2 * lane))
+        upper = (eights & (lower << lane)).bitwise_right_shift_(lane - held)
+        eights.bitwise_and_(lower).bitwise_or_(upper)
 
 
 def unpack_values(words: Tensor, bits: int, inputs: int) -> Tensor:
