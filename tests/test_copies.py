@@ -83,8 +83,11 @@ worker._anew = lambda errors: begun.append(1) or begin(errors)
 with Process(copied=True) as process:
     for number in (1, 2):
         assert run_job({"do": "count"}, process=process) == {"seen": number, "parent": os.getpid()}
+    process.end()
+    assert run_job({"do": "count"}, process=process) == {"seen": 1, "parent": os.getpid()}, "another copy"
     assert not begun and not seen
     process.end()
+    process.begin_anew()
     kernel = run_job({"do": "kernel_nbytes", "threads": 1}, process=process)
     assert begun and kernel["nbytes"] >= 0
 assert run_job({"do": "kernel_nbytes", "threads": 1})["nbytes"] >= 0 and len(begun) == 2  # unless it is asked for

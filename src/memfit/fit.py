@@ -270,6 +270,7 @@ def fit(
         elif uniform:
             given = process.aside(lambda: uniform_plan(study, nbytes))
         else:
+            process.begin_anew()
             require_fit(study, nbytes)
     by = algorithm_of(algorithm, text=texts is not None, techniques=study.allowed.techniques)
     key = calibration_key(study, texts, threads, by)
@@ -297,6 +298,7 @@ def fit(
         if narrow is not None:
             progress("finding what is missed least")
             process.end()  # it would wait beside the job
+            process.begin_anew()
             source, narrow, narrowing, jobs["narrow"] = narrow_first(work, whole, narrow, job, cap)
             study = Study(source, task, study.allowed)
             if uniform:

@@ -31,20 +31,20 @@ Begun = Copied | subprocess.Popen[str]
 
 
 class Process:
-    """A process that does jobs, one after the other. It begins with the first; ended, it begins anew with the next.
+    """A process that does jobs, one after the other. It begins with the first; ended, another begins with the next.
 
-    What a job has held goes back to the system before the next begins; code that oneDNN has made stays. The first may
-    be a copy of this process as it is now, which shares with it what libraries hold.
+    What a job has held goes back to the system before the next begins; code that oneDNN has made stays. It may be a
+    copy of this process, which shares with it what libraries hold.
     """
 
     def __init__(self, *, copied: bool = False) -> None:
-        """copied: whether the first is a copy, if this process is one whose memory may be measured and has no other
-        threads. It holds what this one holds, so ask for it before anything is planned."""
+        """copied: whether it is a copy, if this process is one whose memory may be measured and has no other threads.
+        It holds what this one holds, so ask for it before anything is planned; the first begins now."""
         self._made: Begun | None = None
         self._errors: Any = None
         self._copied = copied and is_quiet() and may_be_copied()
         if self._copied:
-            self._begin(lambda errors: Copied(main, errors=errors))
+            self._begin()
 
     def __enter__(self) -> "Process":
         return self
@@ -56,7 +56,7 @@ class Process:
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any] | None:
         """What it answers to a job; None if it has ended instead (see `last_words`)."""
-        made = self._made or self._begin(_anew)
+        made = self._made or self._begin()
         assert made.stdin is not None and made.stdout is not None, "both are pipes"
         with suppress(BrokenPipeError):  # it has ended: its last words say how
             made.stdin.write(json.dumps(job) + "\n")
@@ -71,6 +71,10 @@ class Process:
         """What `does` gives. Where the first job's process is a copy, another does it (`copies.aside`): what planning
         leaves, up to 80 MiB, would else stand beside the jobs."""
         return aside(does) if self._copied and may_be_copied() else does()
+
+    def begin_anew(self) -> None:
+        """Let those that begin from now on be no copies: this process plans, and they would hold what that leaves."""
+        self._copied = False
 
     def last_words(self) -> tuple[int, str]:
         """Its exit code, once it has ended, and the end of what it said on stderr."""
@@ -88,9 +92,10 @@ class Process:
         self._errors.close()
         self._made = None
 
-    def _begin(self, begin: Callable[[TextIO], Begun]) -> Begun:
+    def _begin(self) -> Begun:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`end` closes it)
-        self._made = made = begin(self._errors)
+        copied = self._copied and may_be_copied()
+        self._made = made = Copied(main, errors=self._errors) if copied else _anew(self._errors)
         return made
 
 
