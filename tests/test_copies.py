@@ -101,7 +101,7 @@ except KeyboardInterrupt:
 ASIDE = """
 import pytest
 from memfit.copies import aside
-from memfit.errors import DoesNotFit, UsageError
+from memfit.errors import DoesNotFit
 parent, seen = os.getpid(), []
 
 def works():

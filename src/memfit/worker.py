@@ -70,7 +70,7 @@ class Process:
     def aside(self, does: Callable[[], _Given]) -> _Given:
         """What `does` gives. Where the first job's process is a copy, another does it (`copies.aside`): what planning
         leaves, up to 80 MiB, would else stand beside the jobs."""
-        return aside(does) if self._copied and may_be_copied() else does()
+        return aside(does) if self._copies else does()
 
     def begin_anew(self) -> None:
         """Let those that begin from now on be no copies: this process plans, and they would hold what that leaves."""
@@ -94,9 +94,12 @@ class Process:
 
     def _begin(self) -> Begun:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (`end` closes it)
-        copied = self._copied and may_be_copied()
-        self._made = made = Copied(main, errors=self._errors) if copied else _anew(self._errors)
+        self._made = made = Copied(main, errors=self._errors) if self._copies else _anew(self._errors)
         return made
+
+    @property
+    def _copies(self) -> bool:
+        return self._copied and may_be_copied()
 
 
 def _anew(errors: TextIO) -> Begun:

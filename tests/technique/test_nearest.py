@@ -34,10 +34,7 @@ def test_every_weight_is_at_the_level_nearest_to_it(
     half, span = 2 ** (scheme.bits - 1), 2**scheme.bits - 1
     low, high = (found.unsqueeze(-1) for found in torch.aminmax(w, dim=-1))
     peak = torch.maximum(-low, high)
-    if scheme.symmetric:
-        width, down = 2 * peak, torch.zeros_like(low)
-    else:
-        width = high.clamp(min=0) - low.clamp(max=0)
+    width = 2 * peak if scheme.symmetric else high.clamp(min=0) - low.clamp(max=0)
     step = torch.where(peak > 2.0**-100, width, 2.0 if scheme.symmetric else 1.0) / span
     assert torch.equal(scale.unsqueeze(-1), step.float().bfloat16())
     w, step = w / scale.double().unsqueeze(-1), step.float().bfloat16().double()

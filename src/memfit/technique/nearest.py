@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from memfit.packed.blocks import blocks_of
 from memfit.packed.fake import blocks_to_run, is_fake
 from memfit.packed.scheme import Scheme
 
@@ -35,9 +36,8 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Te
     q = torch.empty(rows, groups, inputs // groups, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows, groups, 1, dtype=torch.bfloat16, device=weight.device)
     zero = None if scheme.symmetric else torch.empty_like(scale, dtype=torch.int8)
-    step = max(1, _BLOCK_NBYTES // (4 * inputs))
-    for start in blocks_to_run(range(0, rows, step)):
-        block = slice(start, start + step)
+    for some in blocks_to_run(blocks_of(rows, _BLOCK_NBYTES // (4 * inputs), 1)):
+        block = slice(*some)
         _round_rows(weight[block], q[block], scale[block], None if zero is None else zero[block], bits=scheme.bits)
     return q.view(rows, inputs), scale.squeeze(-1), None if zero is None else zero.squeeze(-1)
 
